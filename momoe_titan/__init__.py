@@ -1,0 +1,15 @@
+"""Memory-optimised Mixture-of-Experts layers and a TorchTitan pretraining component built on them."""
+
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_mlp"]
+
+_HOME = {"MoE": "layers", "MoMoE": "layers", "TopKRouter": "layers", "momoe_mlp": "kernels"}
+
+
+def __getattr__(name: str):
+    # on first use, so that reading a config does not import Triton
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,263 @@
+"""The op: what is saved, what calls what. ``momoe_mlp`` validates once; everything below trusts it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import combine, configs, down_proj, up_proj, weight_grad
+from .reference import torch_backward, torch_forward
+from .routing import MAX_ROWS, build_routing, build_routing_ref, packed_size, unpack_routing
+
+BACKENDS = ("auto", "triton", "torch")
+_REFERENCE_TILE_ROWS = 128
+
+_lib = torch.library.Library("momoe_titan", "DEF")
+_lib.define(
+    "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, float save_percent, str backend)"
+    " -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+)
+_lib.define(
+    "moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, Tensor z, Tensor routing, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+)
+
+
+def num_saved_rows(num_rows: int, save_percent: float) -> int:
+    """S = floor(R * save_percent / 100), in integers so that it also traces for a symbolic R."""
+    return num_rows * round(save_percent * 10**6) // 10**8
+
+
+def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
+    if backend == "torch":
+        return _REFERENCE_TILE_ROWS
+    return configs.tile_configs(x_TD, w2_EFD.shape[1])["up_proj"].block_m
+
+
+def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
+    num_experts, ffn, _ = w2_EFD.shape
+    (num_tokens, num_chosen), tile_rows = ids_TK.shape, _tile_rows(x_TD, w2_EFD, backend)
+    num_saved = num_saved_rows(ids_TK.numel(), save_percent)
+    if backend == "torch":
+        packed, counts_E = build_routing_ref(ids_TK, num_experts, tile_rows)
+        routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
+        return out_TD, counts_E, z_S2F, packed
+
+    tiles = configs.tile_configs(x_TD, ffn)
+    packed, counts_E = build_routing(ids_TK, num_experts, tile_rows)
+    routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
+    act_RF = x_TD.new_empty(ids_TK.numel(), ffn)
+    up_proj.up_proj(tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
+    y_RD = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
+    down_proj.down_proj(tiles["down_proj"], act_RF, w2_EFD, routing, y_RD)
+    out_TD = torch.empty_like(x_TD)
+    combine.combine(y_RD, routing, scores_TK, out_TD)
+    return out_TD, counts_E, z_S2F, packed
+
+
+def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, backend):
+    num_experts, ffn, _ = w2_EFD.shape
+    num_rows, num_saved = scores_TK.numel(), z_S2F.shape[0]
+    routing = unpack_routing(packed, *scores_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend))
+    dout_TD = dout_TD.contiguous()
+    if backend == "torch":
+        grads = torch_backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, routing)
+        return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
+
+    need_x, need_w1, need_w2, need_scores = needs
+    tiles = configs.tile_configs(x_TD, ffn)
+    dz_R2F = x_TD.new_empty(num_rows, 2 * ffn)
+    if num_saved < num_rows:
+        up_proj.recompute_z(tiles["up_proj"], x_TD, w1_ED2F, routing, num_saved, dz_R2F)
+    act_RF = x_TD.new_empty(num_rows, ffn)
+    dscore = down_proj.down_proj_backward(
+        tiles["down_proj_backward"], dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF
+    )
+    dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
+    if need_scores:
+        combine.score_grad(dscore, routing, dscores_TK)
+    dw2 = torch.empty_like(w2_EFD) if need_w2 else w2_EFD.new_empty(0)
+    if need_w2:
+        weight_grad.weight_grad(tiles["weight_grad"], act_RF, dout_TD, routing, dw2, gather_b=True)
+    del act_RF, dscore
+    dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
+    if need_x:
+        dx_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
+        up_proj.up_proj_backward(tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD)
+        combine.combine(dx_RD, routing, None, dx_TD)
+        del dx_RD
+    dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
+    if need_w1:
+        weight_grad.weight_grad(tiles["weight_grad"], x_TD, dz_R2F, routing, dw1, gather_a=True)
+    return dx_TD, dw1, dw2, dscores_TK
+
+
+_lib.impl("moe_forward", _forward, "CompositeExplicitAutograd")
+_lib.impl("moe_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
+def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
+    num_experts, ffn, _ = w2_EFD.shape
+    num_rows = ids_TK.shape[0] * ids_TK.shape[1]
+    packed = packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend))
+    return (
+        torch.empty_like(x_TD),
+        ids_TK.new_empty(num_experts, dtype=torch.int64),
+        x_TD.new_empty(num_saved_rows(num_rows, save_percent), 2 * ffn),
+        ids_TK.new_empty(packed, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
+def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, backend):
+    inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
+
+
+def _setup_context(ctx, inputs, output):
+    x_TD, w1_ED2F, w2_EFD, _, scores_TK, _, ctx.backend = inputs
+    _, counts_E, z_S2F, packed = output
+    ctx.mark_non_differentiable(counts_E, z_S2F, packed)
+    ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
+
+
+def _autograd_backward(ctx, dout_TD, *_):
+    x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    dx, dw1, dw2, dscores = torch.ops.momoe_titan.moe_backward(
+        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, ctx.backend
+    )
+    dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))
+    return dx, dw1, dw2, None, dscores, None, None
+
+
+torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
+
+
+def validate_save_percent(value, field: str = "save_percent") -> float:
+    """``value`` as a float if it is a number from 0 to 100; ValueError naming ``field`` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100 or math.isnan(value):
+        raise ValueError(f"{field} must be a number from 0 to 100, got {value!r}")
+    return float(value)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """ "triton" or "torch" for a device; "auto" takes Triton on a CUDA device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    runs_triton = device.type == "cuda" or configs.interpreting()
+    if backend == "triton" and not runs_triton and device.type != "meta":
+        raise ValueError(f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), got tensors on {device}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK):
+    if x_TD.dim() != 2 or w1_ED2F.dim() != 3 or w2_EFD.dim() != 3 or ids_TK.dim() != 2:
+        raise ValueError(
+            "x, w1, w2, ids must be (T, D), (E, D, 2F), (E, F, D), (T, K), got "
+            f"{[tuple(t.shape) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK)]}"
+        )
+    num_experts, ffn, d_model = w2_EFD.shape
+    if w1_ED2F.shape != (num_experts, d_model, 2 * ffn):
+        raise ValueError(f"w1 must be (E, D, 2F) = {(num_experts, d_model, 2 * ffn)} to go with w2, got {tuple(w1_ED2F.shape)}")
+    if x_TD.shape[1] != d_model:
+        raise ValueError(f"x must have D = {d_model} columns, got {tuple(x_TD.shape)}")
+    if ids_TK.shape[0] != x_TD.shape[0] or scores_TK.shape != ids_TK.shape:
+        raise ValueError(
+            f"ids and scores must both be (T, K) with T = {x_TD.shape[0]}, got {tuple(ids_TK.shape)} and {tuple(scores_TK.shape)}"
+        )
+    if ids_TK.shape[1] == 0:
+        raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
+    if ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int32 or int64, got {ids_TK.dtype}")
+    if not scores_TK.is_floating_point():
+        raise ValueError(f"scores must be of a floating dtype, got {scores_TK.dtype}")
+    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x must be bfloat16, float16 or float32, got {x_TD.dtype}")
+    if not x_TD.dtype == w1_ED2F.dtype == w2_EFD.dtype:
+        raise ValueError(
+            f"x, w1 and w2 must share a dtype outside of autocast, got {x_TD.dtype}, {w1_ED2F.dtype}, {w2_EFD.dtype}"
+        )
+    if len({t.device for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)}) != 1:
+        devices = [str(t.device) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)]
+        raise ValueError(f"x, w1, w2, ids and scores must be on one device, got {devices}")
+
+
+def _validate_ids(ids_TK, num_experts):
+    bad = ids_TK[(ids_TK < 0) | (ids_TK >= num_experts)]
+    if bad.numel():
+        raise ValueError(f"ids must be in [0, {num_experts}), got {bad[0].item()}")
+    twice = ids_TK.sort(dim=1)[0].diff(dim=1) == 0
+    if twice.any():
+        token = int(twice.any(dim=1).nonzero()[0])
+        raise ValueError(f"ids must not name an expert twice for a token, got {ids_TK[token].tolist()} for token {token}")
+
+
+def momoe_mlp(
+    x_TD: Tensor,
+    w1_ED2F: Tensor,
+    w2_EFD: Tensor,
+    ids_TK: Tensor,
+    scores_TK: Tensor,
+    save_percent: float = 0.0,
+    *,
+    backend: str = "auto",
+    check_ids: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
+    with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
+
+    Differentiable in x, w1, w2 and scores (once: it has no second derivative).
+    Accumulates in float32, is deterministic to the bit, and neither synchronises
+    with the host nor compiles anything for a new T on the "triton" backend.
+
+    Args:
+        x_TD: tokens, bfloat16, float16 or float32.
+        w1_ED2F: first F columns up, last F gate; dtype of x.
+        w2_EFD: dtype of x. Under ``torch.autocast`` x, w1 and w2 may differ and are cast to its dtype.
+        ids_TK: chosen experts, int32 or int64. An id outside ``[0, E)`` marks an
+            unused slot: it adds nothing and the gradient of its score is 0, so
+            tokens may choose different numbers of experts.
+        scores_TK: any floating dtype, used as float32.
+        save_percent: 0 to 100, the share of z = x @ w1 (R x 2F, R = T * K) that is
+            kept for the backward; the rest is computed again there. It changes
+            memory and time, never the result. Nothing is kept where no gradient is wanted.
+        backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
+        check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice
+            by a token (synchronises with the host).
+
+    Returns:
+        out_TD in the dtype of x (of autocast where it is on), and the tokens per
+        expert, int64 (E), not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, save_percent or backend don't fit.
+    """
+    save_percent = validate_save_percent(save_percent)
+    device_type = x_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x_TD, w1_ED2F, w2_EFD = x_TD.to(dtype), w1_ED2F.to(dtype), w2_EFD.to(dtype)
+    _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
+    if ids_TK.shape[0] * ids_TK.shape[1] > MAX_ROWS:
+        raise ValueError(f"T * K must be at most {MAX_ROWS}, got {ids_TK.shape[0] * ids_TK.shape[1]}: split the batch")
+    if check_ids:
+        _validate_ids(ids_TK, w2_EFD.shape[0])
+    backend = resolve_backend(backend, x_TD.device)
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w1_ED2F, w2_EFD, scores_TK))
+    out_TD, counts_E, _, _ = torch.ops.momoe_titan.moe_forward(
+        x_TD.contiguous(),
+        w1_ED2F.contiguous(),
+        w2_EFD.contiguous(),
+        ids_TK.contiguous(),
+        scores_TK.contiguous(),
+        save_percent if wants_grad else 0.0,
+        backend,
+    )
+    return out_TD, counts_E

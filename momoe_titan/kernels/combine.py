@@ -1,0 +1,80 @@
+"""Sums over the K rows of a token, always in the order of its slots."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .routing import RoutingMetadata
+from .tiling import launch
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr,
+    row_ptr,
+    scores_ptr,
+    out_ptr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (T, cdiv(D, BLOCK_D)). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(row_ptr + token * K + k).to(tl.int64)
+        value = tl.load(rows_ptr + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            score = tl.load(scores_ptr + token * K + k).to(tl.float32)
+            acc += tl.where(row >= 0, score, 0.0) * value
+        else:
+            acc += value
+    tl.store(out_ptr + token * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None, out_TD: torch.Tensor) -> None:
+    """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside."""
+    num_tokens, d_model = out_TD.shape
+    block = min(triton.next_power_of_2(d_model), 1024)
+    launch(
+        _combine_kernel,
+        (num_tokens, triton.cdiv(d_model, block)),
+        rows_RD,
+        routing.row_TK,
+        scores_TK if scores_TK is not None else rows_RD,
+        out_TD,
+        D=d_model,
+        K=routing.row_TK.shape[1],
+        WEIGHTED=scores_TK is not None,
+        BLOCK_D=block,
+        num_warps=4 if block >= 512 else 1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _score_grad_kernel(dscore_ptr, row_ptr, out_ptr, num_slots, NUM_N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (cdiv(T * K, BLOCK),). out[slot] = sum of dscore[row[slot], :], or 0 for an unused slot."""
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, N_POW2)
+    row = tl.load(row_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int64)
+    mask = (row >= 0)[:, None] & (n < NUM_N)[None, :]
+    parts = tl.load(dscore_ptr + row[:, None] * NUM_N + n[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + slots, tl.sum(parts, axis=1).to(out_ptr.dtype.element_ty), mask=slots < num_slots)
+
+
+def score_grad(dscore: torch.Tensor, routing: RoutingMetadata, dscores_TK: torch.Tensor) -> None:
+    """dscores_TK from the partial sums (R, N) of down_proj_backward."""
+    num_slots, num_n = dscores_TK.numel(), dscore.shape[1]
+    launch(
+        _score_grad_kernel,
+        (triton.cdiv(num_slots, 128),),
+        dscore,
+        routing.row_TK,
+        dscores_TK,
+        num_slots,
+        NUM_N=num_n,
+        N_POW2=triton.next_power_of_2(num_n),
+        BLOCK=128,
+    )

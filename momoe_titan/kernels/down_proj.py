@@ -1,0 +1,196 @@
+"""Down projection; its backward, fused with the backward of SwiGLU and the gradient of the scores."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import TileConfig
+from .routing import RoutingMetadata
+from .tiling import launch, rows_matmul, tile_span
+
+
+@triton.jit
+def _down_proj_kernel(
+    act_ptr,
+    w2_ptr,
+    y_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (max_tiles * cdiv(D, BLOCK_N),). y (R, D) = act (R, F) @ w2[e] for one row tile and BLOCK_N columns."""
+    NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // NUM_N
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
+    rows = row0 + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = rows_matmul(
+        act_ptr,
+        tl.minimum(rows, end - 1).to(tl.int64),
+        w2_ptr + expert * (D * F),
+        cols,
+        cols < D,
+        D,
+        1,
+        F,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        D % BLOCK_N == 0,
+        PRECISION,
+        UPCAST,
+    )
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (cols < D)[None, :])
+
+
+def down_proj(
+    config: TileConfig, act_RF: torch.Tensor, w2_EFD: torch.Tensor, routing: RoutingMetadata, y_RD: torch.Tensor
+) -> None:
+    """y_RD = act_RF @ w2[expert], one row for each routed row."""
+    d_model = y_RD.shape[1]
+    launch(
+        _down_proj_kernel,
+        (routing.max_tiles * triton.cdiv(d_model, config.block_n),),
+        act_RF,
+        w2_EFD,
+        y_RD,
+        routing.offsets_E1,
+        routing.tiles,
+        routing.num_tiles,
+        D=d_model,
+        F=w2_EFD.shape[1],
+        **config.options(act_RF.dtype),
+    )
+
+
+@triton.jit(do_not_specialize=["num_saved"])
+def _down_proj_backward_kernel(
+    dout_ptr,
+    w2_ptr,
+    scores_ptr,
+    z_saved_ptr,
+    dz_ptr,
+    act_ptr,
+    dscore_ptr,
+    slot_ptr,
+    token_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    num_saved,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (max_tiles * cdiv(F, BLOCK_N),). A program owns BLOCK_M rows of one expert and BLOCK_N columns of F.
+
+    dact (unscaled) = dout[token[rows]] @ w2[e]^T
+    z from z_saved (S, 2F) for rows below num_saved, else from dz (R, 2F) itself, where it was recomputed
+    dscore (R, NUM_N) = row sums of dact * act over the program's columns
+    dz = score * dact through SwiGLU, over z; act (R, F) = score * act, for the gradient of w2
+    """
+    NUM_N: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // NUM_N
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
+    rows = row0 + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % NUM_N
+    cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_rows = tl.minimum(rows, end - 1)
+    dact = rows_matmul(
+        dout_ptr,
+        tl.load(token_ptr + live_rows).to(tl.int64),
+        w2_ptr + expert * (D * F),
+        cols,
+        cols < F,
+        1,
+        D,
+        D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        F % BLOCK_N == 0,
+        PRECISION,
+        UPCAST,
+    )
+    score = tl.load(scores_ptr + tl.load(slot_ptr + live_rows)).to(tl.float32)
+    mask = (rows < end)[:, None] & (cols < F)[None, :]
+    rows64 = rows.to(tl.int64)
+    offs = rows64[:, None] * (2 * F) + cols[None, :]
+    saved = (rows < num_saved)[:, None]
+    up = tl.load(z_saved_ptr + offs, mask=mask & saved, other=0.0).to(tl.float32)
+    gate = tl.load(z_saved_ptr + F + offs, mask=mask & saved, other=0.0).to(tl.float32)
+    up = tl.where(saved, up, tl.load(dz_ptr + offs, mask=mask & (rows >= num_saved)[:, None], other=0.0).to(tl.float32))
+    gate = tl.where(
+        saved, gate, tl.load(dz_ptr + F + offs, mask=mask & (rows >= num_saved)[:, None], other=0.0).to(tl.float32)
+    )
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = up * silu
+    tl.store(dscore_ptr + rows64 * NUM_N + n, tl.sum(dact * act, axis=1), mask=rows < end)
+    dact *= score[:, None]
+    tl.store(dz_ptr + offs, (dact * silu).to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dz_ptr + F + offs, (dact * up * (sigmoid + silu * (1 - sigmoid))).to(dz_ptr.dtype.element_ty), mask=mask)
+    act_ptrs = act_ptr + rows64[:, None] * F + cols[None, :]
+    tl.store(act_ptrs, (act * score[:, None]).to(act_ptr.dtype.element_ty), mask=mask)
+
+
+def down_proj_backward(
+    config: TileConfig,
+    dout_TD: torch.Tensor,
+    w2_EFD: torch.Tensor,
+    scores_TK: torch.Tensor,
+    routing: RoutingMetadata,
+    z_S2F: torch.Tensor,
+    dz_R2F: torch.Tensor,
+    act_RF: torch.Tensor,
+) -> torch.Tensor:
+    """From dout back through w2 and SwiGLU.
+
+    Args:
+        z_S2F: the saved rows of z.
+        dz_R2F: rows S and above hold z on entry; every row holds dz on return.
+        act_RF: receives score * act.
+
+    Returns:
+        dscore (R, N) float32: partial sums of the gradient of each row's score.
+    """
+    ffn = w2_EFD.shape[1]
+    num_n = triton.cdiv(ffn, config.block_n)
+    dscore = torch.empty(act_RF.shape[0], num_n, dtype=torch.float32, device=dout_TD.device)
+    launch(
+        _down_proj_backward_kernel,
+        (routing.max_tiles * num_n,),
+        dout_TD,
+        w2_EFD,
+        scores_TK,
+        z_S2F,
+        dz_R2F,
+        act_RF,
+        dscore,
+        routing.slot_R,
+        routing.token_R,
+        routing.offsets_E1,
+        routing.tiles,
+        routing.num_tiles,
+        z_S2F.shape[0],
+        D=dout_TD.shape[1],
+        F=ffn,
+        **config.options(dout_TD.dtype),
+    )
+    return dscore

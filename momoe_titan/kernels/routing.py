@@ -1,0 +1,240 @@
+"""From the experts that each token chose to the expert-sorted order of rows.
+
+A stable counting sort in three launches, with no atomics and no host
+synchronisation: a histogram per block of slots, a scan over the blocks, and the
+placement of every slot.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiling import launch
+
+MAX_ROWS = 1 << 23  # 16 bits of a packed tile hold its number within the expert
+_SLOTS = 128  # slots that one program of the sort owns
+
+
+@dataclass(frozen=True)
+class RoutingMetadata:
+    """Where every (token, slot) pair stands once rows are sorted by expert.
+
+    A flat slot is ``t * K + k``. Rows of one expert are contiguous and in the
+    order of their flat slots. A slot whose expert id is outside ``[0, E)`` is
+    unused: it has no row. With R = T * K, rows ``offsets_E1[E]`` and above are
+    unused too, one for each unused slot.
+
+    Example: T=3, K=2, E=3, ids = [[2, 0], [0, 1], [2, -1]], tile_rows=2::
+
+        counts_E   = [2, 1, 2]
+        offsets_E1 = [0, 2, 3, 5]
+        slot_R     = [1, 2, 3, 0, 4, 0]      token_R = [0, 1, 1, 0, 2, 0]
+        row_TK     = [[3, 0], [1, 2], [4, -1]]
+        tiles      = [0 << 16 | 0, 0 << 16 | 1, 0 << 16 | 2]     num_tiles = [3]
+    """
+
+    counts_E: torch.Tensor  # int32: rows of each expert
+    offsets_E1: torch.Tensor  # int32 (E + 1): first row of each expert; the last is the number of rows in use
+    slot_R: torch.Tensor  # int32: flat slot of each row; 0 for an unused row
+    token_R: torch.Tensor  # int32: slot_R // K
+    row_TK: torch.Tensor  # int32: row of each slot; -1 for an unused slot
+    tiles: torch.Tensor  # int32: for each row tile, its number within its expert << 16 | expert
+    num_tiles: torch.Tensor  # int32 (1): how many entries of tiles are in use
+    tile_rows: int  # rows in a tile
+
+    @property
+    def max_tiles(self) -> int:
+        """Upper bound of num_tiles, known on the host."""
+        return self.tiles.numel()
+
+
+def _sections(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> list[int]:
+    rows = num_tokens * num_chosen
+    max_tiles = (rows + tile_rows - 1) // tile_rows + num_experts
+    return [num_experts, num_experts + 1, rows, rows, rows, max_tiles, 1]
+
+
+def _align(count: int) -> int:
+    # 16 bytes: Triton compiles a pointer again when its alignment changes
+    return (count + 3) // 4 * 4
+
+
+def packed_size(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> int:
+    """Elements of the one int32 buffer that holds all of RoutingMetadata."""
+    return sum(_align(n) for n in _sections(num_tokens, num_chosen, num_experts, tile_rows))
+
+
+def unpack_routing(packed: torch.Tensor, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> RoutingMetadata:
+    """Views of a packed buffer as RoutingMetadata."""
+    views, start = [], 0
+    for size in _sections(num_tokens, num_chosen, num_experts, tile_rows):
+        views.append(packed[start : start + size])
+        start += _align(size)
+    counts, offsets, slot, token, row, tiles, num_tiles = views
+    return RoutingMetadata(counts, offsets, slot, token, row.view(num_tokens, num_chosen), tiles, num_tiles, tile_rows)
+
+
+@triton.jit
+def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr):
+    """Expert ids of the slots, int32; -1 for every id outside [0, E)."""
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1)
+    return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _histogram_kernel(ids_ptr, hist_ptr, num_slots, num_blocks, E: tl.constexpr, SLOTS: tl.constexpr, E_POW2: tl.constexpr):
+    """Grid (blocks of slots,). hist[e, block] = slots of the block that chose expert e."""
+    block = tl.program_id(0)
+    slots = block * SLOTS + tl.arange(0, SLOTS)
+    ids = _load_ids(ids_ptr, slots, num_slots, E)
+    experts = tl.arange(0, E_POW2)
+    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    tl.store(hist_ptr + experts.to(tl.int64) * num_blocks + block, counts, mask=experts < E)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _scan_kernel(hist_ptr, counts_ptr, total_ptr, num_blocks, BLOCKS: tl.constexpr):
+    """Grid (E,). hist[e, :] becomes its exclusive prefix sum; its total goes to counts (int32, int64)."""
+    expert = tl.program_id(0)
+    base = hist_ptr + expert.to(tl.int64) * num_blocks
+    total = tl.zeros((), tl.int32)
+    for start in range(0, num_blocks, BLOCKS):
+        blocks = start + tl.arange(0, BLOCKS)
+        counts = tl.load(base + blocks, mask=blocks < num_blocks, other=0)
+        tl.store(base + blocks, total + tl.cumsum(counts, 0) - counts, mask=blocks < num_blocks)
+        total += tl.sum(counts)
+    tl.store(counts_ptr + expert, total)
+    tl.store(total_ptr + expert, total.to(tl.int64))
+
+
+@triton.jit
+def _count_before(values, index, limit):
+    """Sum of values at indices below limit."""
+    return tl.sum(tl.where(index < limit, values, 0))
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _place_kernel(
+    ids_ptr,
+    hist_ptr,
+    counts_ptr,
+    offsets_ptr,
+    slot_ptr,
+    token_ptr,
+    row_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    num_slots,
+    num_blocks,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E_POW2: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Grid (blocks of slots + E,). The first programs place their slots, the last E list an expert's tiles."""
+    pid = tl.program_id(0)
+    experts = tl.arange(0, E_POW2)
+    counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
+    if pid < num_blocks:
+        offsets = tl.cumsum(counts, 0) - counts
+        first = tl.load(hist_ptr + experts.to(tl.int64) * num_blocks + pid, mask=experts < E, other=0) + offsets
+        slots = pid * SLOTS + tl.arange(0, SLOTS)
+        live = slots < num_slots
+        ids = _load_ids(ids_ptr, slots, num_slots, E)
+        chose = ids[:, None] == experts[None, :]
+        before = tl.cumsum(chose.to(tl.int32), 0)
+        row = tl.sum(tl.where(chose, first[None, :] + before - 1, 0), axis=1)
+        used = ids >= 0
+        tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
+        tl.store(slot_ptr + row, slots, mask=live & used)
+        tl.store(token_ptr + row, slots // K, mask=live & used)
+        # rows at and past the last offset belong to nobody: give them a valid slot
+        rows_in_use = tl.sum(counts)
+        tl.store(slot_ptr + slots, tl.zeros_like(slots), mask=live & (slots >= rows_in_use))
+        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=live & (slots >= rows_in_use))
+    else:
+        expert = pid - num_blocks
+        tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+        first_tile = _count_before(tiles, experts, expert)
+        my_tiles = _count_before(tiles, experts, expert + 1) - first_tile
+        for start in range(0, my_tiles, TILES):
+            tile = start + tl.arange(0, TILES)
+            tl.store(tiles_ptr + first_tile + tile, (tile << 16) | expert, mask=tile < my_tiles)
+        tl.store(offsets_ptr + expert, _count_before(counts, experts, expert))
+        if expert == E - 1:
+            tl.store(offsets_ptr + E, tl.sum(counts))
+            tl.store(num_tiles_ptr, tl.sum(tiles))
+
+
+def build_routing(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort the slots of ``ids_TK`` by expert.
+
+    Args:
+        ids_TK: int32 or int64, contiguous; an id outside ``[0, num_experts)`` marks an unused slot.
+        num_experts: E.
+        tile_rows: rows in a tile of the GEMMs that will use the result.
+
+    Returns:
+        The packed int32 buffer (see :func:`unpack_routing`) and the tokens per
+        expert, int64 (E).
+    """
+    num_tokens, num_chosen = ids_TK.shape
+    num_slots = ids_TK.numel()
+    num_blocks = triton.cdiv(num_slots, _SLOTS)
+    device = ids_TK.device
+    packed = torch.empty(packed_size(num_tokens, num_chosen, num_experts, tile_rows), dtype=torch.int32, device=device)
+    r = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
+    hist = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
+    e_pow2 = max(2, triton.next_power_of_2(num_experts))
+    common = dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=4 if e_pow2 <= 64 else 8)
+    launch(_histogram_kernel, (num_blocks,), ids_TK, hist, num_slots, num_blocks, **common)
+    launch(_scan_kernel, (num_experts,), hist, r.counts_E, counts_E, num_blocks, BLOCKS=1024)
+    launch(
+        _place_kernel,
+        (num_blocks + num_experts,),
+        ids_TK,
+        hist,
+        r.counts_E,
+        r.offsets_E1,
+        r.slot_R,
+        r.token_R,
+        r.row_TK,
+        r.tiles,
+        r.num_tiles,
+        num_slots,
+        num_blocks,
+        K=num_chosen,
+        TILE_ROWS=tile_rows,
+        TILES=256,
+        **common,
+    )
+    return packed, counts_E
+
+
+def build_routing_ref(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as :func:`build_routing`, equal in every entry in use, in plain torch (it synchronises with the host)."""
+    num_tokens, num_chosen = ids_TK.shape
+    device = ids_TK.device
+    packed = torch.zeros(packed_size(num_tokens, num_chosen, num_experts, tile_rows), dtype=torch.int32, device=device)
+    r = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    ids = ids_TK.reshape(-1).long()
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = torch.sort(ids, stable=True)[1]
+    counts_E = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    rows_in_use = int(counts_E.sum())
+    r.counts_E.copy_(counts_E)
+    r.offsets_E1[1:].copy_(counts_E.cumsum(0))
+    r.slot_R[:rows_in_use].copy_(order[:rows_in_use])
+    r.token_R.copy_(r.slot_R // num_chosen)
+    r.row_TK.fill_(-1).view(-1)[order[:rows_in_use]] = torch.arange(rows_in_use, dtype=torch.int32, device=device)
+    tiles_E = (counts_E + tile_rows - 1) // tile_rows
+    expert = torch.repeat_interleave(torch.arange(num_experts, device=device), tiles_E)
+    first = (tiles_E.cumsum(0) - tiles_E)[expert]
+    r.tiles[: expert.numel()].copy_(((torch.arange(expert.numel(), device=device) - first) << 16) | expert)
+    r.num_tiles.fill_(expert.numel())
+    return packed, counts_E
