@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from momoe_titan.counting import accumulate_counts, feeds_balancing
-from momoe_titan.kernels import momoe_mlp, validate_save_percent
+from momoe_titan.kernels import BACKENDS, momoe_mlp, validate_save_percent
 
-BACKENDS = ("auto", "triton", "torch")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -410,6 +412,30 @@ def test_recomputation_does_not_count():
     assert moe.counts_N.sum() == 8 * K
 
 
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_compiled_in_one_graph_counts_once(where):
+    """Checkpointing around a compiled layer, and compiled code that checkpoints a layer."""
+    moe = make_moe()
+    x_BSD = torch.randn(2, 8, D, requires_grad=True)
+    expected = moe(x_BSD)
+    expected.sum().backward()
+    counts_N, x_grad = moe.counts_N.clone(), x_BSD.grad
+    moe.counts_N.zero_()
+    x_BSD.grad = None
+    if where == "outside":
+        compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+        y_BSD = checkpoint(compiled, x_BSD, use_reentrant=False)
+    else:
+        compiled = torch.compile(
+            lambda x: checkpoint(moe, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+        )
+        y_BSD = compiled(x_BSD)
+    y_BSD.sum().backward()
+    torch.testing.assert_close(y_BSD, expected)
+    torch.testing.assert_close(x_BSD.grad, x_grad)
+    assert torch.equal(moe.counts_N, counts_N)
+
+
 def test_biases_stay_float32_and_are_saved():
     moe = make_moe(bias_update_rate=1e-4, Wg_DN=torch.randn(D, N))
     moe(torch.randn(2, 8, D))
@@ -446,8 +472,6 @@ def test_layers_do_not_import_torchtitan():
         "import sys, momoe_titan.layers\n"
         "assert not [m for m in sys.modules if m.startswith('torchtitan')]\n"
     )
-    import subprocess, sys
-
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
