@@ -1,0 +1,398 @@
+"""Text to train on, from files that are on the machine.
+
+Adds to the datasets of TorchTitan's text loader (`training.dataset`,
+`validation.dataset`):
+
+`python_stdlib`, `python_stdlib_validation`
+    The source files of the running Python's standard library: text that every
+    machine has, without a network. One file in twenty is held out for validation.
+`local`
+    .txt, .jsonl and .parquet files named by `dataset_path`: one file, a folder
+    (searched recursively) or a glob pattern.
+
+TorchTitan's own datasets (`c4`, ...) stay as they are. Each loader returns a
+Hugging Face dataset with the text in a column of that name, so that splitting
+over data-parallel ranks and resuming from a checkpoint are TorchTitan's.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+)
+from datasets.utils.logging import (
+    get_verbosity as get_datasets_verbosity,
+    set_verbosity as set_datasets_verbosity,
+)
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets import DatasetConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS, build_text_dataloader
+
+# Not text that a person wrote for the library: installed packages, tests,
+# generated tables, and files that differ between builds of one Python version.
+STDLIB_SKIPPED_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
+)
+HELD_OUT_ONE_IN = 20
+# A .txt file longer than this (in characters) becomes several documents, split
+# where a line ends: TorchTitan's loader tokenizes a document at a time.
+MAX_DOCUMENT_CHARS = 1 << 18
+
+LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+class DataError(ValueError):
+    """Data or a tokenizer that the configuration names cannot be used.
+
+    The message names the field of the configuration, the file and the reason.
+    """
+
+
+def _path_digest(relative_path: str) -> bytes:
+    return hashlib.sha256(relative_path.encode()).digest()
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether a file belongs to the validation split.
+
+    Depends on the path alone, so that adding or removing other files (another
+    Python version) moves no file from one split to the other.
+    """
+    return int.from_bytes(_path_digest(relative_path)[:8]) % HELD_OUT_ONE_IN == 0
+
+
+def stdlib_files(root: str | os.PathLike, held_out: bool) -> list[str]:
+    """Paths, relative to `root` and with "/", of one split's source files.
+
+    In the order of a hash of the path: the same on every machine, and without
+    the runs of similar files that alphabetical order has.
+    """
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            s
+            for s in subfolders
+            # config-3.x-<platform> holds the interpreter's build configuration.
+            if s not in STDLIB_SKIPPED_FOLDERS and not s.startswith("config-")
+        ]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = Path(folder, name).relative_to(root).as_posix()
+                if is_held_out(path) == held_out:
+                    found.append(path)
+    return sorted(found, key=_path_digest)
+
+
+def load_stdlib(root: str, held_out: bool = False) -> Dataset:
+    """The standard library's source files as a dataset.
+
+    Args:
+        root: Folder of the library (`sysconfig.get_path("stdlib")`).
+        held_out: The validation split in place of the training split.
+
+    Returns:
+        One row per file, columns "text" and "path" (relative to `root`).
+
+    Raises:
+        DataError: `root` holds no Python sources.
+    """
+    rows: dict[str, list[str]] = {"text": [], "path": []}
+    for path in stdlib_files(root, held_out):
+        # tokenize.open honours the encoding that the file declares.
+        with tokenize.open(os.path.join(root, path)) as f:
+            text = f.read()
+        if text.strip():
+            rows["text"].append(text)
+            rows["path"].append(path)
+    if not rows["text"]:
+        raise DataError(
+            f"dataset_path {str(root)!r} holds no Python source files for the dataset "
+            f"'python_stdlib'; use dataset 'local' with files of your own"
+        )
+    return Dataset.from_dict(rows)
+
+
+def find_local_files(path: str) -> list[str]:
+    """The data files that `dataset_path` means, sorted.
+
+    Args:
+        path: A file, a folder or a glob pattern (`**` for any depth).
+
+    Raises:
+        DataError: Nothing there, or a file of a kind that cannot be read.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        files = [
+            str(p)
+            for p in Path(expanded).rglob("*")
+            if p.suffix in LOCAL_SUFFIXES and p.is_file()
+        ]
+    elif os.path.isfile(expanded):
+        files = [expanded]
+    else:
+        files = [f for f in glob.glob(expanded, recursive=True) if os.path.isfile(f)]
+    if not files:
+        raise DataError(
+            f"dataset_path {path!r} is no file, no folder with "
+            f"{', '.join(LOCAL_SUFFIXES)} files, and no pattern that matches a file"
+        )
+    for file in files:
+        if Path(file).suffix not in LOCAL_SUFFIXES:
+            raise DataError(
+                f"dataset_path {path!r}: {file!r} is none of "
+                f"{', '.join(LOCAL_SUFFIXES)}"
+            )
+    return sorted(files)
+
+
+def _split_text(text: str) -> Iterator[str]:
+    """Cut a long text into documents, each ending where a line ends if it can."""
+    start = 0
+    while len(text) - start > MAX_DOCUMENT_CHARS:
+        limit = start + MAX_DOCUMENT_CHARS
+        end = text.rfind("\n", start, limit) + 1
+        if end <= start:  # one line longer than a document
+            end = limit
+        yield text[start:end]
+        start = end
+    if text[start:].strip():
+        yield text[start:]
+
+
+def _load_text_files(files: list[str]) -> Dataset:
+    texts: list[str] = []
+    for file in files:
+        try:
+            with open(file, encoding="utf-8") as f:
+                texts.extend(_split_text(f.read()))
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"dataset_path: cannot read {file!r}: {e}") from e
+    if not texts:
+        raise DataError(f"dataset_path: {files} hold no text")
+    return Dataset.from_dict({"text": texts})
+
+
+def _find_fault(file: str, text_field: str) -> str | None:
+    """What is wrong with a .jsonl or .parquet file, or None."""
+    try:
+        if os.path.getsize(file) == 0:
+            return "the file is empty"
+        if file.endswith(".parquet"):
+            from pyarrow import parquet
+
+            table = parquet.ParquetFile(file)
+            if text_field not in table.schema_arrow.names:
+                return (
+                    f"no column {text_field!r} (momoe.data_text_field), "
+                    f"but {table.schema_arrow.names}"
+                )
+            for _ in table.iter_batches(columns=[text_field]):
+                pass
+            return None
+        with open(file, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as e:
+                    return f"line {number} is not JSON: {e}"
+                if not isinstance(record, dict) or not isinstance(
+                    record.get(text_field), str
+                ):
+                    return (
+                        f"line {number} has no text in the field {text_field!r} "
+                        "(momoe.data_text_field)"
+                    )
+    except Exception as e:  # whatever the reader of a broken file raises
+        return str(e)
+    return None
+
+
+def _load_records(
+    kind: str, files: list[str], text_field: str, streaming: bool
+) -> Dataset | IterableDataset:
+    """Read .jsonl (`kind` "json") or .parquet files, keeping the text only."""
+    if streaming:
+        # Later files are opened when training reaches them; what can be known
+        # from the first one is still said before the first step.
+        try:
+            ds = load_dataset(kind, data_files=files, split="train", streaming=True)
+            first = next(iter(ds))
+        except Exception as e:
+            raise DataError(f"dataset_path: cannot read {files[0]!r}: {e!r}") from e
+        if not isinstance(first.get(text_field), str):
+            raise DataError(
+                f"dataset_path: {files[0]!r}: no text in the field {text_field!r} "
+                f"(momoe.data_text_field), but {sorted(first)}"
+            )
+        ds = ds.select_columns([text_field])
+    else:
+        verbosity = get_datasets_verbosity()
+        try:
+            # Its own log of a failure does not help beside the error below.
+            set_datasets_verbosity(50)
+            ds = load_dataset(kind, data_files=files, split="train")
+            ds = ds.select_columns([text_field])
+            if ds.features[text_field].dtype not in ("string", "large_string"):
+                raise DataError(f"the field {text_field!r} is not text")
+            if ds.data.column(text_field).null_count:
+                raise DataError(f"a record without text in the field {text_field!r}")
+        except Exception as e:
+            for file in files:
+                if fault := _find_fault(file, text_field):
+                    raise DataError(f"dataset_path: {file!r}: {fault}") from e
+            raise DataError(f"dataset_path: cannot read {files}: {e!r}") from e
+        finally:
+            set_datasets_verbosity(verbosity)
+    return ds if text_field == "text" else ds.rename_column(text_field, "text")
+
+
+def load_local(
+    path: str, text_field: str = "text", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Local files as a dataset.
+
+    A .txt file is one document (long ones are cut), a line of .jsonl or a row of
+    .parquet one each. Text files are held in memory; the others are converted to
+    Hugging Face's memory-mapped cache, or read as training goes when `streaming`.
+
+    Args:
+        path: A file, a folder or a glob pattern.
+        text_field: Field of .jsonl and .parquet records that holds the text.
+        streaming: See above.
+
+    Returns:
+        Rows with the column "text", files in sorted order by kind.
+
+    Raises:
+        DataError: No path, or a file that cannot be used; names the file, and the
+            line where there is one.
+    """
+    if not path:
+        raise DataError(
+            "the dataset 'local' needs training.dataset_path (for validation, "
+            "validation.dataset_path): a file, a folder or a pattern"
+        )
+    files = find_local_files(path)
+    by_suffix = {s: [f for f in files if f.endswith(s)] for s in LOCAL_SUFFIXES}
+    parts: list[Any] = []
+    if by_suffix[".txt"]:
+        part = _load_text_files(by_suffix[".txt"])
+        parts.append(part.to_iterable_dataset() if streaming else part)
+    for suffix, kind in ((".jsonl", "json"), (".parquet", "parquet")):
+        if by_suffix[suffix]:
+            parts.append(_load_records(kind, by_suffix[suffix], text_field, streaming))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _text_of(sample: dict[str, Any]) -> str:
+    text = sample["text"]
+    if not isinstance(text, str):  # possible in streamed files only
+        raise DataError(f"dataset_path: a record holds {text!r} in place of text")
+    return text
+
+
+def register_datasets(text_field: str = "text", streaming: bool = False) -> None:
+    """Add this module's datasets to TorchTitan's text loader.
+
+    Can be called again; the arguments (`momoe.data_text_field`,
+    `momoe.data_streaming`) then apply to datasets loaded from there on.
+    """
+    stdlib = sysconfig.get_path("stdlib")
+    DATASETS["python_stdlib"] = DatasetConfig(stdlib, load_stdlib, _text_of)
+    DATASETS["python_stdlib_validation"] = DatasetConfig(
+        stdlib, partial(load_stdlib, held_out=True), _text_of
+    )
+    DATASETS["local"] = DatasetConfig(
+        "", partial(load_local, text_field=text_field, streaming=streaming), _text_of
+    )
+
+
+def resolve_assets_path(path: str) -> str:
+    """`model.hf_assets_path`, where "momoe_titan/..." also means the installed package.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if os.path.isdir(path):
+        return path
+    packaged = Path(__file__).parent.parent / path
+    if path.startswith("momoe_titan/") and packaged.is_dir():
+        return str(packaged)
+    raise DataError(
+        f"model.hf_assets_path {path!r} is not a folder; it must hold the tokenizer "
+        "(tokenizer.json). The one that comes with this package is "
+        "'momoe_titan/assets/tokenizer'"
+    )
+
+
+def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+    """TorchTitan's tokenizer from `model.hf_assets_path`.
+
+    Raises:
+        DataError: The folder or its tokenizer is missing or damaged.
+    """
+    path = resolve_assets_path(job_config.model.hf_assets_path)
+    try:
+        return HuggingFaceTokenizer(path)
+    except Exception as e:  # tokenizers raises plain Exception for a damaged file
+        raise DataError(
+            f"model.hf_assets_path {path!r}: no usable tokenizer: {e}"
+        ) from e
+
+
+def build_dataloader(
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    infinite: bool = True,
+) -> ParallelAwareDataloader:
+    """TorchTitan's text loader, with the `[momoe]` data options applied.
+
+    They apply to the validation loader too, which TorchTitan builds after this one.
+
+    Raises:
+        DataError: The dataset is unknown, missing or damaged.
+    """
+    options = getattr(job_config, "momoe", None)
+    if options is not None:
+        register_datasets(options.data_text_field, options.data_streaming)
+    return build_text_dataloader(
+        dp_world_size=dp_world_size,
+        dp_rank=dp_rank,
+        tokenizer=tokenizer,
+        job_config=job_config,
+        infinite=infinite,
+    )
+
+
+register_datasets()
