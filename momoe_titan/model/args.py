@@ -1,0 +1,229 @@
+"""Arguments of the llama-MoE model, and what a job's configuration may ask of it."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torchtitan.config import JobConfig
+from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.utils import get_moe_model_nparams_and_flops
+from torchtitan.tools.logging import logger
+
+from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_percent
+
+STOCK_BACKEND = "torchtitan"
+BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
+BALANCE_RULES = ("sign", "proportional")
+# Degrees above 1 of these are refused: the experts' weights have no sharding for them yet.
+UNSUPPORTED_DEGREES = (
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+)
+
+
+@dataclass
+class MomoeLlamaArgs(TransformerModelArgs):
+    """A llama-3 transformer whose feed-forward blocks, after `n_dense_layers`, are MoE layers.
+
+    Of the inherited fields, `multiple_of` and `ffn_dim_multiplier` have no effect: the hidden
+    widths are given as they are. RoPE is not rescaled unless `rope_scaling_args` says so.
+
+    Args:
+        head_dim: width of an attention head; None for dim // n_heads.
+        n_dense_layers: how many of the first layers have a dense feed-forward.
+        dense_hidden_dim: hidden width of those.
+        moe_hidden_dim: F, hidden width of one expert. Shared experts together are one
+            feed-forward of width num_shared_experts * F.
+        moe_args: TorchTitan's MoE arguments. `score_before_experts` has to be False (scores
+            multiply the experts' outputs) and `load_balance_coeff` is not read.
+        save_percent: one number for all MoE layers, or one per MoE layer (0 to 100).
+        backend: "auto", "triton", "torch" (see `momoe_titan.kernels.momoe_mlp`), or
+            "torchtitan" for TorchTitan's own MoE from the same initial weights.
+        load_balance_rate, load_balance_rule: see `load_balancing.expert_bias_delta`; rate 0
+            turns balancing off.
+        load_balance_off_layers: ids of MoE layers whose bias stays as it is.
+        check_ids: debug flag of `momoe_mlp`.
+    """
+
+    rope_scaling_args: RoPEScalingArgs = field(
+        default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0)
+    )
+    head_dim: int | None = None
+    n_dense_layers: int = 0
+    dense_hidden_dim: int = 0
+    moe_hidden_dim: int = 256
+    moe_args: MoEArgs = field(default_factory=lambda: MoEArgs(score_before_experts=False))
+    save_percent: list[float] = field(default_factory=lambda: [0.0])
+    backend: str = "auto"
+    load_balance_rate: float = 1e-3
+    load_balance_rule: str = "sign"
+    load_balance_off_layers: list[int] = field(default_factory=list)
+    check_ids: bool = False
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def moe_layer_ids(self) -> range:
+        return range(self.n_dense_layers, self.n_layers)
+
+    def layer_save_percent(self, layer_id: int) -> float:
+        """save_percent of the MoE layer with this id, among all layers."""
+        if len(self.save_percent) == 1:
+            return self.save_percent[0]
+        return self.save_percent[layer_id - self.n_dense_layers]
+
+    def layer_balance_rate(self, layer_id: int) -> float:
+        """How far a step moves the bias of this layer; 0 where balancing is off."""
+        return 0.0 if layer_id in self.load_balance_off_layers else self.load_balance_rate
+
+    def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
+        """Take over what the job sets, then check that the model can be built and trained.
+
+        Reads the `[momoe]` section where `job.custom_config_module = "momoe_titan.job_config"`
+        has added one, and keeps this object's values otherwise.
+
+        Raises:
+            ValueError: names the field, as written in TOML, and its value.
+        """
+        super().update_from_config(job_config, **kwargs)
+        self.moe_args._debug_force_load_balance = job_config.debug.moe_force_load_balance
+        momoe = getattr(job_config, "momoe", None)
+        if momoe is None:
+            logger.info(
+                "No [momoe] section: the flavor's own settings are used. Set "
+                'job.custom_config_module = "momoe_titan.job_config" to have one.'
+            )
+        else:
+            given = momoe.save_percent
+            self.save_percent = list(given) if isinstance(given, (list, tuple)) else [given]
+            self.backend = momoe.backend
+            self.load_balance_rate = momoe.load_balance_rate
+            self.load_balance_rule = momoe.load_balance_rule
+            self.load_balance_off_layers = list(momoe.load_balance_off_layers)
+            self.check_ids = momoe.check_ids
+            self.vocab_size = momoe.vocab_size or self.vocab_size
+        self.validate(section="momoe.")
+        _refuse_unsupported(job_config)
+
+    def validate(self, section: str = "") -> None:
+        """Check the fields against each other.
+
+        Args:
+            section: put before the names of fields that a job sets in a section of its own.
+
+        Raises:
+            ValueError: names the field and its value.
+        """
+        moe = self.moe_args
+        for owner, prefix, names in (
+            (self, "", ("dim", "n_heads", "vocab_size", "moe_hidden_dim", "max_seq_len")),
+            (moe, "moe_args.", ("num_experts", "top_k")),
+        ):
+            for name in names:
+                _at_least(prefix + name, getattr(owner, name), 1)
+        _at_least("n_layers", self.n_layers, 0)
+        _at_least("n_dense_layers", self.n_dense_layers, 0)
+        _at_least("moe_args.num_shared_experts", moe.num_shared_experts, 0)
+        if self.n_dense_layers > self.n_layers:
+            raise ValueError(
+                f"n_dense_layers is {self.n_dense_layers}, more than n_layers, {self.n_layers}"
+            )
+        if self.n_dense_layers:
+            _at_least("dense_hidden_dim", self.dense_hidden_dim, 1)
+        if self.n_kv_heads is not None:
+            _at_least("n_kv_heads", self.n_kv_heads, 1)
+            if self.n_heads % self.n_kv_heads:
+                raise ValueError(
+                    f"n_heads is {self.n_heads}, must be a multiple of n_kv_heads, "
+                    f"{self.n_kv_heads}"
+                )
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(
+                f"dim is {self.dim}, must be a multiple of n_heads, {self.n_heads}, "
+                "where head_dim is not given"
+            )
+        # RoPE turns pairs of columns.
+        if self.attention_head_dim < 2 or self.attention_head_dim % 2:
+            raise ValueError(f"head_dim is {self.attention_head_dim}, must be even and positive")
+        if moe.top_k > moe.num_experts:
+            raise ValueError(
+                f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}"
+            )
+        if moe.score_func not in ("softmax", "sigmoid"):
+            raise ValueError(
+                f"moe_args.score_func is {moe.score_func!r}, must be 'softmax' or 'sigmoid'"
+            )
+        if moe.score_before_experts:
+            raise ValueError(
+                "moe_args.score_before_experts is True, must be False: "
+                "scores multiply the experts' outputs"
+            )
+        if moe.num_expert_groups is not None:
+            raise ValueError(
+                f"moe_args.num_expert_groups is {moe.num_expert_groups}, must be None: "
+                "node-limited routing is not supported"
+            )
+        self._validate_job_fields(section)
+
+    def _validate_job_fields(self, section: str) -> None:
+        moe_layers = self.moe_layer_ids
+        if len(self.save_percent) not in {1, len(moe_layers)}:
+            raise ValueError(
+                f"{section}save_percent has {len(self.save_percent)} numbers, "
+                f"{self.save_percent}, must have 1 or one per MoE layer, {len(moe_layers)}"
+            )
+        self.save_percent = [
+            validate_save_percent(p, field=f"{section}save_percent[{i}]")
+            for i, p in enumerate(self.save_percent)
+        ]
+        for name, allowed in (("backend", BACKENDS), ("load_balance_rule", BALANCE_RULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{section}{name} is {getattr(self, name)!r}, must be one of {allowed}"
+                )
+        rate = self.load_balance_rate
+        if isinstance(rate, (bool, str)) or not 0 <= rate < float("inf"):
+            raise ValueError(f"{section}load_balance_rate is {rate!r}, must be finite and >= 0")
+        if strangers := [i for i in self.load_balance_off_layers if i not in moe_layers]:
+            raise ValueError(
+                f"{section}load_balance_off_layers names {strangers}, but the MoE layers are "
+                f"{list(moe_layers)}"
+            )
+        if self.backend == STOCK_BACKEND:
+            if any(self.save_percent):
+                logger.warning(
+                    f"{section}save_percent has no effect with {section}backend = "
+                    f"{STOCK_BACKEND!r}: TorchTitan's MoE saves what autograd saves."
+                )
+            if self.check_ids:
+                logger.warning(
+                    f"{section}check_ids has no effect with {section}backend = {STOCK_BACKEND!r}."
+                )
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and FLOPs per token by TorchTitan's count (active parameters only)."""
+        return get_moe_model_nparams_and_flops(self, model, 2 * self.attention_head_dim, seq_len)
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} is {value!r}, must be an integer of at least {minimum}")
+
+
+def _refuse_unsupported(job_config: JobConfig) -> None:
+    for name in UNSUPPORTED_DEGREES:
+        if (degree := getattr(job_config.parallelism, name)) != 1:
+            raise ValueError(
+                f"parallelism.{name} is {degree}, must be 1: momoe_llama does not support it yet"
+            )
+    # TorchTitan's converters swap modules by type; float8 experts would need kernels of their own.
+    if job_config.model.converters:
+        raise ValueError(
+            f"model.converters is {job_config.model.converters}, must be empty: "
+            "quantised experts are not supported"
+        )

@@ -1,0 +1,171 @@
+"""The llama-MoE transformer: TorchTitan's llama 3 with MoE feed-forwards."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import distribute_tensor, DTensor
+from torchtitan.models.llama3.model.model import (
+    Attention,
+    precompute_freqs_cis,
+    Transformer,
+)
+from torchtitan.models.moe import FeedForward
+from torchtitan.protocols.model import AttentionMasksType
+
+from .args import MomoeLlamaArgs, STOCK_BACKEND
+from .moe import BalancedMoE, MomoeMoE, StockMoE
+
+
+class MomoeAttention(Attention):
+    """TorchTitan's llama-3 attention with heads of any even width."""
+
+    def __init__(self, model_args: MomoeLlamaArgs):
+        super().__init__(model_args)
+        head_dim, dim = model_args.attention_head_dim, model_args.dim
+        if head_dim != self.head_dim:
+            self.head_dim = head_dim
+            self.wq = nn.Linear(dim, self.n_heads * head_dim, bias=False)
+            self.wk = nn.Linear(dim, self.n_kv_heads * head_dim, bias=False)
+            self.wv = nn.Linear(dim, self.n_kv_heads * head_dim, bias=False)
+            self.wo = nn.Linear(self.n_heads * head_dim, dim, bias=False)
+
+
+class MomoeBlock(nn.Module):
+    """Pre-norm transformer block. `moe_enabled` says whether its second half is `moe` or
+    `feed_forward`, as in TorchTitan's MoE models."""
+
+    def __init__(self, layer_id: int, model_args: MomoeLlamaArgs):
+        super().__init__()
+        dim = model_args.dim
+        self.attention = MomoeAttention(model_args)
+        self.attention_norm = nn.RMSNorm(dim, eps=model_args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(dim, eps=model_args.norm_eps)
+        self.moe_enabled = layer_id in model_args.moe_layer_ids
+        if self.moe_enabled:
+            self.moe = build_moe(layer_id, model_args)
+        else:
+            self.feed_forward = FeedForward(dim, model_args.dense_hidden_dim)
+        depth = layer_id + 1 if model_args.depth_init else model_args.n_layers
+        self.weight_init_std = 0.02 / (2 * depth) ** 0.5
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        attention_masks: AttentionMasksType | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, L, D) -> (B, L, D); the other arguments are those of TorchTitan's Attention."""
+        h_BLD = x_BLD + self.attention(
+            self.attention_norm(x_BLD), freqs_cis, attention_masks, positions
+        )
+        feed_forward = self.moe if self.moe_enabled else self.feed_forward
+        return h_BLD + feed_forward(self.ffn_norm(h_BLD))
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        with whole_parameters(self):
+            self.attention_norm.reset_parameters()
+            self.ffn_norm.reset_parameters()
+            self.attention.init_weights(self.weight_init_std)
+            if self.moe_enabled:
+                device = buffer_device or self.moe.expert_bias.device
+                self.moe.init_weights(self.weight_init_std, device)
+            else:
+                self.feed_forward.init_weights(self.weight_init_std)
+
+
+def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
+    """The MoE layer that `model_args.backend` asks for."""
+    common = dict(
+        moe_args=model_args.moe_args,
+        dim=model_args.dim,
+        hidden_dim=model_args.moe_hidden_dim,
+        balance_rate=model_args.layer_balance_rate(layer_id),
+        balance_rule=model_args.load_balance_rule,
+    )
+    if model_args.backend == STOCK_BACKEND:
+        return StockMoE(**common)
+    return MomoeMoE(
+        **common,
+        save_percent=model_args.layer_save_percent(layer_id),
+        backend=model_args.backend,
+        check_ids=model_args.check_ids,
+    )
+
+
+class MomoeLlama(Transformer):
+    """Llama 3 with `MomoeBlock` layers.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+
+    def __init__(self, model_args: MomoeLlamaArgs):
+        model_args.validate()
+        # no layers: the base class would fill them with dense blocks
+        super().__init__(dataclasses.replace(model_args, n_layers=0))
+        self.model_args = model_args
+        self.n_layers = model_args.n_layers
+        for layer_id in range(model_args.n_layers):
+            self.layers[str(layer_id)] = MomoeBlock(layer_id, model_args)
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draw all weights, the same from one seed on any number of FSDP ranks and with either
+        MoE backend; zero the load-balancing state.
+
+        Args:
+            buffer_device: where buffers go; None for where they are.
+        """
+        buffer_device = buffer_device or self.freqs_cis.device
+        ends = [m for m in (self.tok_embeddings, self.norm, self.output) if m is not None]
+        with whole_parameters(*ends):
+            super().init_weights(buffer_device)
+        for module in self.modules():
+            if isinstance(module, BalancedMoE):
+                module.reset_balance_state(buffer_device)
+
+    def _precompute_freqs_cis(self) -> torch.Tensor:
+        return precompute_freqs_cis(
+            self.model_args.attention_head_dim,
+            self.model_args.max_seq_len,
+            self.model_args.rope_theta,
+            self.model_args.rope_scaling_args,
+        )
+
+
+@contextlib.contextmanager
+def whole_parameters(*modules: nn.Module) -> Iterator[None]:
+    """Let code that initialises parameters see whole tensors where FSDP left shards.
+
+    Every rank then draws the whole tensor from the same generator state and keeps its shard.
+    Drawing shards instead gives other weights on every number of ranks, and on a CPU, where
+    DTensor does not manage the generator, the same values in every rank's shard: experts that
+    start equal, with equal router rows, and stay equal. Costs the memory of the modules' whole
+    parameters for the while.
+    """
+    shards: list[tuple[nn.Module, str, DTensor]] = []
+    for root in modules:
+        for module in root.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, DTensor):
+                    shards.append((module, name, parameter))
+                    local = parameter.to_local()
+                    whole = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
+                    module._parameters[name] = nn.Parameter(whole)
+    try:
+        yield
+        for module, name, shard in shards:
+            whole = module._parameters[name].detach()
+            # src_data_rank=None: all ranks hold the same tensor, nothing is sent
+            new = distribute_tensor(
+                whole, shard.device_mesh, shard.placements, src_data_rank=None
+            )
+            shard.to_local().copy_(new.to_local())
+    finally:
+        for module, name, shard in shards:
+            module._parameters[name] = shard
