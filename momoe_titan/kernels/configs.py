@@ -40,11 +40,11 @@ class TileConfig:
 # row-tiled kernels of one architecture share block_m: they share one list of row tiles
 _TABLE = {
     "interpreter": dict.fromkeys(KERNELS, TileConfig(16, 16, 16, 1, 1)),
-    "float32": dict.fromkeys(KERNELS, TileConfig(64, 64, 32, 4, 2)),
-    "sm80": {  # also every GPU without a row of its own: 99 KiB of shared memory suffice
+    "float32": dict.fromkeys(KERNELS, TileConfig(64, 64, 32, 4, 2)) | {"up_proj": TileConfig(64, 32, 32, 4, 2)},
+    "sm80": {  # also every GPU without a row of its own, and odd widths: 99 KiB of shared memory suffice
         "up_proj": TileConfig(128, 64, 32, 8, 3),
         "down_proj": TileConfig(128, 128, 32, 8, 3),
-        "down_proj_backward": TileConfig(128, 128, 32, 8, 3),
+        "down_proj_backward": TileConfig(128, 64, 32, 8, 3),
         "up_proj_backward": TileConfig(128, 128, 32, 8, 3),
         "weight_grad": TileConfig(128, 128, 32, 8, 3),
     },
@@ -80,6 +80,8 @@ def tile_configs(x: torch.Tensor, ffn: int) -> dict[str, TileConfig]:
     kind, name = _device_kind(x.device.index if x.device.index is not None else torch.cuda.current_device())
     if x.dtype == torch.float32:
         return _TABLE["float32"]
+    if x.shape[-1] % 64 or ffn % 64:
+        kind = "sm80"  # masks and unaligned loads take registers: large tiles would spill
     return _tuned(name).get(cache_key(x.dtype, x.shape[-1], ffn), _TABLE[kind])
 
 

@@ -73,6 +73,28 @@ def down_proj(
     )
 
 
+@triton.jit
+def _swiglu_backward(dact, score, rows, end, cols, z_ptr, dz_ptr, act_ptr, F: tl.constexpr):
+    """Stores dz and score * act for one block of rows and columns; returns the row sums of dact * act.
+
+    z_ptr has one base pointer for each row.
+    """
+    mask = (rows < end)[:, None] & (cols < F)[None, :]
+    rows64 = rows.to(tl.int64)[:, None]
+    offs = rows64 * (2 * F) + cols[None, :]
+    up = tl.load(z_ptr[:, None] + offs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(z_ptr[:, None] + F + offs, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    act = up * silu
+    dscore = tl.sum(dact * act, axis=1)
+    tl.store(act_ptr + rows64 * F + cols[None, :], (act * score[:, None]).to(act_ptr.dtype.element_ty), mask=mask)
+    dact *= score[:, None]
+    tl.store(dz_ptr + offs, (dact * silu).to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(dz_ptr + F + offs, (dact * up * (sigmoid + silu * (1 - sigmoid))).to(dz_ptr.dtype.element_ty), mask=mask)
+    return dscore
+
+
 @triton.jit(do_not_specialize=["num_saved"])
 def _down_proj_backward_kernel(
     dout_ptr,
@@ -129,25 +151,14 @@ def _down_proj_backward_kernel(
         UPCAST,
     )
     score = tl.load(scores_ptr + tl.load(slot_ptr + live_rows)).to(tl.float32)
-    mask = (rows < end)[:, None] & (cols < F)[None, :]
-    rows64 = rows.to(tl.int64)
-    offs = rows64[:, None] * (2 * F) + cols[None, :]
-    saved = (rows < num_saved)[:, None]
-    up = tl.load(z_saved_ptr + offs, mask=mask & saved, other=0.0).to(tl.float32)
-    gate = tl.load(z_saved_ptr + F + offs, mask=mask & saved, other=0.0).to(tl.float32)
-    up = tl.where(saved, up, tl.load(dz_ptr + offs, mask=mask & (rows >= num_saved)[:, None], other=0.0).to(tl.float32))
-    gate = tl.where(
-        saved, gate, tl.load(dz_ptr + F + offs, mask=mask & (rows >= num_saved)[:, None], other=0.0).to(tl.float32)
-    )
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    act = up * silu
-    tl.store(dscore_ptr + rows64 * NUM_N + n, tl.sum(dact * act, axis=1), mask=rows < end)
-    dact *= score[:, None]
-    tl.store(dz_ptr + offs, (dact * silu).to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dz_ptr + F + offs, (dact * up * (sigmoid + silu * (1 - sigmoid))).to(dz_ptr.dtype.element_ty), mask=mask)
-    act_ptrs = act_ptr + rows64[:, None] * F + cols[None, :]
-    tl.store(act_ptrs, (act * score[:, None]).to(act_ptr.dtype.element_ty), mask=mask)
+    z_ptr = tl.where(rows < num_saved, z_saved_ptr, dz_ptr)
+    # by halves: a whole tile of z, act and dz beside dact does not fit the registers
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = tl.split(tl.permute(tl.reshape(dact, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    left_cols = n * BLOCK_N + tl.arange(0, HALF)
+    dscore = _swiglu_backward(left, score, rows, end, left_cols, z_ptr, dz_ptr, act_ptr, F)
+    dscore += _swiglu_backward(right, score, rows, end, left_cols + HALF, z_ptr, dz_ptr, act_ptr, F)
+    tl.store(dscore_ptr + rows.to(tl.int64) * NUM_N + n, dscore, mask=rows < end)
 
 
 def down_proj_backward(
