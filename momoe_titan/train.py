@@ -1,0 +1,247 @@
+"""Train through TorchTitan's own trainer, also where there is no GPU.
+
+    python -m momoe_titan.train --job.config_file train_configs/debug_model.toml
+    torchrun --nproc_per_node=2 -m momoe_titan.train --job.config_file ...
+
+On a GPU this is `torchrun -m torchtitan.train` with the configuration checked
+before anything is built. On the CPU it also supplies what TorchTitan 0.2.2 takes
+for granted from a GPU: see `describe_cpu` and `prepare_cpu_job`. Without torchrun
+it is a job of one process.
+
+Exit status: 0 after training, 2 for a configuration that cannot be used (with a
+message that names the field), another one when training fails.
+"""
+
+import copy
+import importlib
+import os
+import sys
+import tempfile
+import tomllib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+# TorchTitan reads the device type once, where it is first imported (many of its
+# modules bind the value), so it must not be imported above `describe_cpu`.
+
+
+class CpuDevice:
+    """What TorchTitan asks of its device module, for a CPU.
+
+    torch.cpu itself will not do: its current device is "cpu", where a barrier
+    wants an index.
+    """
+
+    @staticmethod
+    def set_device(device: torch.device) -> None:
+        """Nothing to choose from."""
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def synchronize() -> None:
+        """The CPU has nothing under way when a call returns."""
+
+
+@contextmanager
+def describe_cpu() -> Iterator[None]:
+    """While open, TorchTitan sees that the device of this machine is the CPU.
+
+    Three functions stand in for their originals: during TorchTitan's import the
+    two by which it learns the device's type and module (TorchTitan 0.2.2 falls back
+    to "cuda" where there is no device), and while the job runs the one that looks
+    up a device's peak FLOPS (which takes an unknown device for an A100). A CPU's
+    peak is not a number: no utilisation is reported rather than a wrong one.
+
+    Raises:
+        RuntimeError: TorchTitan was imported before and took the device for a GPU.
+    """
+    with (
+        mock.patch("torch._utils._get_available_device_type", return_value="cpu"),
+        mock.patch("torch._utils._get_device_module", return_value=CpuDevice),
+    ):
+        from torchtitan.tools import utils
+    if utils.device_type != "cpu":
+        raise RuntimeError(
+            "momoe_titan.train must be started before torchtitan is imported on a "
+            "machine without a GPU"
+        )
+    with mock.patch.object(utils, "get_peak_flops", return_value=float("nan")):
+        yield
+
+
+def set_single_process_defaults() -> None:
+    """Environment of a job of one process, where torchrun has set none."""
+    if "RANK" in os.environ:
+        return
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "0"),  # the store picks a free one
+    ):
+        os.environ[name] = value
+
+
+def was_given(field: str, args: list[str]) -> bool:
+    """Whether `field` ("section.name") is set on the command line or in its file."""
+    section, name = field.split(".")
+    options: dict[str, str] = {}
+    for i, arg in enumerate(args):
+        key, has_value, value = arg.partition("=")
+        following = args[i + 1] if i + 1 < len(args) else ""
+        options[key.replace("-", "_")] = value if has_value else following
+    if f"__{field}" in options:
+        return True
+    file = options.get("__job.config_file")
+    if file is None:
+        return False
+    with open(file, "rb") as f:
+        return name in tomllib.load(f).get(section, {})
+
+
+def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
+    """Adapt a configuration to the CPU, in place.
+
+    Mixed precision becomes float32 unless `training.mixed_precision_param` was
+    given: bfloat16 saves no memory worth having there and is slower.
+
+    Raises:
+        ValueError: The job asks for something that only a GPU has.
+    """
+    from torchtitan.tools.logging import logger
+
+    for field, given in (
+        ("training.enable_cpu_offload", config.training.enable_cpu_offload),
+        (
+            "profiling.enable_memory_snapshot",
+            config.profiling.enable_memory_snapshot,
+        ),
+    ):
+        if given:
+            raise ValueError(f"{field} is true, but this machine has no GPU")
+    if not was_given("training.mixed_precision_param", args):
+        config.training.mixed_precision_param = "float32"
+    logger.info(
+        "No GPU: training on the CPU with "
+        f"{torch.get_num_threads()} threads per process, "
+        f"{config.training.mixed_precision_param} arithmetic"
+    )
+    # Every process of the job is on the one device "cpu:0".
+    os.environ["LOCAL_RANK"] = "0"
+    # TorchTitan turns autocast on with float32 too, which is the same as off.
+    warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype")
+
+
+def check_config(config: "JobConfig") -> None:
+    """Refuse a job that would fail later, before anything is built.
+
+    Also resolves `model.hf_assets_path` where it names a folder of this package.
+
+    Raises:
+        ValueError: Names the field and its value.
+    """
+    from torchtitan.hf_datasets.text_datasets import DATASETS
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    from momoe_titan.data import build_tokenizer, resolve_assets_path
+
+    module = config.experimental.custom_import
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            raise ValueError(f"experimental.custom_import {module!r}: {e}") from e
+
+    folder = config.job.dump_folder
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"job.dump_folder {folder!r} cannot be written: {e}") from e
+
+    try:
+        spec = get_train_spec(config.model.name)
+    except ValueError as e:
+        raise ValueError(f"model.name {config.model.name!r}: {e}") from e
+    if config.model.flavor not in spec.model_args:
+        raise ValueError(
+            f"model.flavor {config.model.flavor!r} is none of "
+            f"{', '.join(map(repr, spec.model_args))}"
+        )
+    # The trainer updates the registered arguments; the check must not.
+    model_args = copy.deepcopy(spec.model_args[config.model.flavor])
+    model_args.update_from_config(config)
+
+    config.model.hf_assets_path = resolve_assets_path(config.model.hf_assets_path)
+    n_tokens = build_tokenizer(config).get_vocab_size()
+    n_embedded = getattr(model_args, "vocab_size", n_tokens)
+    if n_tokens > n_embedded:
+        raise ValueError(
+            f"model.hf_assets_path {config.model.hf_assets_path!r} has a tokenizer of "
+            f"{n_tokens} entries, but the model embeds {n_embedded}; set "
+            f"momoe.vocab_size to {n_tokens} or more"
+        )
+
+    datasets = [("training.dataset", config.training.dataset)]
+    if config.validation.enable:
+        datasets.append(("validation.dataset", config.validation.dataset))
+    for field, name in datasets:
+        if name.lower() not in DATASETS:
+            raise ValueError(
+                f"{field} {name!r} is none of {', '.join(map(repr, DATASETS))}"
+            )
+
+
+def run(args: list[str]) -> None:
+    """Read the configuration, check it, train.
+
+    Args:
+        args: Those of the process, which TorchTitan reads by itself.
+    """
+    from torchtitan import train as titan
+
+    from momoe_titan.data import DataError
+
+    config_accepted = False
+
+    def build_trainer(config: "JobConfig") -> Any:
+        nonlocal config_accepted
+        if not torch.cuda.is_available():
+            prepare_cpu_job(config, args)
+        check_config(config)
+        config_accepted = True
+        return titan.Trainer(config)
+
+    try:
+        titan.main(build_trainer)
+    except ValueError as e:
+        if config_accepted and not isinstance(e, DataError):
+            raise
+        # The message says which field to change; a traceback would bury it.
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    set_single_process_defaults()
+    if torch.cuda.is_available():
+        run(sys.argv[1:])
+    else:
+        with describe_cpu():
+            run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
