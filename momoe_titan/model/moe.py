@@ -260,7 +260,11 @@ class MomoeMoE(BalancedMoE):
 class _StockRouter(MomoeRouter):
     def forward(self, x_TD, expert_bias_E=None):
         scores_TK, ids_TK = super().forward(x_TD, expert_bias_E)
-        return scores_TK, ids_TK, _count(ids_TK, self.num_experts)
+        # The base class adds these to tokens_per_expert in every forward.
+        counts_E = ids_TK.new_zeros(self.num_experts)
+        if feeds_balancing(self):
+            accumulate_counts(counts_E, _count(ids_TK, self.num_experts))
+        return scores_TK, ids_TK, counts_E
 
 
 class _StockReorderer(TokenReorderer):
@@ -305,18 +309,6 @@ class StockMoE(BalancedMoE):
             balance_rule=balance_rule,
         )
         self.reorderer = _StockReorderer(moe_args.num_experts, moe_args.top_k)
-
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x (B, L, D) -> out (B, L, D)."""
-        # The base class adds to tokens_per_expert in every forward: undo it, then count.
-        counted_E = self.tokens_per_expert.clone()
-        out_BLD = super().forward(x_BLD)
-        with torch.no_grad():
-            new_E = self.tokens_per_expert - counted_E
-            self.tokens_per_expert.copy_(counted_E)
-        if feeds_balancing(self):
-            accumulate_counts(self.tokens_per_expert, new_E)
-        return out_BLD
 
 
 def _start_missing_state_at_zero(
