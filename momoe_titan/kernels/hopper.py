@@ -1,0 +1,983 @@
+"""Grouped GEMMs of the expert MLP for Hopper (sm_90), in Gluon.
+
+Every kernel here is one persistent, warp-specialised loop over 128x256 output tiles: a producer
+warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are gathered through
+their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and a
+short epilogue sends the result out through TMA stores that are clipped at the last row of the
+expert. The kernels differ in their operands (`TokenRows`, `PlainRows`, `ExpertWeights`,
+`TokenSteps`, `PlainSteps`), in their tile order (`RowTiles`, `WeightTiles`) and in their epilogue.
+
+Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
+"""
+
+import functools
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
+
+HALF = gl.constexpr(64)  # output rows of one consumer
+BM = gl.constexpr(128)  # output rows of a tile
+BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the same 128 of gate
+BK = gl.constexpr(64)  # contraction of one stage
+CHUNK = gl.constexpr(64)  # columns of one TMA store
+STAGES = gl.constexpr(4)
+STAGING = gl.constexpr(2)  # store buffers of one consumer
+
+# Three warpgroups share 504 registers per thread lane: the second consumer and the producer ask for
+# these, the first consumer is left with as many as the second.
+CONSUMER_REGISTERS = gl.constexpr(232)
+PRODUCER_REGISTERS = gl.constexpr(40)
+
+# A descriptor for ragged rows has two extra dimensions whose strides cancel modulo 2^64, so that
+# the bounds check on the row dimension can be placed at any row (see triton.tools.ragged_tma).
+RAGGED_ROWS = gl.constexpr(1 << 30)
+RAGGED_OUTER = 0x7FFF0000
+RAGGED_WRAP = 1 << 34
+
+TILE_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+RAGGED_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
+BARRIER_SMEM = gl.constexpr(mbarrier.MBarrierLayout())
+# Layout of a cp.async: 16 bytes a thread, 128 bytes of one row by eight neighbours.
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+# Layouts of the (64, 32) slices that the SwiGLU backward works through: as the accumulator has them,
+# and for reading from global memory, 8 bytes a thread, where each row stays with the four threads
+# that the first gives it.
+SLICE = gl.constexpr(32)
+SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+SLICE_LOAD = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
+    )
+)
+SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 2))
+RAGGED_SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 4))
+# 128-byte lines of a consumer's 64 rows
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
+
+
+# ---- pipeline ----
+
+
+@aggregate
+class Ring:
+    """Shared-memory stages between the producer and the two consumers."""
+
+    lhs: gl.shared_memory_descriptor  # (2 * STAGES, 64, 64), a half per consumer
+    rhs: gl.shared_memory_descriptor  # (STAGES, BK, BN), or (STAGES, BN, BK) if K-major
+    ready: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    LHS_IS_KM: gl.constexpr  # the contraction runs along the rows of lhs
+    RHS_IS_NK: gl.constexpr  # the contraction runs along the columns of rhs
+    GATHERS: gl.constexpr  # one operand arrives by cp.async
+
+    @gluon.constexpr_function
+    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS):
+        self.lhs = lhs
+        self.rhs = rhs
+        self.ready = ready
+        self.empty = empty
+        self.LHS_IS_KM = gl.constexpr(LHS_IS_KM)
+        self.RHS_IS_NK = gl.constexpr(RHS_IS_NK)
+        self.GATHERS = gl.constexpr(GATHERS)
+
+
+@gluon.jit
+def _make_ring(dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr, GATHERS: gl.constexpr):
+    lhs = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], TILE_SMEM)
+    if RHS_IS_NK:
+        rhs = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], TILE_SMEM)
+    else:
+        rhs = gl.allocate_shared_memory(dtype, [STAGES, BK, BN], TILE_SMEM)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
+    for i in gl.static_range(STAGES):
+        # one arrival for the TMA bytes, and one of each producer thread for its own copies
+        mbarrier.init(ready.index(i), count=129 if GATHERS else 1)
+        mbarrier.init(empty.index(i), count=2)
+    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS)
+
+
+@gluon.jit
+def _advance(stage, phase):
+    stage += 1
+    phase = gl.where(stage == STAGES, phase ^ 1, phase)
+    stage = gl.where(stage == STAGES, 0, stage)
+    return stage, phase
+
+
+@gluon.jit
+def _producer(ring, tiles, lhs, rhs):
+    """Fills the ring, tile by tile, step by step."""
+    stage = 0
+    phase = 1
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        lhs_tokens = lhs.tokens(tile, tile.k_begin)
+        rhs_tokens = rhs.tokens(tile, tile.k_begin)
+        for k in range(tile.k_begin, tile.k_end, BK):
+            ready = ring.ready.index(stage)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
+            rhs.load(tile, k, rhs_tokens, ready, ring.rhs.index(stage))
+            lhs.load(tile, k, lhs_tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
+            if ring.GATHERS:
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+            lhs_tokens = lhs.next_tokens(tile, k + BK, lhs_tokens)
+            rhs_tokens = rhs.next_tokens(tile, k + BK, rhs_tokens)
+            stage, phase = _advance(stage, phase)
+
+
+@gluon.jit
+def _accumulate(ring, tile, stage, phase, W: gl.constexpr):
+    """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight."""
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
+    last = stage
+    for k in range(tile.k_begin, tile.k_end, BK):
+        mbarrier.wait(ring.ready.index(stage), phase)
+        if ring.GATHERS:
+            fence_async_shared()  # cp.async wrote through the generic proxy
+        lhs = ring.lhs.index(2 * stage + W)
+        rhs = ring.rhs.index(stage)
+        if ring.LHS_IS_KM:
+            lhs = lhs.permute((1, 0))
+        if ring.RHS_IS_NK:
+            rhs = rhs.permute((1, 0))
+        acc = warpgroup_mma(lhs, rhs, acc, is_async=True, use_acc=k > tile.k_begin)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(ring.empty.index(last), pred=k > tile.k_begin)
+        last = stage
+        stage, phase = _advance(stage, phase)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(ring.empty.index(last), pred=tile.k_end > tile.k_begin)
+    return acc, stage, phase
+
+
+@gluon.jit
+def _hand_back(ring, tile, stage, phase):
+    """Frees the tile's stages unread: none of this consumer's rows exist."""
+    for k in range(tile.k_begin, tile.k_end, BK):
+        mbarrier.wait(ring.ready.index(stage), phase)
+        mbarrier.arrive(ring.empty.index(stage))
+        stage, phase = _advance(stage, phase)
+    return stage, phase
+
+
+# ---- tiles ----
+
+
+@aggregate
+class Tile:
+    """One output tile: rows [row, row_end), at most 128 of them, columns from col, contraction [k_begin, k_end)."""
+
+    expert: gl.tensor
+    row: gl.tensor
+    row_end: gl.tensor
+    col: gl.tensor
+    k_begin: gl.tensor
+    k_end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, expert, row, row_end, col, k_begin, k_end):
+        self.expert = expert
+        self.row = row
+        self.row_end = row_end
+        self.col = col
+        self.k_begin = k_begin
+        self.k_end = k_end
+
+
+@aggregate
+class RowTiles:
+    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert."""
+
+    tiles_ptr: gl.tensor
+    offsets_ptr: gl.tensor
+    num_tiles: gl.tensor
+    first_tile: gl.tensor
+    num_cols: gl.tensor  # column tiles
+    k_end: gl.tensor
+    COLS: gl.constexpr  # columns of a tile in each output
+
+    @gluon.constexpr_function
+    def __init__(self, tiles_ptr, offsets_ptr, num_tiles, first_tile, num_cols, k_end, COLS):
+        self.tiles_ptr = tiles_ptr
+        self.offsets_ptr = offsets_ptr
+        self.num_tiles = num_tiles
+        self.first_tile = first_tile
+        self.num_cols = num_cols
+        self.k_end = k_end
+        self.COLS = gl.constexpr(COLS)
+
+    @gluon.jit
+    def begin(self):
+        return self.first_tile * self.num_cols + gl.program_id(0)
+
+    @gluon.jit
+    def end(self):
+        return self.num_tiles * self.num_cols
+
+    @gluon.jit
+    def word(self, t):
+        """Packed (j << 16) | expert of tile t; fetched one tile ahead of its use."""
+        return gl.load(self.tiles_ptr + gl.maximum(gl.minimum(t // self.num_cols, self.num_tiles - 1), 0))
+
+    @gluon.jit
+    def tile(self, t, word):
+        expert = word & 0xFFFF
+        row = gl.load(self.offsets_ptr + expert) + (word >> 16 & 0xFFFF) * BM
+        row_end = gl.load(self.offsets_ptr + expert + 1)
+        return Tile(expert, row, row_end, t % self.num_cols * self.COLS, gl.to_tensor(0), self.k_end)
+
+
+@aggregate
+class WeightTiles:
+    """Tiles over a weight gradient (E * M, N): an expert's tiles follow each other and share its rows."""
+
+    offsets_ptr: gl.tensor
+    E: gl.tensor
+    M: gl.tensor
+    num_rows: gl.tensor  # row tiles of one expert
+    num_cols: gl.tensor  # column tiles
+
+    @gluon.constexpr_function
+    def __init__(self, offsets_ptr, E, M, num_rows, num_cols):
+        self.offsets_ptr = offsets_ptr
+        self.E = E
+        self.M = M
+        self.num_rows = num_rows
+        self.num_cols = num_cols
+
+    @gluon.jit
+    def begin(self):
+        return gl.program_id(0)
+
+    @gluon.jit
+    def end(self):
+        return self.E * self.num_rows * self.num_cols
+
+    @gluon.jit
+    def word(self, t):
+        return 0
+
+    @gluon.jit
+    def tile(self, t, word):
+        expert = t // (self.num_rows * self.num_cols)
+        q = t % (self.num_rows * self.num_cols)
+        row = expert * self.M + q // self.num_cols * BM
+        return Tile(
+            expert,
+            row,
+            (expert + 1) * self.M,
+            q % self.num_cols * BN,
+            gl.load(self.offsets_ptr + expert),
+            gl.load(self.offsets_ptr + expert + 1),
+        )
+
+
+# ---- operands ----
+
+
+@gluon.jit
+def _token_tile(ptr, stride, tokens, first_col, COLS: gl.constexpr):
+    """Pointers to COLS columns, from first_col, of the rows in tokens."""
+    cols = first_col + gl.arange(0, COLS, gl.SliceLayout(0, COPY))
+    return ptr + (tokens.to(gl.int64) * stride)[:, None] + cols[None, :]
+
+
+@aggregate
+class TokenRows:
+    """lhs whose row r is row token_R[r] of a (T, contraction) tensor."""
+
+    ptr: gl.tensor
+    stride: gl.tensor
+    token_ptr: gl.tensor
+    BYTES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, stride, token_ptr):
+        self.ptr = ptr
+        self.stride = stride
+        self.token_ptr = token_ptr
+        self.BYTES = gl.constexpr(0)
+
+    @gluon.jit
+    def tokens(self, tile, k):
+        row = tile.row + gl.arange(0, HALF, gl.SliceLayout(1, COPY))
+        upper = gl.load(self.token_ptr + gl.minimum(row, tile.row_end - 1))
+        lower = gl.load(self.token_ptr + gl.minimum(row + HALF, tile.row_end - 1))
+        return upper, lower
+
+    @gluon.jit
+    def next_tokens(self, tile, k, tokens):
+        return tokens
+
+    @gluon.jit
+    def load(self, tile, k, tokens, ready, upper, lower):
+        async_copy.async_copy_global_to_shared(upper, _token_tile(self.ptr + k, self.stride, tokens[0], 0, BK))
+        async_copy.async_copy_global_to_shared(lower, _token_tile(self.ptr + k, self.stride, tokens[1], 0, BK))
+
+
+@aggregate
+class PlainRows:
+    """lhs read in place: rows of an (R, contraction) tensor. Rows past the expert are not stored."""
+
+    desc: tma.tensor_descriptor
+    BYTES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, desc):
+        self.desc = desc
+        self.BYTES = gl.constexpr(2 * 128 * 64)
+
+    @gluon.jit
+    def tokens(self, tile, k):
+        return 0
+
+    @gluon.jit
+    def next_tokens(self, tile, k, tokens):
+        return tokens
+
+    @gluon.jit
+    def load(self, tile, k, tokens, ready, upper, lower):
+        tma.async_copy_global_to_shared(self.desc, [tile.row, k], ready, upper)
+        tma.async_copy_global_to_shared(self.desc, [tile.row + HALF, k], ready, lower)
+
+
+@aggregate
+class ExpertWeights:
+    """rhs from the experts' weights, stacked along the rows of a 2-d descriptor.
+
+    GATE_COL None: one block of 256 columns from first_col + tile.col. Otherwise two of 128: up, and
+    gate, which starts gate_col further right.
+    """
+
+    desc: tma.tensor_descriptor
+    rows: gl.tensor  # descriptor rows of one expert
+    first_col: gl.tensor
+    gate_col: gl.tensor
+    IS_NK: gl.constexpr
+    GATED: gl.constexpr
+    BYTES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, desc, rows, first_col, gate_col, IS_NK, GATED):
+        self.desc = desc
+        self.rows = rows
+        self.first_col = first_col
+        self.gate_col = gate_col
+        self.IS_NK = gl.constexpr(IS_NK)
+        self.GATED = gl.constexpr(GATED)
+        self.BYTES = gl.constexpr(2 * 256 * 64)
+
+    @gluon.jit
+    def tokens(self, tile, k):
+        return 0
+
+    @gluon.jit
+    def next_tokens(self, tile, k, tokens):
+        return tokens
+
+    @gluon.jit
+    def load(self, tile, k, tokens, ready, buffer):
+        row = tile.expert * self.rows
+        col = self.first_col + tile.col
+        if self.GATED:
+            width: gl.constexpr = BN // 2
+            tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer.slice(0, width, 1))
+            tma.async_copy_global_to_shared(
+                self.desc, [row + k, self.gate_col + col], ready, buffer.slice(width, width, 1)
+            )
+        elif self.IS_NK:
+            tma.async_copy_global_to_shared(self.desc, [row + col, k], ready, buffer)
+        else:
+            tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer)
+
+
+@gluon.jit
+def _step_tokens(token_ptr, tile, k):
+    row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
+    return gl.load(token_ptr + gl.minimum(row, tile.k_end - 1), mask=tile.k_end > tile.k_begin, other=0)
+
+
+@aggregate
+class TokenSteps:
+    """Operand of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
+
+    ptr: gl.tensor
+    stride: gl.tensor
+    token_ptr: gl.tensor
+    width: gl.tensor
+    BYTES: gl.constexpr
+    IS_LHS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, stride, token_ptr, width, IS_LHS):
+        self.ptr = ptr
+        self.stride = stride
+        self.token_ptr = token_ptr
+        self.width = width
+        self.BYTES = gl.constexpr(0)
+        self.IS_LHS = gl.constexpr(IS_LHS)
+
+    @gluon.jit
+    def tokens(self, tile, k):
+        return _step_tokens(self.token_ptr, tile, k)
+
+    @gluon.jit
+    def next_tokens(self, tile, k, tokens):
+        return _step_tokens(self.token_ptr, tile, k)
+
+    @gluon.jit
+    def load(self, tile, k, tokens, ready, first, second=None):
+        live = (k + gl.arange(0, BK, gl.SliceLayout(1, COPY)) < tile.k_end)[:, None]
+        if self.IS_LHS:
+            col = tile.row - tile.expert * self.width
+            ptrs = _token_tile(self.ptr + col, self.stride, tokens, 0, HALF)
+            async_copy.async_copy_global_to_shared(first, ptrs, mask=live)
+            async_copy.async_copy_global_to_shared(second, ptrs + HALF, mask=live & (col + HALF < self.width))
+        else:
+            ptrs = _token_tile(self.ptr + tile.col, self.stride, tokens, 0, BN)
+            inside = (tile.col + gl.arange(0, BN, gl.SliceLayout(0, COPY)) < self.width)[None, :]
+            async_copy.async_copy_global_to_shared(first, ptrs, mask=live & inside)
+
+
+@aggregate
+class PlainSteps:
+    """Operand of a weight gradient read in place through a ragged descriptor: zeros past the expert's rows."""
+
+    desc: tma.tensor_descriptor
+    width: gl.tensor
+    BYTES: gl.constexpr
+    IS_LHS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, desc, width, IS_LHS):
+        self.desc = desc
+        self.width = width
+        self.BYTES = gl.constexpr(2 * 64 * (128 if IS_LHS else 256))
+        self.IS_LHS = gl.constexpr(IS_LHS)
+
+    @gluon.jit
+    def tokens(self, tile, k):
+        return 0
+
+    @gluon.jit
+    def next_tokens(self, tile, k, tokens):
+        return tokens
+
+    @gluon.jit
+    def load(self, tile, k, tokens, ready, first, second=None):
+        if self.IS_LHS:
+            col = tile.row - tile.expert * self.width
+            self.copy(tile, k, col, ready, first)
+            self.copy(tile, k, col + HALF, ready, second)
+        else:
+            self.copy(tile, k, tile.col, ready, first)
+
+    @gluon.jit
+    def copy(self, tile, k, col, ready, buffer):
+        tma.async_copy_global_to_shared(
+            self.desc, _ragged(k, tile.k_end, col), ready, _as_ragged(buffer, self.desc)
+        )
+
+
+# ---- epilogue pieces ----
+
+
+@gluon.jit
+def _ragged(row, row_end, col):
+    """Coordinates of a ragged descriptor: a block from (row, col) whose rows end at row_end."""
+    return RAGGED_ROWS, row_end, RAGGED_ROWS - (row_end - row), col
+
+
+@gluon.jit
+def _as_ragged(buffer, desc):
+    return buffer._reinterpret(desc.dtype, [1, 1, buffer.shape[0], buffer.shape[1]], desc.layout)
+
+
+@gluon.jit
+def _halves(v):
+    width: gl.constexpr = v.shape[1] // 2
+    return v.reshape([v.shape[0], 2, width]).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _quarters(v):
+    a, b = _halves(v)
+    a0, a1 = _halves(a)
+    b0, b1 = _halves(b)
+    return a0, a1, b0, b1
+
+
+@gluon.jit
+def _eighths(v):
+    q0, q1, q2, q3 = _quarters(v)
+    return _halves(q0) + _halves(q1) + _halves(q2) + _halves(q3)
+
+
+@gluon.jit
+def _store(v, desc, buffer, row, row_end, col):
+    """Sends a (64, 64) block out. Callers take the two buffers in turn, so one store may be pending."""
+    tma.store_wait(STAGING - 1)
+    buffer.store(v.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, _ragged(row, row_end, col), _as_ragged(buffer, desc))
+
+
+@gluon.jit
+def _sigmoid(g, FAST: gl.constexpr):
+    """FAST: one special-function instruction with a relative error of 2^-11 in the tanh, well inside bfloat16."""
+    if FAST:
+        h = 0.5 * g
+        s = 0.5 + 0.5 * gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [h], gl.float32, True, 1)
+    else:
+        s = 1.0 / (1.0 + gl.exp(-g))
+    return s
+
+
+# ---- kernels ----
+
+
+@gluon.jit
+def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.constexpr, W: gl.constexpr):
+    buffers = gl.allocate_shared_memory(act_desc.dtype, [STAGING, HALF, CHUNK], TILE_SMEM)
+    FAST: gl.constexpr = act_desc.dtype == gl.bfloat16
+    stage = 0
+    phase = 0
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        if row < tile.row_end:
+            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
+            up_0, up_1, gate_0, gate_1 = _quarters(acc)
+            z_row_end = gl.minimum(tile.row_end, z_end)
+            if row < z_row_end:
+                _store(up_0, z_up_desc, buffers.index(0), row, z_row_end, tile.col)
+                _store(gate_0, z_gate_desc, buffers.index(1), row, z_row_end, tile.col)
+            if ACT:
+                act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
+                _store(act_0, act_desc, buffers.index(0), row, tile.row_end, tile.col)
+            if row < z_row_end:
+                _store(up_1, z_up_desc, buffers.index(1 if ACT else 0), row, z_row_end, tile.col + CHUNK)
+                _store(gate_1, z_gate_desc, buffers.index(0 if ACT else 1), row, z_row_end, tile.col + CHUNK)
+            if ACT:
+                act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
+                _store(act_1, act_desc, buffers.index(1), row, tile.row_end, tile.col + CHUNK)
+        else:
+            stage, phase = _hand_back(ring, tile, stage, phase)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
+    """Index of the first tile with a row at or past first_row, by bisection (tiles are in row order)."""
+    low = gl.to_tensor(0)
+    high = num_tiles
+    while low < high:
+        middle = (low + high) // 2
+        word = gl.load(tiles_ptr + middle)
+        expert = word & 0xFFFF
+        row = gl.load(offsets_ptr + expert) + (word >> 16 & 0xFFFF) * BM
+        is_before = gl.minimum(row + BM, gl.load(offsets_ptr + expert + 1)) <= first_row
+        low = gl.where(is_before, middle + 1, low)
+        high = gl.where(is_before, high, middle)
+    return low
+
+
+_METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
+
+
+@gluon.jit(do_not_specialize=["first_row", "z_end"], do_not_specialize_on_alignment=_METADATA)
+def up_proj_kernel(
+    x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_end, ACT: gl.constexpr,
+):  # fmt: skip
+    """z = gather(x_TD) @ w1[e], act = up * silu(gate).
+
+    Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
+    Writes z rows below z_end of the tiles that reach first_row, and if ACT act_RF for all their rows.
+    """
+    num_tiles = gl.load(num_tiles_ptr)
+    if ACT:
+        first_tile = gl.to_tensor(0)
+    else:
+        first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
+    ring = _make_ring(act_desc.dtype, False, False, True)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128)
+    lhs = TokenRows(x_ptr, x_stride, token_ptr)
+    rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
+    gl.warp_specialize(
+        [
+            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT, 0)),
+            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT, 1)),
+            (_producer, (ring, tiles, lhs, rhs)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit
+def _store_consumer(ring, tiles, out_desc, W: gl.constexpr):
+    buffers = gl.allocate_shared_memory(out_desc.dtype, [STAGING, HALF, CHUNK], TILE_SMEM)
+    stage = 0
+    phase = 0
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        if row < tile.row_end:
+            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
+            quarters = _quarters(acc)
+            for i in gl.static_range(4):
+                _store(quarters[i], out_desc, buffers.index(i % 2), row, tile.row_end, tile.col + i * CHUNK)
+        else:
+            stage, phase = _hand_back(ring, tile, stage, phase)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["first_col"], do_not_specialize_on_alignment=_METADATA)
+def rows_kernel(
+    in_desc, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr, width, w_rows, first_col, num_cols,
+    W_IS_NK: gl.constexpr,
+):  # fmt: skip
+    """out[r] = in[r] @ w[e], columns [first_col, first_col + width of out): down projection, and dx.
+
+    Grid: one program per SM, each walks 128x256 tiles. in (R, width), out (R, columns);
+    w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
+    """
+    num_tiles = gl.load(num_tiles_ptr)
+    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256)
+    lhs = PlainRows(in_desc)
+    rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
+    gl.warp_specialize(
+        [
+            (_store_consumer, (ring, tiles, out_desc, 0)),
+            (_store_consumer, (ring, tiles, out_desc, 1)),
+            (_producer, (ring, tiles, lhs, rhs)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@aggregate
+class SavedZ:
+    """z rows of the backward: the first num_saved from z_saved, the others from z_rest; (rows, 2F) both."""
+
+    saved_ptr: gl.tensor
+    rest_ptr: gl.tensor
+    num_saved: gl.tensor
+    F: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, saved_ptr, rest_ptr, num_saved, F):
+        self.saved_ptr = saved_ptr
+        self.rest_ptr = rest_ptr
+        self.num_saved = num_saved
+        self.F = F
+
+    @gluon.jit
+    def _pointers(self, rows, cols):
+        base = gl.where(rows < self.num_saved, self.saved_ptr, self.rest_ptr)
+        return (base + rows.to(gl.int64) * (2 * self.F))[:, None] + cols[None, :]
+
+    @gluon.jit
+    def load(self, row, row_end, col):
+        """(64, 32) slices of up and gate from (row, col), zeros outside."""
+        rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_LOAD))
+        ptrs = self._pointers(rows, col + gl.arange(0, SLICE, gl.SliceLayout(0, SLICE_LOAD)))
+        mask = (rows < row_end)[:, None] & (col < self.F)
+        return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + self.F, mask=mask, other=0.0)
+
+    @gluon.jit
+    def prefetch(self, row, row_end, col):
+        """Brings (64, 256) blocks of up and gate from (row, col) into the L2."""
+        rows = gl.minimum(row + gl.arange(0, HALF, gl.SliceLayout(1, LINES)), row_end - 1)
+        cols = gl.minimum(col + CHUNK * gl.arange(0, BN // CHUNK, gl.SliceLayout(0, LINES)), self.F - 1)
+        up = self._pointers(rows, cols).to(gl.int64)
+        gate = self._pointers(rows, self.F + cols).to(gl.int64)
+        asm: gl.constexpr = "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.u32 $0, 0;"
+        gl.inline_asm_elementwise(asm, "=r,l,l", [up, gate], gl.int32, False, 1)
+
+
+@gluon.jit
+def _down_backward_consumer(
+    ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, W: gl.constexpr
+):
+    dtype: gl.constexpr = act_desc.dtype
+    FAST: gl.constexpr = dtype == gl.bfloat16
+    dz_up_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
+    dz_gate_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
+    act_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
+    stage = 0
+    phase = 0
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        if row < tile.row_end:
+            z.prefetch(row, tile.row_end, tile.col)
+            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
+            slices = _eighths(acc)
+            rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+            score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
+            dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+            up_z, gate_z = z.load(row, tile.row_end, tile.col)
+            for i in gl.static_range(8):
+                col = tile.col + i * SLICE
+                dact = gl.convert_layout(slices[i], SLICE_ACCUMULATOR)
+                up = gl.convert_layout(up_z, SLICE_ACCUMULATOR).to(gl.float32)
+                gate = gl.convert_layout(gate_z, SLICE_ACCUMULATOR).to(gl.float32)
+                if i < 7:
+                    up_z, gate_z = z.load(row, tile.row_end, col + SLICE)
+                sigmoid = _sigmoid(gate, FAST)
+                silu = gate * sigmoid
+                act = up * silu
+                dscore += gl.sum(dact * act, axis=1)
+                scaled = dact * score[:, None]
+                tma.store_wait(0)
+                dz_up_buffer.store((scaled * silu).to(dtype))
+                dz_gate_buffer.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
+                act_buffer.store((act * score[:, None]).to(dtype))
+                fence_async_shared()
+                where = _ragged(row, tile.row_end, col)
+                tma.async_copy_shared_to_global(dz_up_desc, where, _as_ragged(dz_up_buffer, dz_up_desc))
+                tma.async_copy_shared_to_global(dz_gate_desc, where, _as_ragged(dz_gate_buffer, dz_gate_desc))
+                tma.async_copy_shared_to_global(act_desc, where, _as_ragged(act_buffer, act_desc))
+            part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
+            gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
+        else:
+            stage, phase = _hand_back(ring, tile, stage, phase)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=["num_saved"],
+    do_not_specialize_on_alignment=_METADATA + ["score_ptr", "dscore_ptr"],
+)
+def down_proj_backward_kernel(
+    dout_ptr, dout_stride, token_ptr, w_desc, z_saved_ptr, z_rest_ptr, num_saved, score_ptr,
+    dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
+):  # fmt: skip
+    """dact = gather(dout_TD) @ w2[e]^T, then the backward of score * up * silu(gate).
+
+    Grid: one program per SM, each walks 128-row x 256-column (of F) tiles.
+    Writes dz_R2F (up and gate halves through a descriptor each), score * act, and per column tile
+    the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
+    """
+    num_tiles = gl.load(num_tiles_ptr)
+    ring = _make_ring(act_desc.dtype, False, True, True)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
+    lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
+    rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
+    z = SavedZ(z_saved_ptr, z_rest_ptr, num_saved, F)
+    gl.warp_specialize(
+        [
+            (_down_backward_consumer, (ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 0)),
+            (_down_backward_consumer, (ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 1)),
+            (_producer, (ring, tiles, lhs, rhs)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+@gluon.jit(do_not_specialize=["E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
+def weight_grad_kernel(
+    a, b, stride, token_ptr, dw_desc, offsets_ptr, E, M, N, A_IS_GATHERED: gl.constexpr, B_IS_GATHERED: gl.constexpr
+):
+    """dw[e] = A[rows of e]^T @ B[rows of e].
+
+    Grid: one program per SM, each walks the 128x256 tiles of dw (E * M, N).
+    a, b: the pointer to (T, width), with its stride, if gathered, else a ragged descriptor.
+    """
+    ring = _make_ring(dw_desc.dtype, True, False, A_IS_GATHERED or B_IS_GATHERED)
+    tiles = WeightTiles(offsets_ptr, E, M, gl.cdiv(M, BM), gl.cdiv(N, BN))
+    if A_IS_GATHERED:
+        lhs = TokenSteps(a, stride, token_ptr, M, True)
+    else:
+        lhs = PlainSteps(a, M, True)
+    if B_IS_GATHERED:
+        rhs = TokenSteps(b, stride, token_ptr, N, False)
+    else:
+        rhs = PlainSteps(b, N, False)
+    gl.warp_specialize(
+        [
+            (_store_consumer, (ring, tiles, dw_desc, 0)),
+            (_store_consumer, (ring, tiles, dw_desc, 1)),
+            (_producer, (ring, tiles, lhs, rhs)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+# ---- launchers ----
+
+
+def supported(dtype, D, F, capability):
+    """Whether the family takes this dtype (bfloat16, float16), these widths (multiples of 64) and this GPU (9.0)."""
+    return tuple(capability) == (9, 0) and dtype in (torch.bfloat16, torch.float16) and D % 64 == 0 and F % 64 == 0
+
+
+def dscore_parts(F):
+    """Columns of the dscore_partial buffer of `down_proj_backward`."""
+    return triton.cdiv(F, BN.value)
+
+
+@functools.cache
+def _num_programs(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _grid(tensor):
+    return (_num_programs(tensor.device),)
+
+
+class _Descriptor(TensorDescriptor):
+    """A descriptor made at every launch: skips checks that cost more than the rest of its making."""
+
+    def __post_init__(self):
+        pass
+
+
+def _block(tensor, rows, cols, block_rows, block_cols):
+    return _Descriptor(tensor, [rows, cols], [cols, 1], [block_rows, block_cols], TILE_SMEM.value)
+
+
+def _ragged_block(tensor, cols, block_rows=64, block_cols=64, layout=RAGGED_SMEM):
+    """Descriptor over the rows of a 2-d tensor whose bounds can be set at any row; see RAGGED_ROWS."""
+    stride = tensor.stride(0)
+    return _Descriptor(
+        tensor,
+        [RAGGED_OUTER, RAGGED_OUTER, RAGGED_ROWS.value, cols],
+        [RAGGED_WRAP - stride, stride, stride, 1],
+        [1, 1, block_rows, block_cols],
+        layout.value,
+    )
+
+
+def _ragged_slice(tensor, cols):
+    return _ragged_block(tensor, cols, HALF.value, SLICE.value, RAGGED_SLICE_SMEM)
+
+
+def _tiles(routing):
+    return routing.tiles, routing.offsets_E1, routing.num_tiles
+
+
+def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_end):
+    E, D, F2 = w1_ED2F.shape
+    F = F2 // 2
+    with_act = act_RF is not None
+    # without z rows the kernel still wants descriptors: any tensor of this width will do
+    up, gate = (z, z[:, F:]) if z_end > 0 else (act_RF, act_RF)
+    z_up_desc = _ragged_block(up, F)
+    up_proj_kernel[_grid(x_TD)](
+        x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
+        z_up_desc, _ragged_block(gate, F), _ragged_block(act_RF, F) if with_act else z_up_desc,
+        *_tiles(routing), D, F, first_row, z_end, ACT=with_act, num_warps=4,
+    )  # fmt: skip
+
+
+def up_proj(x_TD, w1_ED2F, routing, z_S2F, num_saved, act_RF):
+    """act[r] = up * silu(gate) of z[r] = x[token_R[r]] @ w1[e]; keeps z[r] for r < num_saved.
+
+    Args:
+        x_TD, w1_ED2F: bfloat16 or float16, contiguous.
+        z_S2F: at least num_saved rows; may be None when num_saved is 0.
+        act_RF: output.
+    """
+    if act_RF.shape[0]:
+        _launch_up_proj(x_TD, w1_ED2F, routing, z_S2F, act_RF, 0, num_saved)
+
+
+def recompute_z(x_TD, w1_ED2F, routing, first_row, z_R2F):
+    """z[r] for r >= first_row into row r of z_R2F (R, 2F).
+
+    Works in whole tiles: rows of the same tile that come before first_row are written too.
+    """
+    R = z_R2F.shape[0]
+    if first_row < R:
+        _launch_up_proj(x_TD, w1_ED2F, routing, z_R2F, None, first_row, R)
+
+
+def _launch_rows(in_RC, w, w_shape, w_is_nk, routing, out, first_col):
+    rows, cols = w_shape
+    E, width = w.shape[0], in_RC.shape[1]
+    w_desc = _block(w, E * rows, cols, *((256, 64) if w_is_nk else (64, 256)))
+    rows_kernel[_grid(in_RC)](
+        _block(in_RC, in_RC.shape[0], width, 64, 64), w_desc, _ragged_block(out, out.shape[1]),
+        *_tiles(routing), width, rows, first_col, out.shape[1], W_IS_NK=w_is_nk, num_warps=4,
+    )  # fmt: skip
+
+
+def down_proj(act_RF, w2_EFD, routing, y_RD, first_col=0):
+    """y = act @ w2[e], columns [first_col, first_col + y.shape[1])."""
+    if act_RF.shape[0]:
+        _launch_rows(act_RF, w2_EFD, w2_EFD.shape[1:], False, routing, y_RD, first_col)
+
+
+def up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD, first_col=0):
+    """dx rows = dz @ w1[e]^T, columns [first_col, first_col + dx.shape[1])."""
+    if dz_R2F.shape[0]:
+        _launch_rows(dz_R2F, w1_ED2F, w1_ED2F.shape[1:], True, routing, dx_RD, first_col)
+
+
+def down_proj_backward(
+    dout_TD, w2_EFD, routing, score_R, z_saved, num_saved, z_rest, dz_R2F, act_scaled_RF, dscore_partial
+):
+    """Backward of score * down_proj(up * silu(gate)) up to dz.
+
+    Row r of z comes from z_saved if r < num_saved, else from z_rest, which may share memory with
+    dz_R2F. dscore_partial: (R, dscore_parts(F)) float32, whose row sums are the scores' gradients.
+    """
+    E, F, D = w2_EFD.shape
+    if not dz_R2F.shape[0]:
+        return
+    z_saved = z_rest if num_saved == 0 else z_saved
+    z_rest = z_saved if z_rest is None else z_rest
+    down_proj_backward_kernel[_grid(dout_TD)](
+        dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64), z_saved, z_rest,
+        num_saved, score_R, _ragged_slice(dz_R2F, F), _ragged_slice(dz_R2F[:, F:], F),
+        _ragged_slice(act_scaled_RF, F), dscore_partial, *_tiles(routing), D, F, num_warps=4,
+    )  # fmt: skip
+
+
+def weight_grad(a, a_is_gathered, b, b_is_gathered, routing, dw_EMN):
+    """dw[e] = A[rows of e]^T @ B[rows of e]; zeros for an expert without rows.
+
+    a, b: (R, width), or (T, width) read through token_R where gathered; at most one of them is.
+    """
+    if a_is_gathered and b_is_gathered:
+        raise ValueError("weight_grad: a_is_gathered and b_is_gathered are both True; one side must be in row order")
+    E, M, N = dw_EMN.shape
+    if not routing.token_R.shape[0]:
+        dw_EMN.zero_()
+        return
+    stride = a.stride(0) if a_is_gathered else b.stride(0)
+    weight_grad_kernel[_grid(dw_EMN)](
+        a if a_is_gathered else _ragged_block(a, M), b if b_is_gathered else _ragged_block(b, N, 64, 256),
+        stride, routing.token_R, _ragged_block(dw_EMN.view(E * M, N), N), routing.offsets_E1, E, M, N,
+        A_IS_GATHERED=a_is_gathered, B_IS_GATHERED=b_is_gathered, num_warps=4,
+    )  # fmt: skip

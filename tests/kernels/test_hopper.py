@@ -1,0 +1,315 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from momoe_titan.kernels import hopper
+from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
+
+SHARED_LIMIT = 227 * 1024
+# bytes: the SwiGLU backward keeps a few values of its epilogue there, more with float16's exact sigmoid
+STACK_LIMIT = {"torch.bfloat16": 32, "torch.float16": 128}
+
+CASES = {  # (T, D, F, E, K): why
+    "one token": (1, 128, 128, 4, 2),
+    "column tails": (300, 320, 448, 5, 3),  # neither D nor F fills its last tile
+    "narrow": (45, 192, 64, 7, 2),  # F smaller than any tile
+    "one expert": (700, 256, 256, 4, 1),  # the others are empty
+    "unused slots": (517, 256, 320, 6, 4),  # rows past the last offset, experts 0 and 5 empty
+    "7B": (2048, 1536, 256, 128, 8),
+    "seed": (1000, 2176, 1152, 64, 6),
+}
+ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
+)
+
+
+def test_every_kernel_compiles_within_limits(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    script = Path(__file__).parent / "compile_hopper.py"
+    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    # saving z or not, column ranges and other shapes must not add to these: two dtypes of each
+    kernels = sorted((row["kernel"], row["case"]) for row in rows if row["dtype"] == "torch.bfloat16")
+    assert kernels == [
+        ("down_proj_backward_kernel", "down backward"),
+        ("rows_kernel", "down"),
+        ("rows_kernel", "dx"),
+        ("up_proj_kernel", "up, some rows saved"),
+        ("up_proj_kernel", "z again"),
+        ("weight_grad_kernel", "dw1"),
+        ("weight_grad_kernel", "dw2"),
+    ]
+    assert len(rows) == 2 * len(kernels)
+    assert [row for row in rows if row["stack"] > STACK_LIMIT[row["dtype"]]] == []
+    assert [row for row in rows if row["shared"] > SHARED_LIMIT] == []
+
+
+@pytest.mark.parametrize(
+    "dtype, D, F, capability, answer",
+    [
+        (torch.bfloat16, 2176, 1152, (9, 0), True),
+        (torch.float16, 64, 14336, (9, 0), True),
+        (torch.float32, 2048, 1024, (9, 0), False),
+        (torch.bfloat16, 600, 1024, (9, 0), False),
+        (torch.bfloat16, 1024, 97, (9, 0), False),
+        (torch.bfloat16, 2048, 1024, (8, 0), False),
+        (torch.bfloat16, 2048, 1024, (10, 0), False),
+    ],
+)
+def test_supported(dtype, D, F, capability, answer):
+    assert hopper.supported(dtype, D, F, capability) is answer
+
+
+class Case:
+    """Inputs, and what the launchers should make of them in float32, row by row."""
+
+    def __init__(self, name, dtype):
+        self.T, self.D, self.F, self.E, self.K = CASES[name]
+        self.dtype, self.R = dtype, self.T * self.K
+        self.generator = torch.Generator("cuda").manual_seed(1)
+        ids = torch.rand(self.T, self.E, device="cuda", generator=self.generator).topk(self.K, -1)[1]
+        if name == "one expert":
+            ids.fill_(2)
+        if name == "unused slots":
+            ids[(ids == 0) | (ids == self.E - 1)] = -1
+        packed, _ = build_routing_ref(ids, self.E, 128)
+        self.routing = unpack_routing(packed, self.T, self.K, self.E, 128)
+        self.offsets = self.routing.offsets_E1.tolist()
+        self.used = self.offsets[-1]
+        self.x, self.dout = self.randn(self.T, self.D), self.randn(self.T, self.D)
+        self.w1 = self.randn(self.E, self.D, 2 * self.F, scale=self.D**-0.5)
+        self.w2 = self.randn(self.E, self.F, self.D, scale=self.F**-0.5)
+        self.score = torch.rand(self.R, device="cuda", generator=self.generator)
+
+    def randn(self, *size, scale=1.0):
+        return (torch.randn(*size, device="cuda", generator=self.generator) * scale).to(self.dtype)
+
+    def rows(self, cols):
+        """Random rows; those of nobody hold NaN, which must reach no result."""
+        rows = self.randn(self.R, cols)
+        rows[self.used :] = float("nan")
+        return rows
+
+    def poisoned(self, *size, dtype=None):
+        return torch.full(size, float("nan"), device="cuda", dtype=dtype or self.dtype)
+
+    def gathered(self, t):
+        return t[self.routing.token_R.long()].float()
+
+    def by_expert(self, rows, w):
+        """rows[r] @ w[expert of r] in float32; NaN for rows of nobody."""
+        out = torch.full((self.R, w.shape[2]), float("nan"), device="cuda")
+        for e in range(self.E):
+            begin, end = self.offsets[e : e + 2]
+            out[begin:end] = rows[begin:end].float() @ w[e].float()
+        return out
+
+    def check(self, got, want, first=0):
+        """Rows from first as wanted, all others still poisoned."""
+        got, want = got[first : self.used], want[first : self.used]
+        assert torch.isfinite(got).all()
+        assert (got.float() - want).norm() <= ERROR[self.dtype] * want.norm()
+
+    def untouched(self, got):
+        assert torch.isnan(got).all()
+
+
+def act_of(z):
+    up, gate = z.chunk(2, -1)
+    return up * torch.nn.functional.silu(gate)
+
+
+@pytest.fixture(params=CASES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def case(request, name):
+    if request.param is torch.float16 and name in ("7B", "seed"):
+        pytest.skip("float16 differs from bfloat16 in nothing that depends on the shape")
+    return Case(name, request.param)
+
+
+def saved_counts(case):
+    return sorted({0, case.R, case.R * 3 // 10, min(case.R, 70)})
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_up_proj(case):
+    z_want = case.by_expert(case.gathered(case.x), case.w1)
+    for num_saved in saved_counts(case):
+        z, act = case.poisoned(case.R + 200, 2 * case.F), case.poisoned(case.R, case.F)
+        hopper.up_proj(case.x, case.w1, case.routing, z[:num_saved], num_saved, act)
+        case.check(act, act_of(z_want))
+        case.untouched(act[case.used :])
+        kept = min(num_saved, case.used)
+        case.check(z[:kept], z_want[:kept])
+        case.untouched(z[kept:])
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_recompute_z(case):
+    z_want = case.by_expert(case.gathered(case.x), case.w1)
+    for first_row in saved_counts(case):
+        z = case.poisoned(case.R, 2 * case.F)
+        hopper.recompute_z(case.x, case.w1, case.routing, first_row, z)
+        case.check(z, z_want, first_row)
+        case.untouched(z[: max(0, first_row - 127)])  # the tile that holds first_row is written whole
+        case.untouched(z[case.used :])
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_rows_kernels(case):
+    act, dz = case.rows(case.F), case.rows(2 * case.F)
+    for launch, rows, w, want in [
+        (hopper.down_proj, act, case.w2, case.by_expert(act, case.w2)),
+        (hopper.up_proj_backward, dz, case.w1, case.by_expert(dz, case.w1.transpose(1, 2))),
+    ]:
+        for begin, end in [(0, case.D), (0, 64), (64, case.D)]:
+            out = case.poisoned(case.R, end - begin)
+            launch(rows, w, case.routing, out, begin)
+            case.check(out, want[:, begin:end])
+            case.untouched(out[case.used :])
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("in_place", [False, True])
+def test_down_proj_backward(case, in_place):
+    z = case.rows(2 * case.F)
+    up, gate = z.float().chunk(2, -1)
+    dact = case.by_expert(case.gathered(case.dout), case.w2.transpose(1, 2))
+    sigmoid = torch.sigmoid(gate)
+    s = case.score[:, None]
+    dz_want = torch.cat([s * dact * gate * sigmoid, s * dact * up * sigmoid * (1 + gate * (1 - sigmoid))], -1)
+    for num_saved in saved_counts(case):
+        dz, act = case.poisoned(case.R, 2 * case.F), case.poisoned(case.R, case.F)
+        dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
+        z_saved, z_rest = z[:num_saved], z.clone()
+        z_rest[:num_saved] = float("nan")
+        if in_place:
+            dz.copy_(z_rest)
+            z_rest = dz
+        hopper.down_proj_backward(
+            case.dout, case.w2, case.routing, case.score, z_saved, num_saved, z_rest, dz, act, dscore
+        )
+        case.check(dz, dz_want)
+        case.check(act, s * act_of(z.float()))
+        case.check(dscore.sum(1), (dact * act_of(z.float())).sum(1))
+        for out in (dz, act, dscore):
+            case.untouched(out[case.used :])
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_weight_grad(case):
+    act, dz = case.rows(case.F), case.rows(2 * case.F)
+    for a, a_is_gathered, b, b_is_gathered in [
+        (case.x, True, dz, False),
+        (act, False, case.dout, True),
+        (act, False, dz, False),
+    ]:
+        dw = case.poisoned(case.E, a.shape[1], b.shape[1])
+        hopper.weight_grad(a, a_is_gathered, b, b_is_gathered, case.routing, dw)
+        a_rows = case.gathered(a) if a_is_gathered else a.float()
+        b_rows = case.gathered(b) if b_is_gathered else b.float()
+        want = torch.zeros(dw.shape, device="cuda")
+        for e in range(case.E):
+            begin, end = case.offsets[e : e + 2]
+            want[e] = a_rows[begin:end].T @ b_rows[begin:end]
+            if begin == end:
+                assert (dw[e] == 0).all()
+        assert torch.isfinite(dw).all()
+        assert (dw.float() - want).norm() <= ERROR[case.dtype] * want.norm()
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_weight_grad_refuses_two_gathered_sides():
+    case = Case("one token", torch.bfloat16)
+    with pytest.raises(ValueError, match="a_is_gathered"):
+        hopper.weight_grad(case.x, True, case.dout, True, case.routing, case.poisoned(4, 128, 128))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_no_tokens():
+    new = lambda *size: torch.full(size, 7.0, device="cuda", dtype=torch.bfloat16)
+    packed, _ = build_routing_ref(torch.zeros(0, 2, device="cuda", dtype=torch.int64), 3, 128)
+    routing = unpack_routing(packed, 0, 2, 3, 128)
+    x, w1, w2, z, act, y = new(0, 128), new(3, 128, 256), new(3, 128, 128), new(0, 256), new(0, 128), new(0, 128)
+    rows = torch.empty(0, device="cuda"), torch.empty(0, 1, device="cuda")
+    hopper.up_proj(x, w1, routing, None, 0, act)
+    hopper.recompute_z(x, w1, routing, 0, z)
+    hopper.down_proj(act, w2, routing, y)
+    hopper.down_proj_backward(x, w2, routing, rows[0], z, 0, z, z, act, rows[1])
+    hopper.up_proj_backward(z, w1, routing, y)
+    hopper.weight_grad(x, True, z, False, routing, w1)
+    assert (w1 == 0).all()
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_same_bits_every_time():
+    case = Case("7B", torch.bfloat16)
+    z = case.rows(2 * case.F)
+
+    def run():
+        act, y, dx = (case.poisoned(case.R, n) for n in (case.F, case.D, case.D))
+        kept, dz, scaled = case.poisoned(999, 2 * case.F), z.clone(), case.poisoned(case.R, case.F)
+        dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
+        dw1, dw2 = torch.empty_like(case.w1), torch.empty_like(case.w2)
+        hopper.up_proj(case.x, case.w1, case.routing, kept, 999, act)
+        hopper.down_proj(act, case.w2, case.routing, y)
+        hopper.down_proj_backward(
+            case.dout, case.w2, case.routing, case.score, kept, 999, dz, dz, scaled, dscore
+        )
+        hopper.up_proj_backward(dz, case.w1, case.routing, dx)
+        hopper.weight_grad(case.x, True, dz, False, case.routing, dw1)
+        hopper.weight_grad(scaled, False, case.dout, True, case.routing, dw2)
+        return act, y, kept, dz, scaled, dscore, dx, dw1, dw2
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_offsets_past_2_to_31():
+    T, D, F, E = 540_000, 4096, 64, 2  # T * D = 2.2e9 elements
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x = torch.zeros(T, D, device="cuda", dtype=torch.bfloat16)
+    x[-300:] = torch.randn(300, D, device="cuda")
+    w1 = torch.randn(E, D, 2 * F, device="cuda", dtype=torch.bfloat16) / D**0.5
+    w2 = torch.randn(E, F, D, device="cuda", dtype=torch.bfloat16) / F**0.5
+    packed, _ = build_routing_ref((torch.arange(T, device="cuda")[:, None] >= 1000).long(), E, 128)
+    routing = unpack_routing(packed, T, 1, E, 128)
+    act, y = x.new_empty(T, F), x.new_empty(T, D)
+    hopper.up_proj(x, w1, routing, None, 0, act)
+    hopper.down_proj(act, w2, routing, y)
+    want = act_of(x[-300:].float() @ w1[1].float())
+    assert (act[-300:] - want).norm() <= 5e-3 * want.norm()
+    assert (act[:-300] == 0).all()
+    want = act[-300:].float() @ w2[1].float()
+    assert (y[-300:] - want).norm() <= 5e-3 * want.norm()
+    dz = torch.randn(T, 2 * F, device="cuda", dtype=torch.bfloat16)
+    dw1 = torch.empty_like(w1)
+    hopper.weight_grad(x, True, dz, False, routing, dw1)
+    want = x[-300:].float().T @ dz[-300:].float()
+    assert (dw1[1] - want).norm() <= 5e-3 * want.norm()
+    assert (dw1[0] == 0).all()
