@@ -104,11 +104,11 @@ def was_given(field: str, args: list[str]) -> bool:
         options[key.replace("-", "_")] = value if has_value else following
     if f"__{field}" in options:
         return True
-    file = options.get("__job.config_file")
-    if file is None:
-        return False
-    with open(file, "rb") as f:
-        return name in tomllib.load(f).get(section, {})
+    try:
+        with open(options["__job.config_file"], "rb") as f:
+            return name in tomllib.load(f).get(section, {})
+    except (KeyError, OSError, tomllib.TOMLDecodeError):
+        return False  # no file; TorchTitan says what is wrong with one that is named
 
 
 def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
@@ -236,6 +236,9 @@ def run(args: list[str]) -> None:
 
 def main() -> None:
     set_single_process_defaults()
+    # Without it there would be no section [momoe], and none of it in --help.
+    if not was_given("job.custom_config_module", sys.argv[1:]):
+        sys.argv.append("--job.custom_config_module=momoe_titan.job_config")
     if torch.cuda.is_available():
         run(sys.argv[1:])
     else:
