@@ -35,8 +35,8 @@ CHUNK = gl.constexpr(64)  # columns of one TMA store
 STAGES = gl.constexpr(4)
 STAGING = gl.constexpr(2)  # store buffers of one consumer
 
-# Three warpgroups share 504 registers per thread lane: the second consumer and the producer ask for
-# these, the first consumer is left with as many as the second.
+# 504 registers are to be had for one thread of each of the three warpgroups: the second consumer and
+# the producer ask for these, the first consumer is left with as many as the second.
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
@@ -66,9 +66,6 @@ SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 2))
 RAGGED_SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 4))
 # 128-byte lines of a consumer's 64 rows
 LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
-
-
-# ---- pipeline ----
 
 
 @aggregate
@@ -175,9 +172,6 @@ def _hand_back(ring, tile, stage, phase):
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = _advance(stage, phase)
     return stage, phase
-
-
-# ---- tiles ----
 
 
 @aggregate
@@ -289,9 +283,6 @@ class WeightTiles:
         )
 
 
-# ---- operands ----
-
-
 @gluon.jit
 def _token_tile(ptr, stride, tokens, first_col, COLS: gl.constexpr):
     """Pointers to COLS columns, from first_col, of the rows in tokens."""
@@ -362,8 +353,8 @@ class PlainRows:
 class ExpertWeights:
     """rhs from the experts' weights, stacked along the rows of a 2-d descriptor.
 
-    GATE_COL None: one block of 256 columns from first_col + tile.col. Otherwise two of 128: up, and
-    gate, which starts gate_col further right.
+    One block of 256 columns from first_col + tile.col, or if GATED two of 128: up, and gate, which
+    starts gate_col further right.
     """
 
     desc: tma.tensor_descriptor
@@ -496,9 +487,6 @@ class PlainSteps:
         )
 
 
-# ---- epilogue pieces ----
-
-
 @gluon.jit
 def _ragged(row, row_end, col):
     """Coordinates of a ragged descriptor: a block from (row, col) whose rows end at row_end."""
@@ -548,9 +536,6 @@ def _sigmoid(g, FAST: gl.constexpr):
     else:
         s = 1.0 / (1.0 + gl.exp(-g))
     return s
-
-
-# ---- kernels ----
 
 
 @gluon.jit
@@ -831,9 +816,6 @@ def weight_grad_kernel(
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-
-
-# ---- launchers ----
 
 
 def supported(dtype, D, F, capability):
