@@ -1,0 +1,88 @@
+"""Opt-in tuning of the GEMM tiles for one layer shape on this GPU; the result persists on disk.
+
+    python -m momoe_titan.kernels.tune --tokens 24576 --dim 1536 --ffn 256 --experts 128 --chosen 8
+
+Training never tunes: it reads the cache (see configs.cache_path) or the built-in table.
+"""
+
+import argparse
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from . import configs, down_proj, up_proj, weight_grad
+from .configs import TileConfig
+from .routing import build_routing, unpack_routing
+
+_TILES = {
+    # (block_n, block_k) of the row-tiled kernels, whose block_m is the table's; (block_m, block_n, block_k) of the other
+    "up_proj": [(128, 64), (64, 64), (64, 32)],
+    "down_proj": [(256, 64), (128, 64), (128, 32)],
+    "down_proj_backward": [(128, 64), (64, 64), (64, 32)],
+    "up_proj_backward": [(256, 64), (128, 64), (128, 32)],
+    "weight_grad": [(128, 256, 64), (128, 128, 64), (128, 128, 32)],
+}
+_WARPS_AND_STAGES = ((8, 3), (8, 4), (4, 4))
+
+
+def candidates(kernel: str, block_m: int) -> list[TileConfig]:
+    """Tiles worth timing for one kernel."""
+    tiles = _TILES[kernel] if kernel == "weight_grad" else [(block_m, *t) for t in _TILES[kernel]]
+    return [TileConfig(*t, warps, stages) for t in tiles for warps, stages in _WARPS_AND_STAGES]
+
+
+def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, TileConfig]:
+    """Time every candidate of every GEMM on random, nearly balanced routing; returns the fastest of each.
+
+    A candidate that does not compile, fit or run is skipped.
+    """
+    new = lambda *size: torch.randn(size, device="cuda", dtype=torch.float32).mul_(size[-1] ** -0.5).to(dtype)
+    x, dout, w1, w2 = new(tokens, dim), new(tokens, dim), new(experts, dim, 2 * ffn), new(experts, ffn, dim)
+    scores = torch.rand(tokens, chosen, device="cuda")
+    ids = torch.rand(tokens, experts, device="cuda").topk(chosen, -1)[1]
+    best = dict(configs.tile_configs(x, ffn))
+    tile_rows = best["up_proj"].block_m
+    routing = unpack_routing(build_routing(ids, experts, tile_rows)[0], tokens, chosen, experts, tile_rows)
+    rows = tokens * chosen
+    z, act, y = new(rows, 2 * ffn), new(rows, ffn), new(rows, dim)
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+
+    def both_weight_grads(config):
+        weight_grad.weight_grad(config, x, z, routing, dw1, gather_a=True)
+        weight_grad.weight_grad(config, act, dout, routing, dw2, gather_b=True)
+
+    calls = {
+        "up_proj": lambda c: up_proj.up_proj(c, x, w1, routing, act, z),
+        "down_proj": lambda c: down_proj.down_proj(c, act, w2, routing, y),
+        "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, w2, scores, routing, z, z, act),
+        "up_proj_backward": lambda c: up_proj.up_proj_backward(c, z, w1, routing, y),
+        "weight_grad": both_weight_grads,
+    }
+    for kernel, call in calls.items():
+        times = {}
+        for config in dict.fromkeys([best[kernel], *candidates(kernel, tile_rows)]):
+            try:
+                times[config] = do_bench(lambda: call(config), warmup=5, rep=30, return_mode="median")
+            except (triton.runtime.errors.OutOfResources, triton.CompilationError, torch.OutOfMemoryError, RuntimeError) as error:
+                print(f"  {kernel} {config}: skipped ({type(error).__name__})")
+        if not times:
+            continue
+        default, best[kernel] = best[kernel], min(times, key=times.get)
+        print(f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, built-in {times.get(default, float('nan')):.3f} ms", flush=True)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    for name in ("tokens", "dim", "ffn", "experts", "chosen"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    args = parser.parse_args()
+    best = tune(**vars(args))
+    name = torch.cuda.get_device_name()
+    if configs.save_tuned(name, configs.cache_key(torch.bfloat16, args.dim, args.ffn), best):
+        print(f"saved to {configs.cache_path(name)}")
+
+
+if __name__ == "__main__":
+    main()

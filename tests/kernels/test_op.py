@@ -1,0 +1,311 @@
+"""The op against the float64 oracle, on the Triton kernels (GPU or interpreter) and on the torch backend."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref, num_saved_rows
+from momoe_titan.kernels.configs import interpreting
+
+# (T, D, F, E, K) and why it is here
+SHAPES = {
+    "tiles_cross_experts": (45, 32, 48, 3, 2),
+    "odd_widths": (7, 97, 47, 3, 3),
+    "one_token_of_an_expert": (1, 32, 32, 7, 1),
+    "no_token": (0, 32, 16, 4, 2),
+    "every_expert": (9, 48, 32, 4, 4),
+    "width_600": (6, 600, 16, 2, 1),
+}
+NAMES = ("out", "dx", "dw1", "dw2", "dscores")
+
+
+@pytest.fixture(params=["triton", "torch"])
+def backend(request):
+    return request.param
+
+
+def make_inputs(shape, dtype, device, seed=0, scores_dtype=torch.float32):
+    """Unit-scale x, w1, w2, ids, scores, dout: every expert's output is of order 1."""
+    T, D, F, E, K = shape
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(T, D, generator=g)
+    w1 = torch.randn(E, D, 2 * F, generator=g) * D**-0.5
+    w2 = torch.randn(E, F, D, generator=g) * F**-0.5
+    ids = torch.rand(T, E, generator=g).topk(K, -1)[1]
+    scores = torch.rand(T, K, generator=g)
+    dout = torch.randn(T, D, generator=g)
+    to = lambda t, dtype=dtype: t.to(device, dtype)
+    return to(x), to(w1), to(w2), ids.to(device), to(scores, scores_dtype), to(dout)
+
+
+def run(fn, x, w1, w2, ids, scores, dout, *args, **kwargs):
+    """(out, dx, dw1, dw2, dscores), counts."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w1, w2, scores)]
+    out, counts = fn(*leaves[:3], ids, leaves[3], *args, **kwargs)
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout)), counts
+
+
+def oracle(x, w1, w2, ids, scores, dout):
+    return run(momoe_mlp_ref, x.double(), w1.double(), w2.double(), ids, scores.double(), dout.double())
+
+
+def error(got, want):
+    """Normalised error; NaN anywhere gives NaN, which passes no bound."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12)).item()
+
+
+def assert_close(got, want, in_dtype):
+    """Errors at most twice what torch makes in the same dtype, plus some float32 rounding where that is tiny."""
+    for name, g, w, t in zip(NAMES, got, want, in_dtype):
+        allowed = 2 * error(t, w) + 16 * torch.finfo(torch.float32).eps
+        assert error(g, w) <= allowed, (name, error(g, w), allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_and_gradients(name, dtype, backend, device):
+    if interpreting() and backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter rounds bfloat16 toward zero")
+    inputs = make_inputs(SHAPES[name], dtype, device)
+    got, counts = run(momoe_mlp, *inputs, 37, backend=backend)
+    want, counts_want = oracle(*inputs)
+    assert_close(got, want, run(momoe_mlp_ref, *inputs)[0])
+    assert got[0].dtype == dtype and counts.tolist() == counts_want.tolist()
+
+
+@pytest.mark.parametrize("save_percent", [1, 37, 99, 100])
+def test_save_percent_never_changes_a_bit(save_percent, backend, device):
+    # 90 rows over 3 experts in tiles of 16 (128 on a GPU): the border falls inside a tile and inside an expert
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float16, device)
+    want, _ = run(momoe_mlp, *inputs, 0, backend=backend)
+    got, _ = run(momoe_mlp, *inputs, save_percent, backend=backend)
+    for name, g, w in zip(NAMES, got, want):
+        assert torch.equal(g, w), name
+
+
+def test_deterministic(device, backend):
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float16, device)
+    first, second = (run(momoe_mlp, *inputs, 50, backend=backend)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_empty_experts_get_zero_gradients(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs((33, 32, 32, 6, 2), torch.float32, device)
+    ids = torch.tensor([4, 1], device=device).expand(33, 2)
+    got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 50, backend=backend)
+    assert counts.tolist() == [0, 33, 0, 0, 33, 0]
+    for grad in got[2:4]:
+        assert (grad[[0, 2, 3, 5]] == 0).all() and (grad[[1, 4]] != 0).any()
+    assert_close(got, oracle(x, w1, w2, ids, scores, dout)[0], run(momoe_mlp_ref, x, w1, w2, ids, scores, dout)[0])
+
+
+def test_unused_slots_add_nothing(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    ids[3, 1], ids[4], ids[5, 0] = -1, -1, 3
+    got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 50, backend=backend)
+    want, counts_want = oracle(x, w1, w2, ids, scores, dout)
+    assert counts.tolist() == counts_want.tolist() and counts.sum() == ids.numel() - 4
+    assert_close(got, want, run(momoe_mlp_ref, x, w1, w2, ids, scores, dout)[0])
+    assert (got[0][4] == 0).all() and (got[4][[3, 4, 4, 5], [1, 0, 1, 0]] == 0).all()
+
+
+def test_an_expert_named_twice_counts_twice(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs((20, 32, 32, 4, 2), torch.float32, device)
+    ids[7] = 2
+    got, _ = run(momoe_mlp, x, w1, w2, ids, scores, dout, 50, backend=backend)
+    assert_close(got, oracle(x, w1, w2, ids, scores, dout)[0], run(momoe_mlp_ref, x, w1, w2, ids, scores, dout)[0])
+
+
+def test_nan_stays_in_its_token(device, backend):
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    clean, _ = momoe_mlp(x, w1, w2, ids, scores, backend=backend)
+    x[11] = float("nan")
+    out, counts = momoe_mlp(x, w1, w2, ids, scores, backend=backend)
+    others = [t for t in range(len(x)) if t != 11]
+    assert out[11].isnan().all() and torch.equal(out[others], clean[others])
+    assert counts.sum() == ids.numel()
+
+
+def test_strided_inputs(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    ones = torch.ones_like(x)
+    want, _ = run(momoe_mlp, x, w1, w2, ids, scores, ones, backend=backend)
+    leaves = [t.detach().clone().requires_grad_() for t in (x.t().contiguous(), w1, w2, scores)]
+    out, _ = momoe_mlp(leaves[0].t(), *leaves[1:3], ids.t().contiguous().t(), leaves[3], backend=backend)
+    out.sum().backward()  # a gradient of stride 0
+    got = (out.detach(), leaves[0].grad.t(), *(t.grad for t in leaves[1:]))
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_gradients_only_where_wanted(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    want, _ = run(momoe_mlp, x, w1, w2, ids, scores, dout, backend=backend)
+    for wanted, index in (((x, 1)), (w1, 2), (w2, 3), (scores, 4)):
+        wanted.requires_grad_()
+        out, _ = momoe_mlp(x, w1, w2, ids, scores, backend=backend)
+        (grad,) = torch.autograd.grad(out, wanted, dout)
+        wanted.requires_grad_(False)
+        assert torch.equal(grad, want[index])
+
+
+def saved_bytes(inputs, save_percent, backend):
+    x, w1, w2, ids, scores, _ = inputs
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, save_percent, backend=backend)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("save_percent", [0, 1, 37, 99, 100])
+def test_keeps_what_the_table_says(save_percent, device, backend):
+    T, D, F, E, K = shape = (300, 32, 32, 4, 2)
+    held = saved_bytes(make_inputs(shape, torch.float16, device), save_percent, backend)
+    z = T * K * save_percent // 100 * 2 * F * 2
+    assert z <= held <= z + 24 * T * K
+
+
+def test_no_grad_keeps_and_writes_no_z(device, backend, monkeypatch):
+    from momoe_titan.kernels import autograd
+
+    rows = []
+    real = autograd.num_saved_rows
+    monkeypatch.setattr(autograd, "num_saved_rows", lambda *a: rows.append(real(*a)) or rows[-1])
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    with_grad, _ = run(momoe_mlp, x, w1, w2, ids, scores, dout, 100, backend=backend)
+    assert rows == [ids.numel()]
+    with torch.no_grad():
+        out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend)
+    assert rows[1:] == [0] and not out.requires_grad and torch.equal(out, with_grad[0])
+
+
+def test_saved_rows_are_exact():
+    assert [num_saved_rows(90, p) for p in (0, 1, 37, 99, 100)] == [0, 0, 33, 89, 90]
+    assert num_saved_rows(1 << 23, 33.3) == (1 << 23) * 333 // 1000
+
+
+def test_float32_parameters_under_autocast(device, backend):
+    if device == "cpu" and backend == "triton":
+        pytest.skip("CPU autocast is bfloat16, which the interpreter rounds toward zero")
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    dout = dout.bfloat16()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got, _ = run(momoe_mlp, x, w1, w2, ids, scores, dout, 37, backend=backend)
+    assert got[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in got[1:])
+    rounded = [t.bfloat16() for t in (x, w1, w2)]
+    want, _ = run(momoe_mlp, *rounded, ids, scores, dout, 37, backend=backend)
+    assert all(torch.equal(g.bfloat16(), w.bfloat16()) for g, w in zip(got, want))
+
+
+def test_scores_of_half_precision(device, backend):
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device, scores_dtype=torch.float16)
+    got, _ = run(momoe_mlp, *inputs, backend=backend)
+    assert got[4].dtype == torch.float16
+    assert error(got[4], oracle(*inputs)[0][4]) < 1e-3
+
+
+def test_compiles_whole_and_for_any_token_count(device, backend):
+    graphs = []
+
+    def counting_backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    def layer(x, w1, w2, ids, scores):
+        return momoe_mlp(x * 2, w1, w2, ids, scores, 37, backend=backend)[0] * 0.5
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counting_backend)
+    for tokens in (12, 30, 21):
+        x, w1, w2, ids, scores, _ = make_inputs((tokens, 32, 32, 4, 2), torch.float32, device)
+        assert torch.equal(compiled(x, w1, w2, ids, scores), layer(x, w1, w2, ids, scores))
+    assert len(graphs) == 1
+
+
+def test_aot_autograd_traces_both_ways(device, backend):
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    compiled = torch.compile(lambda *a: momoe_mlp(*a, 37, backend=backend), fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+    want, _ = run(momoe_mlp, *inputs, 37, backend=backend)
+    got, _ = run(compiled, *inputs)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_fake_implementations(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+    args = (*leaves[:3], ids, leaves[3], 37.0, backend)
+    torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
+    with torch.no_grad():
+        _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)
+        args = (dout, x, w1, w2, scores, z, routing, [True, False, True, True], backend)
+        torch.library.opcheck(torch.ops.momoe_titan.moe_backward.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypatch):
+    from momoe_titan.kernels import autograd
+
+    calls = []
+    real = autograd.num_saved_rows
+    monkeypatch.setattr(autograd, "num_saved_rows", lambda *a: calls.append(1) or real(*a))
+    saved = torch.ops.momoe_titan.moe_forward.default
+    policy = lambda ctx, op, *a, **k: CheckpointPolicy.MUST_SAVE if op == saved else CheckpointPolicy.PREFER_RECOMPUTE
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+
+    def checkpointed(context_fn, *args):
+        kwargs = {"context_fn": context_fn} if context_fn else {}
+        return checkpoint(lambda *a: momoe_mlp(*a, 37, backend=backend), *args, use_reentrant=False, **kwargs)
+
+    want, _ = run(momoe_mlp, *inputs, 37, backend=backend)
+    for context_fn, forwards in ((lambda: create_selective_checkpoint_contexts(policy), 1), (None, 2)):
+        calls.clear()
+        got, _ = run(lambda *a: checkpointed(context_fn, *a), *inputs)
+        assert len(calls) == forwards
+        assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+BAD = {
+    "save_percent must be a number from 0 to 100, got -1": dict(save_percent=-1),
+    "save_percent must be a number from 0 to 100, got 101": dict(save_percent=101),
+    "save_percent must be a number from 0 to 100, got nan": dict(save_percent=float("nan")),
+    "save_percent must be a number from 0 to 100, got '50'": dict(save_percent="50"),
+    "save_percent must be a number from 0 to 100, got True": dict(save_percent=True),
+    "backend must be one of .*, got 'cuda'": dict(backend="cuda"),
+    "x must have D = 32 columns, got \\(45, 31\\)": dict(x=torch.randn(45, 31)),
+    "w1 must be .* to go with w2, got \\(3, 32, 95\\)": dict(w1=torch.randn(3, 32, 95)),
+    "ids and scores must both be .*, got \\(45, 2\\) and \\(45, 3\\)": dict(scores=torch.randn(45, 3)),
+    "ids must have at least one column, got \\(45, 0\\)": dict(
+        ids=torch.empty(45, 0, dtype=torch.int64), scores=torch.empty(45, 0)
+    ),
+    "ids must be int32 or int64, got torch.float32": dict(ids=torch.zeros(45, 2)),
+    "scores must be of a floating dtype, got torch.int64": dict(scores=torch.zeros(45, 2, dtype=torch.int64)),
+    "x must be bfloat16, float16 or float32, got torch.float64": dict(x=torch.randn(45, 32, dtype=torch.float64)),
+    "must share a dtype outside of autocast, got torch.float16": dict(x=torch.randn(45, 32).half()),
+    "ids must be in \\[0, 3\\), got -1": dict(ids=torch.full((45, 2), -1), check_ids=True),
+    "ids must be in \\[0, 3\\), got 5": dict(ids=torch.full((45, 2), 5), check_ids=True),
+    "must not name an expert twice for a token, got \\[1, 1\\] for token 0": dict(ids=torch.full((45, 2), 1), check_ids=True),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_by_name(message):
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, "cpu")
+    arguments = dict(x=x, w1=w1, w2=w2, ids=ids, scores=scores, backend="torch") | BAD[message]
+    positional = [arguments.pop(name) for name in ("x", "w1", "w2", "ids", "scores")]
+    with pytest.raises(ValueError, match=message):
+        momoe_mlp(*positional, **arguments)
+
+
+def test_triton_backend_is_refused_without_a_device(monkeypatch):
+    from momoe_titan.kernels import configs
+
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, "cpu")
+    with pytest.raises(ValueError, match="backend 'triton' needs a CUDA device"):
+        momoe_mlp(x, w1, w2, ids, scores, backend="triton")

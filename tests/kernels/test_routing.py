@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from momoe_titan.kernels.routing import build_routing, build_routing_ref, unpack_routing
+
+# name -> (ids_TK, E)
+g = torch.Generator().manual_seed(0)
+ROUTINGS = {
+    "balanced": (torch.rand(45, 8, generator=g).topk(3, -1)[1], 8),
+    "one_token": (torch.tensor([[4, 0]]), 5),
+    "no_token": (torch.empty(0, 2, dtype=torch.int64), 5),
+    "one_expert_chosen_once": (torch.zeros(7, 1, dtype=torch.int64), 1),
+    "all_on_the_same_experts": (torch.tensor([[2, 5]]).expand(300, 2).contiguous(), 7),
+    "every_expert": (torch.rand(9, 6, generator=g).argsort(-1), 6),
+    "many_experts": (torch.rand(260, 200, generator=g).topk(5, -1)[1], 200),
+    "unused_slots": (torch.tensor([[0, -1], [3, 1], [2**40, 2], [-1, -1], [1, 4]]), 4),
+    "int32": (torch.rand(200, 8, generator=g).topk(2, -1)[1].int(), 8),
+    "more_than_one_block_of_tiles": (torch.zeros(5000, 1, dtype=torch.int64), 2),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_matches_reference(name, device):
+    ids, experts = ROUTINGS[name]
+    tile_rows = 16
+    packed, counts = build_routing(ids.to(device), experts, tile_rows)
+    packed_ref, counts_ref = build_routing_ref(ids, experts, tile_rows)
+    got = unpack_routing(packed.cpu(), *ids.shape, experts, tile_rows)
+    want = unpack_routing(packed_ref, *ids.shape, experts, tile_rows)
+    assert counts.tolist() == counts_ref.tolist()
+    tiles = int(want.num_tiles)
+    for field in ("counts_E", "offsets_E1", "slot_R", "token_R", "row_TK", "num_tiles"):
+        assert torch.equal(getattr(got, field), getattr(want, field)), field
+    assert got.tiles[:tiles].tolist() == want.tiles[:tiles].tolist()
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_reference_sorts_stably(name):
+    ids, experts = ROUTINGS[name]
+    packed, counts = build_routing_ref(ids, experts, 16)
+    r = unpack_routing(packed, *ids.shape, experts, 16)
+    flat = ids.reshape(-1)
+    used = (flat >= 0) & (flat < experts)
+    rows = int(r.offsets_E1[-1])
+    assert rows == used.sum() == counts.sum()
+    order = r.slot_R[:rows].long()
+    assert sorted(order.tolist()) == used.nonzero().view(-1).tolist()  # a permutation of the used slots
+    keys = list(zip(flat[order].tolist(), order.tolist()))
+    assert keys == sorted(keys)  # by expert, then in the order of the slots
+    assert r.row_TK.view(-1)[order].tolist() == list(range(rows))  # its inverse
+    assert (r.row_TK.view(-1)[~used] == -1).all()
+    covered = []
+    for packed_tile in r.tiles[: int(r.num_tiles)].tolist():
+        expert, number = packed_tile & 0xFFFF, packed_tile >> 16
+        first = int(r.offsets_E1[expert]) + number * 16
+        covered += range(first, min(first + 16, int(r.offsets_E1[expert + 1])))
+    assert covered == list(range(rows))  # tiles own every row once
