@@ -68,11 +68,12 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="JSON file to write")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
+    on_gpu = torch.cuda.is_available() and arguments["device"] != "cpu"
     start = time.perf_counter()
     losses = train(**arguments)
     result = {
         "settings": arguments,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - start, 2),
         "losses": losses,

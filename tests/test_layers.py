@@ -391,6 +391,22 @@ def test_accumulation_over_microbatches_is_one_batch():
     assert torch.equal(together.biases_N, apart.biases_N) and together.biases_N.any()
 
 
+def test_replicas_agree_on_the_summed_counts(monkeypatch):
+    """Two replicas, each of which alone would move its biases elsewhere."""
+    one, two = make_moe(), make_moe()
+    one.counts_N.copy_(torch.tensor([9, 0, 1, 5, 5, 20]))
+    two.counts_N.copy_(torch.tensor([0, 8, 1, 5, 6, 20]))
+    total_N = one.counts_N + two.counts_N
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda counts_N, group: counts_N.copy_(total_N)
+    )
+    for moe in (one, two):
+        moe.update_biases(process_group=object())
+    # 9 8 2 10 11 around a mean of 8; the last expert is shared
+    expected = torch.tensor([-0.1, 0.0, 0.1, -0.1, -0.1, 0.0])
+    assert torch.equal(one.biases_N, expected) and torch.equal(two.biases_N, expected)
+
+
 def test_evaluation_does_not_count():
     moe = make_moe()
     with torch.no_grad():
