@@ -1,0 +1,207 @@
+"""Loss-free balancing in the optimizer step, and what must not reach it."""
+
+import pytest
+import torch
+from torchtitan.models.moe import MoEArgs
+
+from momoe_titan.model import expert_bias_delta, ExpertLoadBalancer, MomoeMoE, StockMoE
+from tests.model.tiny import (
+    assert_same_run,
+    batch,
+    build,
+    loss_of,
+    moes,
+    optimizers_for,
+    tiny_args,
+    train,
+)
+
+
+class TestDelta:
+    def test_sign_rule(self):
+        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 8], [5, 5, 5, 5], [0, 0, 0, 0]])
+        # means 3, 2, 5, 0; at the mean an expert stays where it is, and nothing is re-centred
+        want = [[-1, 1, 0, 1], [1, 1, 1, -1], [0, 0, 0, 0], [0, 0, 0, 0]]
+        delta = expert_bias_delta(counts, 0.001)
+        assert delta.dtype == torch.float32
+        assert torch.equal(delta, 0.001 * torch.tensor(want, dtype=torch.float32))
+
+    def test_proportional_rule(self):
+        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 0]])
+        delta = expert_bias_delta(counts, 0.3, "proportional")
+        want = 0.3 * torch.tensor([[-1, 2 / 3, 0, 1 / 3], [0, 0, 0, 0]])
+        torch.testing.assert_close(delta, want)
+        # counts, not their scale, matter
+        torch.testing.assert_close(expert_bias_delta(counts * 1000, 0.3, "proportional"), want)
+
+    def test_counts_beyond_float32(self):
+        # neighbours of 2**30 are one float32
+        counts = torch.tensor([2**30 - 1, 2**30, 2**30 + 1])
+        assert expert_bias_delta(counts, 1.0).tolist() == [1, 0, -1]
+
+    def test_unknown_rule(self):
+        with pytest.raises(ValueError, match="rule is 'signs'"):
+            expert_bias_delta(torch.ones(1, 2), 0.1, "signs")
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_bias_follows_the_counts_of_each_step(backend, rule):
+    model = build(tiny_args(backend=backend, load_balance_rule=rule))
+    run = train(model, steps=3)
+    assert (run["counts"].sum(-1) == batch(0)[0].numel() * 2).all()
+    delta = sum(expert_bias_delta(counts, 0.01, rule) for counts in run["counts"])
+    torch.testing.assert_close(run["bias"], delta)
+    assert run["bias"].any(dim=1).all()
+    assert not any(moe.tokens_per_expert.any() for moe in moes(model))
+
+
+def test_balancing_evens_out_the_load():
+    """Biases that start far off come back, with weights that do not move."""
+
+    def max_violation(rate):
+        model = build(tiny_args(load_balance_rate=rate))
+        optimizers = optimizers_for(model)
+        for moe in moes(model):
+            moe.expert_bias.copy_(torch.tensor([0.1, 0.0, 0.0, -0.1, -0.1]))
+        for _ in range(150):
+            model(batch(0)[0])
+            optimizers.step()
+        return optimizers.load_balancer.latest_metrics()["moe/maxvio_batch_max"]
+
+    # 1.5: two experts take all, two of five times their share
+    assert max_violation(0.0) > 1.4
+    assert max_violation(0.001) < 0.3
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_gradient_accumulation(backend):
+    whole, parts = (
+        train(build(tiny_args(backend=backend)), steps=3, microbatches=n) for n in (1, 8)
+    )
+    assert_same_run(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_validation_between_steps(backend):
+    def validate(model):
+        model.eval()
+        with torch.no_grad():
+            loss_of(model, *batch(99))
+        model.train()
+        with torch.no_grad():
+            loss_of(model, *batch(98))
+
+    plain, validated = (
+        train(build(tiny_args(backend=backend)), between=f) for f in (None, validate)
+    )
+    assert_same_run(validated, plain)
+
+
+@pytest.mark.parametrize("off", [[1], [2], [1, 2]])
+def test_layers_with_balancing_off(off):
+    run = train(build(tiny_args(load_balance_off_layers=off)), steps=3)
+    for row, layer_id in enumerate((1, 2)):
+        assert run["bias"][row].any() == (layer_id not in off)
+    assert (run["counts"].sum(-1) > 0).all()
+
+
+def test_rate_zero_leaves_biases():
+    run = train(build(tiny_args(load_balance_rate=0.0)), steps=2)
+    assert not run["bias"].any() and run["counts"].any()
+
+
+def test_non_finite_gradient():
+    """The bias depends on counts only; they start again at zero."""
+    model = build(tiny_args())
+    optimizers = optimizers_for(model)
+    loss_of(model, *batch(0)).backward()
+    counts = torch.stack([moe.tokens_per_expert for moe in moes(model)])
+    for parameter in model.parameters():
+        parameter.grad.fill_(float("inf"))
+    optimizers.step()
+    bias = torch.stack([moe.expert_bias for moe in moes(model)])
+    assert torch.equal(bias, expert_bias_delta(counts, 0.01))
+    assert not any(moe.tokens_per_expert.any() for moe in moes(model))
+
+
+def test_nan_activations_still_count():
+    model = build(tiny_args())
+    with torch.no_grad():
+        model.tok_embeddings.weight[7].fill_(float("nan"))
+    optimizers = optimizers_for(model)
+    tokens, labels = batch(0)
+    loss_of(model, tokens, labels).backward()
+    optimizers.step()
+    assert (optimizers.load_balancer.counts_LE.sum(1) == tokens.numel() * 2).all()
+    assert all(moe.expert_bias.isfinite().all() for moe in moes(model))
+
+
+def test_checkpoints_keep_a_reference():
+    model = build(tiny_args())
+    cached = model.state_dict()
+    run = train(model, steps=1)
+    assert torch.equal(cached["layers.2.moe.expert_bias"], run["bias"][1])
+    assert run["bias"][1].any()
+
+
+def test_optimizer_steps_in_backward():
+    """TorchTitan's optimizer.early_step_in_backward: weights move in the backward, biases in step."""
+    model = build(tiny_args())
+    optimizers = optimizers_for(model, early_step_in_backward=True)
+    loss_of(model, *batch(0)).backward()
+    counts = torch.stack([moe.tokens_per_expert for moe in moes(model)])
+    optimizers.step()
+    bias = torch.stack([moe.expert_bias for moe in moes(model)])
+    assert torch.equal(bias, expert_bias_delta(counts, 0.01))
+
+
+def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
+    args = MoEArgs(num_experts=num_experts, top_k=1, score_before_experts=False)
+    moe = cls(args, 6, 5, **{"balance_rate": 0.5, **kwargs})
+    with torch.no_grad():
+        moe.init_weights(0.1, torch.device("cpu"))
+    return moe
+
+
+def test_metrics():
+    layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(balance_rate=0.0)])
+    balancer = ExpertLoadBalancer([layers])
+    assert balancer.latest_metrics() == {}
+    for layer, counts in zip(layers, ([3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0])):
+        layer.tokens_per_expert.copy_(torch.tensor(counts))
+    balancer()
+    metrics = balancer.latest_metrics()
+    assert all(value.dim() == 0 for value in metrics.values())
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "moe/maxvio_batch_mean": (1.5 + 0 + 3) / 3,
+        "moe/maxvio_batch_max": 3.0,
+        "moe/dead_experts": 2 + 3,
+        "moe/bias_min": -0.5,
+        "moe/bias_max": 0.5,
+        "moe/dropped_tokens": 0,
+    }
+    assert balancer.counts_LE.tolist() == [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
+    balancer()  # a step without tokens
+    assert balancer.latest_metrics()["moe/maxvio_batch_max"] == 0
+
+
+def test_no_moe_layer():
+    run_model = build(tiny_args(n_dense_layers=3))
+    optimizers = optimizers_for(run_model)
+    loss_of(run_model, *batch(0)).backward()
+    optimizers.step()
+    assert optimizers.load_balancer.latest_metrics() == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"num_experts": 6}, "num_experts"),
+        ({"balance_rate": 0.1}, "load_balance_rate"),
+        ({"balance_rule": "proportional"}, "load_balance_rule"),
+    ],
+)
+def test_layers_that_do_not_fit_together(other, name):
+    with pytest.raises(ValueError, match=name):
+        ExpertLoadBalancer([torch.nn.ModuleList([moe_layer(), moe_layer(**other)])])

@@ -1,0 +1,321 @@
+"""The transformer, its arguments, and what TorchTitan does to it on one process."""
+
+import dataclasses
+import importlib
+from functools import partial
+
+import pytest
+import torch
+from torchtitan.models.llama4.infra import parallelize as llama4
+from torchtitan.protocols import train_spec
+
+import momoe_titan.register
+from momoe_titan.kernels import autograd
+from momoe_titan.model import flavors, MomoeLlama, parallelize_momoe_llama
+from momoe_titan.model.model import MomoeAttention
+from tests.model.tiny import (
+    assert_same_run,
+    batch,
+    build,
+    job_config,
+    loss_of,
+    moes,
+    ONE_PROCESS,
+    tiny_args,
+    train,
+    VOCAB,
+)
+
+
+def parallelized(config):
+    return partial(parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config)
+
+
+class TestTraining:
+    def test_loss_falls(self):
+        run = train(build(tiny_args()), steps=2)
+        model = build(tiny_args())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(20):
+            loss = loss_of(model, *batch(0))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss < run["losses"][0] - 1
+
+    @pytest.mark.parametrize(
+        "moe", [{}, {"score_func": "softmax", "num_shared_experts": 0}], ids=str
+    )
+    def test_stock_moe_gives_the_same_run(self, moe):
+        ours, stock = (
+            train(build(tiny_args(moe, backend=backend))) for backend in ("torch", "torchtitan")
+        )
+        assert_same_run(ours, stock, rtol=1e-5, atol=1e-5)
+
+    def test_same_seed_twice(self):
+        assert_same_run(train(build(tiny_args())), train(build(tiny_args())))
+
+    @pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+    @pytest.mark.parametrize(
+        ("mode", "option", "early_stop"),
+        [
+            ("full", "2", False),
+            ("full", "2", True),
+            ("selective", "op", False),
+            ("selective", "2", False),
+        ],
+    )
+    def test_activation_checkpointing_changes_nothing(self, backend, mode, option, early_stop):
+        config = job_config()
+        config.activation_checkpoint.mode = mode
+        config.activation_checkpoint.selective_ac_option = option
+        config.activation_checkpoint.early_stop = early_stop
+        args = tiny_args(backend=backend, save_percent=[37.0])
+        plain = train(build(args))
+        assert_same_run(train(build(args, parallelize=parallelized(config))), plain)
+
+    def test_selective_by_op_does_not_run_the_experts_again(self, monkeypatch):
+        calls = []
+
+        def counted(*args):
+            calls.append(1)
+            return torch_forward(*args)
+
+        torch_forward = autograd.torch_forward
+        monkeypatch.setattr(autograd, "torch_forward", counted)
+
+        def forwards_in_backward(option):
+            config = job_config()
+            config.activation_checkpoint.mode = "selective"
+            config.activation_checkpoint.selective_ac_option = option
+            model = build(tiny_args(), parallelize=parallelized(config))
+            loss = loss_of(model, *batch(0))
+            calls.clear()
+            loss.backward()
+            return len(calls)
+
+        before = set(llama4._op_sac_save_list)
+        assert (forwards_in_backward("1"), forwards_in_backward("op")) == (2, 0)
+        assert llama4._op_sac_save_list == before
+
+    @pytest.mark.parametrize("mode", ["none", "full"])
+    def test_torch_compile(self, mode):
+        config = job_config()
+        config.compile.enable = True
+        config.compile.backend = "aot_eager"
+        config.activation_checkpoint.mode = mode
+        torch._dynamo.reset()
+        plain = train(build(tiny_args()))
+        compiled = train(build(tiny_args(), parallelize=parallelized(config)))
+        assert_same_run(compiled, plain, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+    def test_autocast_with_float32_parameters(self, backend):
+        model = build(tiny_args(backend=backend))
+        want = loss_of(model, *batch(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, *batch(0))
+        loss.backward()
+        torch.testing.assert_close(loss, want, rtol=2e-2, atol=0)
+        assert loss != want
+        for parameter in model.parameters():
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+    def test_bfloat16_model(self):
+        model = build(tiny_args())
+        want = loss_of(model, *batch(0))
+        model.bfloat16()
+        model.freqs_cis = model._precompute_freqs_cis()
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert moes(model)[0].expert_bias.dtype == torch.float32
+        torch.testing.assert_close(loss_of(model, *batch(0)), want, rtol=2e-2, atol=0)
+
+
+def test_save_percent_and_backend_reach_their_layers():
+    model = build(tiny_args(save_percent=[12.5, 100], check_ids=True, backend="torch"))
+    experts = [moe.experts for moe in moes(model)]
+    assert [e.save_percent for e in experts] == [12.5, 100]
+    assert all(e.backend == "torch" and e.check_ids for e in experts)
+    assert [block.moe_enabled for block in model.layers.values()] == [False, True, True]
+
+
+def test_attention_with_wide_heads():
+    """32 heads of 128 on 2048 columns, as Qwen3-30B-A3B has, in small."""
+    torch.manual_seed(0)
+    args = tiny_args()  # 4 heads of 8 on 24 columns, 2 of keys and values
+    attention = MomoeAttention(args)
+    with torch.device("meta"):
+        model = MomoeLlama(args)
+    model.freqs_cis = freqs = torch.polar(
+        torch.ones(16, 4), torch.outer(torch.arange(16.0), 1e4 ** (-torch.arange(4.0) / 4))
+    )
+    torch.testing.assert_close(model.to_empty(device="cpu")._precompute_freqs_cis(), freqs)
+
+    x = torch.randn(2, 16, 24)
+    q, k, v = (
+        (x @ w.weight.t()).view(2, 16, -1, 8).transpose(1, 2)
+        for w in (attention.wq, attention.wk, attention.wv)
+    )
+    assert q.shape[1] == 4 and k.shape[1] == 2
+
+    def turned(t):
+        pairs = torch.view_as_complex(t.reshape(*t.shape[:-1], 4, 2).contiguous())
+        return torch.view_as_real(pairs * freqs).flatten(-2)
+
+    q, k, v = turned(q), turned(k).repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(
+        torch.ones(16, 16).triu(1).bool(), float("-inf")
+    )
+    want = (weights.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 32) @ attention.wo.weight.t()
+    torch.testing.assert_close(attention(x, freqs, None), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_parameter_and_flop_count(backend):
+    args = tiny_args(backend=backend)
+    with torch.device("meta"):
+        model = MomoeLlama(args)
+    attention = 24 * 8 * (4 + 2 + 2 + 4)
+    expert = 3 * 24 * 10
+    norms = 24 * (2 * 3 + 1)
+    dense = 3 * attention + 3 * 24 * 32 + norms + 24 * VOCAB  # the output layer
+    per_moe = 24 * 5 + expert  # router, shared expert
+    total = dense + 24 * VOCAB + 2 * (per_moe + 5 * expert)
+    active = dense + 2 * (per_moe + 2 * expert)
+    nparams, flops = args.get_nparams_and_flops(model, seq_len=16)
+    assert nparams == total == sum(p.numel() for p in model.parameters())
+    # 6 per active parameter; attention 6 * layers * heads * (query + value width) * length
+    assert flops == 6 * active + 6 * 3 * 4 * 16 * 16
+
+
+def test_init_does_not_depend_on_the_backend():
+    ours, stock = (build(tiny_args(backend=b)).state_dict() for b in ("torch", "torchtitan"))
+    assert stock.keys() - ours.keys() == {f"layers.{i}.moe.experts.w3" for i in (1, 2)}
+    for name in ours:
+        if "moe.experts" not in name:
+            assert torch.equal(ours[name], stock[name]), name
+    for i in (1, 2):
+        experts = f"layers.{i}.moe.experts."
+        assert torch.equal(ours[experts + "w2"], stock[experts + "w2"].transpose(1, 2))
+        assert torch.equal(ours[experts + "w1"][..., :10], stock[experts + "w3"].transpose(1, 2))
+        assert torch.equal(ours[experts + "w1"][..., 10:], stock[experts + "w1"].transpose(1, 2))
+
+
+class TestTrainSpec:
+    def test_registers_once(self):
+        spec = train_spec.get_train_spec("momoe_llama")
+        momoe_titan.register.register()
+        importlib.reload(momoe_titan.register)
+        assert train_spec.get_train_spec("momoe_llama") is spec
+        assert spec.model_cls is MomoeLlama
+
+    def test_refuses_a_taken_name(self, monkeypatch):
+        other = dataclasses.replace(train_spec.get_train_spec("llama3"))
+        monkeypatch.setitem(train_spec._extra_train_specs, "momoe_llama", other)
+        with pytest.raises(ValueError, match="momoe_llama is already registered"):
+            momoe_titan.register.register()
+
+    def test_jobs_do_not_share_arguments(self):
+        args = flavors["debugmodel"]
+        args.update_from_config(job_config(save_percent=[100.0], vocab_size=999))
+        assert args.vocab_size == 999
+        assert flavors["debugmodel"].save_percent == [0.0]
+        assert flavors["debugmodel"].vocab_size == 2048
+
+    @pytest.mark.parametrize("flavor", flavors)
+    def test_flavors_are_valid(self, flavor):
+        flavors[flavor].update_from_config(job_config(save_percent=[50.0]))
+
+
+class TestUpdateFromConfig:
+    def test_takes_over_the_section(self):
+        args, config = tiny_args(), job_config(
+            save_percent=[0.0, 50.0],
+            backend="torch",
+            load_balance_rate=0.5,
+            load_balance_rule="proportional",
+            load_balance_off_layers=[2],
+            vocab_size=128,
+            check_ids=True,
+        )
+        config.debug.moe_force_load_balance = True
+        config.training.seq_len = 8
+        args.update_from_config(config)
+        assert args.save_percent == [0.0, 50.0] and args.backend == "torch"
+        assert args.layer_balance_rate(1) == 0.5 and args.layer_balance_rate(2) == 0
+        assert args.load_balance_rule == "proportional" and args.check_ids
+        assert args.vocab_size == 128 and args.max_seq_len == 8
+        assert args.moe_args._debug_force_load_balance
+
+    def test_without_the_section(self):
+        args = tiny_args(save_percent=[25.0])
+        args.update_from_config(job_config())
+        assert args.save_percent == [25.0] and args.vocab_size == VOCAB
+
+    @pytest.mark.parametrize(
+        ("momoe", "message"),
+        [
+            ({"save_percent": [1.0, 2.0, 3.0]}, r"momoe.save_percent has 3 numbers.* 2"),
+            ({"save_percent": []}, r"momoe.save_percent has 0 numbers"),
+            ({"save_percent": [0.0, 101]}, r"momoe.save_percent\[1\].*101"),
+            ({"save_percent": ["50"]}, r"momoe.save_percent\[0\].*'50'"),
+            ({"save_percent": [float("nan")]}, r"momoe.save_percent\[0\].*nan"),
+            ({"save_percent": -1}, r"momoe.save_percent\[0\].*-1"),
+            ({"backend": "cuda"}, r"momoe.backend is 'cuda'"),
+            ({"load_balance_rule": "cosine"}, r"momoe.load_balance_rule is 'cosine'"),
+            ({"load_balance_rate": -0.1}, r"momoe.load_balance_rate is -0.1"),
+            ({"load_balance_off_layers": [0, 1]}, r"load_balance_off_layers names \[0\].*\[1, 2\]"),
+            ({"vocab_size": -5}, r"vocab_size is -5"),
+        ],
+        ids=str,
+    )
+    def test_refuses_the_section(self, momoe, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_args().update_from_config(job_config(**momoe))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"n_dense_layers": 4}, "n_dense_layers is 4, more than n_layers, 3"),
+            ({"dense_hidden_dim": 0}, "dense_hidden_dim is 0"),
+            ({"moe_hidden_dim": 0}, "moe_hidden_dim is 0"),
+            ({"n_kv_heads": 3}, "n_heads is 4, must be a multiple of n_kv_heads, 3"),
+            ({"head_dim": 7}, "head_dim is 7"),
+            ({"head_dim": 0}, "head_dim is 0"),
+            ({"head_dim": None, "dim": 30}, "dim is 30, must be a multiple of n_heads, 4"),
+            ({"head_dim": None, "dim": 12}, "head_dim is 3"),
+            ({"moe": {"top_k": 6}}, "top_k is 6, more than moe_args.num_experts, 5"),
+            ({"moe": {"top_k": 0}}, "top_k is 0"),
+            ({"moe": {"num_shared_experts": -1}}, "num_shared_experts is -1"),
+            ({"moe": {"score_func": "relu"}}, "score_func is 'relu'"),
+            ({"moe": {"score_before_experts": True}}, "score_before_experts is True"),
+            ({"moe": {"num_expert_groups": 5}}, "num_expert_groups is 5"),
+        ],
+        ids=str,
+    )
+    def test_refuses_a_model(self, fields, message):
+        args = tiny_args(**fields)
+        with pytest.raises(ValueError, match=message):
+            args.update_from_config(job_config())
+        with pytest.raises(ValueError, match=message):
+            MomoeLlama(args)
+
+    @pytest.mark.parametrize("kind", ["tensor", "pipeline", "context", "expert", "expert_tensor"])
+    def test_refuses_other_parallelisms(self, kind):
+        config = job_config()
+        setattr(config.parallelism, f"{kind}_parallel_degree", 2)
+        with pytest.raises(ValueError, match=f"parallelism.{kind}_parallel_degree is 2"):
+            tiny_args().update_from_config(config)
+
+    def test_refuses_converters(self):
+        config = job_config()
+        config.model.converters = ["float8"]
+        with pytest.raises(ValueError, match="model.converters"):
+            tiny_args().update_from_config(config)
+
+    def test_stock_backend_warns_of_settings_without_effect(self, caplog):
+        tiny_args().update_from_config(
+            job_config(backend="torchtitan", save_percent=[50.0], check_ids=True)
+        )
+        assert "momoe.save_percent has no effect" in caplog.text
+        assert "momoe.check_ids has no effect" in caplog.text
