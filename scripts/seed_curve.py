@@ -78,7 +78,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 2),
         "losses": losses,
     }
-    for step in [*range(0, len(losses), max(1, len(losses) // 20)), len(losses) - 1]:
+    for step in sorted({*range(0, len(losses), max(1, len(losses) // 20)), len(losses) - 1}):
         print(f"step {step + 1:4d}  loss {losses[step]:.5f}")
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")

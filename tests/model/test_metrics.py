@@ -98,6 +98,35 @@ def test_balance_is_logged_from_the_optimizer_hook(processor):
     assert "counts_LE" not in values
 
 
+def test_gpu_step_keeps_titans_scalars(monkeypatch):
+    """With a GPU it is TorchTitan's own log, and ours beside it."""
+
+    class GpuMonitor:
+        device_name = "NVIDIA H100 80GB HBM3"
+
+        def get_peak_stats(self):
+            return metrics.titan.DeviceMemStats(1.0, 2.0, 3.0, 4.0, 0, 0)
+
+        def reset_peak_stats(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(metrics.titan, "build_device_memory_monitor", GpuMonitor)
+    built = metrics.build_momoe_metrics_processor(
+        JobConfig(), SimpleNamespace(pp_enabled=False, non_data_parallel_size=1)
+    )
+    built.logger = Recorder()
+    built.num_flops_per_token = 100
+    built.optimizers = SimpleNamespace(load_balancer=Balancer())
+    values = log_step(built)
+    assert values["memory/max_reserved(GiB)"] == 3.0 and "mfu(%)" in values
+    assert values["moe/maxvio_batch_mean"] == 0.25 and "moe/kernel_compiles" in values
+    assert not any("rss" in name for name in values)
+    built.ntokens_since_last_log = 64
+    built.log_validation(1.5, 2)
+    assert built.logger.steps[2]["validation_metrics/loss"] == 1.5
+
+
 def test_scalars_come_in_one_copy(monkeypatch):
     copies = []
     for name in ("tolist", "item", "__float__", "cpu", "numpy"):
