@@ -283,6 +283,8 @@ def load_local(
     A .txt file is one document (long ones are cut), a line of .jsonl or a row of
     .parquet one each. Text files are held in memory; the others are converted to
     Hugging Face's memory-mapped cache, or read as training goes when `streaming`.
+    A run resumes exactly where it was, when `streaming` within the first pass over
+    the data only.
 
     Args:
         path: A file, a folder or a glob pattern.

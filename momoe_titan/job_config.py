@@ -75,7 +75,8 @@ class Momoe:
     Read .jsonl and .parquet files of datasets named "local" as
     training goes, in place of converting them before the first step.
     Starts at once on large data, but finds a corrupt record only when
-    it gets there.
+    it gets there, and resumes exactly in the first pass over the data
+    only.
     """
 
     check_ids: bool = False

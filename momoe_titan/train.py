@@ -24,6 +24,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+# Before torch loads its OpenMP runtime: threads that wait for one another asleep.
+# Spinning, they slow a step several times over on cores shared with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if TYPE_CHECKING:

@@ -1,0 +1,165 @@
+"""`momoe_titan.train` before the first step: what it refuses, and how it says so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torchtitan.config import ConfigManager
+
+from momoe_titan import train
+
+ROOT = Path(__file__).parent.parent
+DEBUG_MODEL = ROOT / "train_configs" / "debug_model.toml"
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """debug_model.toml with options, the way the entry sees it."""
+    monkeypatch.chdir(ROOT)
+
+    def read(*options: str):
+        return ConfigManager().parse_args(
+            [
+                "--job.config_file",
+                str(DEBUG_MODEL),
+                "--job.dump_folder",
+                str(tmp_path / "out"),
+                *options,
+            ]
+        )
+
+    return read
+
+
+def launch(*options: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`python -m momoe_titan.train` in a process of its own, from the repository's root."""
+    return subprocess.run(
+        [sys.executable, "-m", "momoe_titan.train", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_debug_model_is_accepted(read):
+    config = read()
+    train.check_config(config)
+    assert config.momoe.save_percent == [0.0]
+    assert Path(config.model.hf_assets_path, "tokenizer.json").is_file()
+
+
+def test_check_leaves_the_registered_model_alone(read):
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    train.check_config(read("--momoe.vocab_size=4096"))
+    assert get_train_spec("momoe_llama").model_args["debugmodel"].vocab_size == 2048
+
+
+@pytest.mark.parametrize(
+    "option, named",
+    [
+        ("--experimental.custom_import=no.such.module", "experimental.custom_import 'no.such"),
+        ("--model.name=no_such_model", "model.name 'no_such_model'"),
+        ("--model.flavor=no_such_flavor", "model.flavor 'no_such_flavor'"),
+        ("--model.hf_assets_path=no/such/folder", "model.hf_assets_path 'no/such/folder'"),
+        ("--training.dataset=no_such_data", "training.dataset 'no_such_data'"),
+        ("--validation.dataset=no_such_data", "validation.dataset 'no_such_data'"),
+        ("--momoe.vocab_size=100", "momoe.vocab_size"),
+        ("--job.dump_folder=/proc/momoe", "job.dump_folder '/proc/momoe'"),
+    ],
+)
+def test_unusable_job_is_refused_before_anything_is_built(read, option, named):
+    with pytest.raises(ValueError) as refused:
+        train.check_config(read(option))
+    assert named in str(refused.value)
+
+
+def test_save_percent_of_the_wrong_length_is_refused(read):
+    with pytest.raises(ValueError, match=r"momoe\.save_percent"):
+        train.check_config(read("--momoe.save_percent", *["50"] * 9))
+
+
+def test_dump_folder_that_is_a_file_is_refused(read, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="job.dump_folder"):
+        train.check_config(read("--job.dump_folder", str(tmp_path / "taken")))
+
+
+@pytest.mark.parametrize(
+    "option", ["--training.enable_cpu_offload", "--profiling.enable_memory_snapshot"]
+)
+def test_gpu_options_are_refused_on_the_cpu(read, option):
+    with pytest.raises(ValueError, match=option[2:]):
+        train.prepare_cpu_job(read(option), [])
+
+
+def test_cpu_job_is_float32_unless_said_otherwise(read, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for args, expected in (
+        ([], "float32"),
+        (["--training.mixed_precision_param=bfloat16"], "bfloat16"),
+    ):
+        config = read(*args)
+        train.prepare_cpu_job(config, ["--job.config_file", str(DEBUG_MODEL), *args])
+        assert config.training.mixed_precision_param == expected
+    # there is no device "cpu:1"
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_was_given(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text("[training]\nsteps = 3\n")
+    for spelling in ([f"--job.config_file={file}"], ["--job.config-file", str(file)]):
+        assert train.was_given("training.steps", spelling)
+        assert not train.was_given("training.seq_len", spelling)
+    assert train.was_given("training.seq_len", ["--training.seq-len=8"])
+    assert train.was_given("training.seq_len", ["--training.seq_len", "8"])
+    assert not train.was_given("training.seq_len", ["--job.config_file", "/no/such/file"])
+
+
+def test_one_process_without_torchrun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is restored after the test
+        monkeypatch.delenv(name)
+    train.set_single_process_defaults()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    # torchrun's own are kept
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train.set_single_process_defaults()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")
+
+
+def test_help_without_a_file_shows_the_section():
+    shown = launch("--help")
+    assert shown.returncode == 0
+    assert "--momoe.save-percent" in shown.stdout
+    assert "keep for the backward" in shown.stdout
+
+
+def test_message_without_traceback_and_exit_status(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(DEBUG_MODEL.read_text().replace("save_percent = 0 ", "save_percent = 101 "))
+    refused = launch("--job.config_file", str(job))
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("train.py: error: momoe.save_percent")
+    assert "101" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_corrupt_dataset_file_stops_the_job_before_the_first_step(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": \n')
+    refused = launch(
+        *("--job.config_file", str(DEBUG_MODEL), "--job.dump_folder", str(tmp_path / "out")),
+        *("--training.dataset", "local", "--training.dataset_path", str(file)),
+    )
+    assert refused.returncode == 2
+    assert f"{str(file)!r}: line 2 is not JSON" in refused.stderr.splitlines()[-1]
+    assert "step:" not in refused.stdout

@@ -1,0 +1,269 @@
+"""Corpus, local files, tokenizer: reproducible, split cleanly, resumable, loud when damaged."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torchtitan.config import ConfigManager
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
+
+import momoe_titan
+from momoe_titan import data
+
+TOKENIZER = Path(momoe_titan.__file__).parent / "assets" / "tokenizer"
+TEXTS = ["one two three four five six\n", "def f(x):\n    return x\n", "naïve 漢字\n", "the end\n"]
+
+
+def job(*options: str):
+    return ConfigManager().parse_args(
+        [
+            "--job.custom_config_module=momoe_titan.job_config",
+            f"--model.hf_assets_path={TOKENIZER}",
+            "--training.local_batch_size=2",
+            "--training.seq_len=16",
+            *options,
+        ]
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_hub_cache(tmp_path, monkeypatch):
+    """Conversions go to the test's folder, not to the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub-cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.build_tokenizer(job())
+
+
+
+
+def test_stdlib_is_the_same_every_time_and_large_enough():
+    root = sysconfig.get_path("stdlib")
+    first, again = data.load_stdlib(root), data.load_stdlib(root)
+    assert first["path"] == again["path"]
+    assert first["text"] == again["text"]
+    assert sum(map(len, first["text"])) > 2_000_000
+    assert not any("site-packages" in p or "/test/" in p for p in first["path"])
+
+
+def test_held_out_files_are_in_neither_twice():
+    root = sysconfig.get_path("stdlib")
+    train, held_out = (set(data.stdlib_files(root, split)) for split in (False, True))
+    assert not train & held_out
+    assert 0.01 < len(held_out) / len(train) < 0.12
+
+
+def test_split_depends_on_the_path_alone(tmp_path):
+    names = [f"m{i}.py" for i in range(200)]
+    for name in names:
+        (tmp_path / name).write_text("x = 1\n")
+    before = data.stdlib_files(tmp_path, held_out=True)
+    assert before == [n for n in data.stdlib_files(tmp_path, True) if data.is_held_out(n)]
+    for name in names[::2]:
+        (tmp_path / name).unlink()
+    assert data.stdlib_files(tmp_path, True) == [n for n in before if n not in names[::2]]
+
+
+def test_folder_without_sources_is_refused(tmp_path):
+    with pytest.raises(data.DataError, match="dataset_path .* holds no Python source"):
+        data.load_stdlib(str(tmp_path))
+
+
+
+
+def write(path: Path, texts=TEXTS, field="text") -> Path:
+    if path.suffix == ".txt":
+        path.write_text("".join(texts), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, field: t}) + "\n" for i, t in enumerate(texts)))
+    else:
+        pq.write_table(pa.table({"id": list(range(len(texts))), field: texts}), path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", data.LOCAL_SUFFIXES)
+def test_one_file(tmp_path, suffix, streaming):
+    file = write(tmp_path / f"a{suffix}", field="body")
+    rows = list(data.load_local(str(file), "body", streaming))
+    assert "".join(row["text"] for row in rows) == "".join(TEXTS)
+    assert len(rows) == (1 if suffix == ".txt" else len(TEXTS))
+
+
+def test_folder_and_pattern(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.jsonl", "sub/c.parquet", "sub/d.jsonl"):
+        write(tmp_path / name, [name])
+    (tmp_path / "notes.md").write_text("not data")
+    everything = [row["text"] for row in data.load_local(str(tmp_path))]
+    assert everything == ["b.txt", "a.jsonl", "sub/d.jsonl", "sub/c.parquet"]
+    matched = [row["text"] for row in data.load_local(f"{tmp_path}/**/*.jsonl")]
+    assert matched == ["a.jsonl", "sub/d.jsonl"]
+
+
+def test_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_DOCUMENT_CHARS", 100)
+    text = "".join(f"line {i}\n" for i in range(50)) + "x" * 250 + "\n"
+    (tmp_path / "long.txt").write_text(text)
+    pieces = data.load_local(str(tmp_path / "long.txt"))["text"]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 100
+    assert pieces[0].endswith("\n")
+
+
+def damaged(tmp_path: Path, case: str) -> tuple[Path, str]:
+    """A file with one fault, and what the message must say besides its path."""
+    good = write(tmp_path / "good.parquet").read_bytes()
+    cases = {
+        "cut.jsonl": (b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        "number.jsonl": (b'{"text": "a"}\n{"text": 3}\n', "line 2 has no text"),
+        "other.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no text"),
+        "empty.jsonl": (b"", "empty"),
+        "cut.parquet": (good[: len(good) // 2], "magic bytes"),
+        "noise.parquet": (b"PAR1 and no more", "magic bytes"),
+        "binary.txt": (b"\xff\xfe\x00", "utf-8"),
+        "empty.txt": (b"", "no text"),
+        "table.csv": (b"text\na\n", ".parquet"),
+    }
+    content, message = cases[case]
+    file = tmp_path / case
+    file.write_bytes(content)
+    return file, message
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["cut.jsonl", "number.jsonl", "other.jsonl", "empty.jsonl", "cut.parquet", "noise.parquet"]
+    + ["binary.txt", "empty.txt", "table.csv"],
+)
+def test_damaged_file_is_named_before_training(tmp_path, tokenizer, case):
+    file, message = damaged(tmp_path, case)
+    config = job("--training.dataset=local", f"--training.dataset_path={file}")
+    with pytest.raises(data.DataError) as refused:
+        data.build_dataloader(1, 0, tokenizer, config)
+    assert str(file) in str(refused.value)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("case", ["cut.jsonl", "cut.parquet", "noise.parquet", "empty.jsonl"])
+def test_damaged_first_file_is_named_when_streaming(tmp_path, case):
+    file, _ = damaged(tmp_path, case)
+    with pytest.raises(data.DataError, match=case):
+        data.load_local(str(file), streaming=True)
+
+
+def test_missing_column_names_the_option(tmp_path):
+    file = write(tmp_path / "a.parquet", field="body")
+    for streaming in (False, True):
+        with pytest.raises(data.DataError, match="momoe.data_text_field") as refused:
+            data.load_local(str(file), streaming=streaming)
+        assert "body" in str(refused.value)
+
+
+@pytest.mark.parametrize("path", ["", "no/such/file.txt", "no/such/*.jsonl"])
+def test_missing_path_is_refused(path):
+    with pytest.raises(data.DataError, match="dataset_path"):
+        data.load_local(path)
+
+
+
+
+def batches(loader, n):
+    taken = []
+    for inputs, labels in loader:
+        taken.append((inputs["input"].tolist(), labels.tolist()))
+        if len(taken) == n:
+            return taken
+    raise AssertionError("the loader ran out")
+
+
+@pytest.mark.parametrize("source", ["python_stdlib", "jsonl", "jsonl streamed"])
+def test_loader_resumes_where_it_was(tmp_path, tokenizer, source):
+    options = [f"--training.dataset={source}"]
+    if source != "python_stdlib":
+        # Six documents are read more than once, which a streamed dataset does not
+        # resume from exactly.
+        count = 20 if source.endswith("streamed") else 6
+        write(tmp_path / "a.jsonl", [f"text {i} " * 10 for i in range(count)])
+        options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
+        if source.endswith("streamed"):
+            options.append("--momoe.data_streaming")
+    loader = data.build_dataloader(1, 0, tokenizer, job(*options))
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = loader.state_dict()
+    expected = batches(iterator, 4)
+    resumed = data.build_dataloader(1, 0, tokenizer, job(*options))
+    resumed.load_state_dict(state)
+    assert batches(resumed, 4) == expected
+
+
+def test_ranks_read_different_documents(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [f"document number {i}\n" for i in range(10)])
+    data.register_datasets()
+    seen = [
+        {
+            row["text"]
+            for row in HuggingFaceTextDataset("local", str(tmp_path), tokenizer, 16, rank, 2)._data
+        }
+        for rank in range(2)
+    ]
+    assert not seen[0] & seen[1]
+    assert len(seen[0] | seen[1]) == 10
+
+
+def test_text_field_of_the_job_reaches_the_loader(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", ["some text " * 20], field="body")
+    options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
+    loader = data.build_dataloader(1, 0, tokenizer, job(*options, "--momoe.data_text_field=body"))
+    ((inputs, labels),) = batches(loader, 1)
+    assert tokenizer.decode(inputs[0]).startswith("some text")
+    assert inputs[0][1:] == labels[0][:-1]
+
+
+def test_registering_again_keeps_torchtitans_datasets():
+    data.register_datasets()
+    data.register_datasets()
+    assert {"c4", "python_stdlib", "python_stdlib_validation", "local"} <= set(data.DATASETS)
+
+
+
+
+def test_tokenizer_is_byte_level(tokenizer):
+    assert tokenizer.get_vocab_size() == 2048
+    text = "def f(x):\n\treturn 'naïve 漢字 \x00'  # \U0001f600\r\n"
+    ids = tokenizer.encode(text, add_bos=True, add_eos=True)
+    assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+    assert {tokenizer.bos_id, tokenizer.eos_id} == {0, 1}
+    assert tokenizer.decode(ids) == text
+    for byte in range(256):
+        assert tokenizer.decode(tokenizer.encode(chr(byte))) == chr(byte)
+
+
+def test_tokenizer_fits_the_corpus(tokenizer):
+    texts = data.load_stdlib(sysconfig.get_path("stdlib"), held_out=True)["text"]
+    text = "".join(texts)
+    assert len(text) / len(tokenizer.encode(text)) > 2.8
+
+
+def test_packaged_tokenizer_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(data.resolve_assets_path("momoe_titan/assets/tokenizer")) == TOKENIZER
+
+
+@pytest.mark.parametrize("content", [None, "", "{ not json", '{"version": "1.0"}'])
+def test_missing_or_damaged_tokenizer_is_refused(tmp_path, content):
+    folder = tmp_path / "tok"
+    if content is not None:
+        folder.mkdir()
+        if content:
+            (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(data.DataError, match="model.hf_assets_path") as refused:
+        data.build_tokenizer(job(f"--model.hf_assets_path={folder}"))
+    assert str(folder) in str(refused.value)
