@@ -1,0 +1,103 @@
+"""Two processes on gloo train as one does: FSDP2 and DDP; four: HSDP."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.tiny import assert_same_run, build, tiny_args, train
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "fsdp_worker.py"
+
+
+def launch(folder, processes, runs):
+    """Results of these runs, one after the other in the same processes."""
+    defaults = {
+        "replicate": 1,
+        "shard": processes,
+        "mode": "none",
+        "param_dtype": "float32",
+        "backend": "torch",
+        "non_finite_on": -1,
+    }
+    out = folder / "results.pt"
+    settings = json.dumps([{**defaults, **run} for run in runs.values()])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", "-m", "tests.model.fsdp_worker"]
+    done = subprocess.run(
+        [*command, str(out), settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(runs, torch.load(out), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(
+        tmp_path_factory.mktemp("two"),
+        2,
+        {
+            "fsdp": {},
+            "fsdp, full": {"mode": "full"},
+            "fsdp, selective": {"mode": "selective"},
+            "fsdp, stock": {"backend": "torchtitan"},
+            "fsdp, bfloat16": {"param_dtype": "bfloat16"},
+            "fsdp, non-finite gradient": {"non_finite_on": 1},
+            "ddp": {"replicate": 2, "shard": 1},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def one():
+    return train(build(tiny_args(load_balance_off_layers=[2])))
+
+
+def test_fsdp_is_the_single_process_run(one, two):
+    assert_same_run(two["fsdp"], one, rtol=1e-4, atol=1e-4)
+    assert one["bias"][0].any() and not one["bias"][1].any()
+
+
+@pytest.mark.parametrize("name", ["fsdp, stock", "ddp"])
+def test_stock_moe_and_ddp_too(one, two, name):
+    assert_same_run(two[name], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing(two, mode):
+    assert_same_run(two[f"fsdp, {mode}"], two["fsdp"])
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(two):
+    single = dict(build(tiny_args()).named_parameters())
+    for name in ("fsdp", "fsdp, full", "ddp"):
+        assert two[name]["init"].keys() == single.keys()
+        for key, weight in two[name]["init"].items():
+            assert torch.equal(weight, single[key]), (name, key)
+
+
+def test_bfloat16_mixed_precision(one, two):
+    torch.testing.assert_close(two["fsdp, bfloat16"]["losses"], one["losses"], rtol=0.02, atol=0)
+    assert two["fsdp, bfloat16"]["bias"].dtype == torch.float32
+
+
+def test_non_finite_gradient_on_one_rank(two):
+    """That the ranks agree and clear their counts is asserted in the worker."""
+    run = two["fsdp, non-finite gradient"]
+    assert torch.equal(run["counts"][:2], two["fsdp"]["counts"][:2])
+    assert run["losses"][2].isnan() and run["bias"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_hsdp_on_four_processes(one, tmp_path):
+    run = launch(tmp_path, 4, {"hsdp": {"replicate": 2, "shard": 2}, "fsdp": {}})
+    assert_same_run(run["hsdp"], one, rtol=1e-4, atol=1e-4)
+    assert_same_run(run["fsdp"], one, rtol=1e-4, atol=1e-4)
