@@ -60,6 +60,9 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
     }
 )
 HELD_OUT_ONE_IN = 20
+# Source files are cut into documents of this many characters, so that a batch has
+# pieces of several files and the loss of one batch says something about the next.
+STDLIB_DOCUMENT_CHARS = 2048
 # A .txt file longer than this (in characters) becomes several documents, split
 # where a line ends: TorchTitan's loader tokenizes a document at a time.
 MAX_DOCUMENT_CHARS = 1 << 18
@@ -74,8 +77,8 @@ class DataError(ValueError):
     """
 
 
-def _path_digest(relative_path: str) -> bytes:
-    return hashlib.sha256(relative_path.encode()).digest()
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def is_held_out(relative_path: str) -> bool:
@@ -84,15 +87,11 @@ def is_held_out(relative_path: str) -> bool:
     Depends on the path alone, so that adding or removing other files (another
     Python version) moves no file from one split to the other.
     """
-    return int.from_bytes(_path_digest(relative_path)[:8]) % HELD_OUT_ONE_IN == 0
+    return int.from_bytes(_digest(relative_path)[:8]) % HELD_OUT_ONE_IN == 0
 
 
 def stdlib_files(root: str | os.PathLike, held_out: bool) -> list[str]:
-    """Paths, relative to `root` and with "/", of one split's source files.
-
-    In the order of a hash of the path: the same on every machine, and without
-    the runs of similar files that alphabetical order has.
-    """
+    """Paths, relative to `root` and with "/", of one split's source files, sorted."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [
@@ -106,7 +105,21 @@ def stdlib_files(root: str | os.PathLike, held_out: bool) -> list[str]:
                 path = Path(folder, name).relative_to(root).as_posix()
                 if is_held_out(path) == held_out:
                     found.append(path)
-    return sorted(found, key=_path_digest)
+    return sorted(found)
+
+
+def _split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Cut a text into documents, each ending where a line ends if it can."""
+    start = 0
+    while len(text) - start > max_chars:
+        limit = start + max_chars
+        end = text.rfind("\n", start, limit) + 1
+        if end <= start:  # one line longer than a document
+            end = limit
+        yield text[start:end]
+        start = end
+    if text[start:].strip():
+        yield text[start:]
 
 
 def load_stdlib(root: str, held_out: bool = False) -> Dataset:
@@ -117,25 +130,29 @@ def load_stdlib(root: str, held_out: bool = False) -> Dataset:
         held_out: The validation split in place of the training split.
 
     Returns:
-        One row per file, columns "text" and "path" (relative to `root`).
+        Rows of columns "text" (a piece of a file) and "path" (of the file, relative
+        to `root`), in the order of a hash of path and place: mixed, and the same on
+        every machine with the same library.
 
     Raises:
         DataError: `root` holds no Python sources.
     """
-    rows: dict[str, list[str]] = {"text": [], "path": []}
+    rows = []
     for path in stdlib_files(root, held_out):
         # tokenize.open honours the encoding that the file declares.
         with tokenize.open(os.path.join(root, path)) as f:
             text = f.read()
-        if text.strip():
-            rows["text"].append(text)
-            rows["path"].append(path)
-    if not rows["text"]:
+        rows.extend(
+            (_digest(f"{path}:{i}"), piece, path)
+            for i, piece in enumerate(_split_text(text, STDLIB_DOCUMENT_CHARS))
+        )
+    if not rows:
         raise DataError(
             f"dataset_path {str(root)!r} holds no Python source files for the dataset "
             f"'python_stdlib'; use dataset 'local' with files of your own"
         )
-    return Dataset.from_dict(rows)
+    _, texts, paths = zip(*sorted(rows))
+    return Dataset.from_dict({"text": texts, "path": paths})
 
 
 def find_local_files(path: str) -> list[str]:
@@ -172,26 +189,12 @@ def find_local_files(path: str) -> list[str]:
     return sorted(files)
 
 
-def _split_text(text: str) -> Iterator[str]:
-    """Cut a long text into documents, each ending where a line ends if it can."""
-    start = 0
-    while len(text) - start > MAX_DOCUMENT_CHARS:
-        limit = start + MAX_DOCUMENT_CHARS
-        end = text.rfind("\n", start, limit) + 1
-        if end <= start:  # one line longer than a document
-            end = limit
-        yield text[start:end]
-        start = end
-    if text[start:].strip():
-        yield text[start:]
-
-
 def _load_text_files(files: list[str]) -> Dataset:
     texts: list[str] = []
     for file in files:
         try:
             with open(file, encoding="utf-8") as f:
-                texts.extend(_split_text(f.read()))
+                texts.extend(_split_text(f.read(), MAX_DOCUMENT_CHARS))
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"dataset_path: cannot read {file!r}: {e}") from e
     if not texts:
