@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter, TokenReorderer
@@ -15,18 +14,36 @@ from momoe_titan.counting import accumulate_counts, feeds_balancing
 from momoe_titan.kernels import momoe_mlp
 
 
+class _Float32Product(torch.autograd.Function):
+    """x @ w.T in float32, keeping x and w for the backward in the dtype they came in: autograd
+    would keep float32 copies, twice the memory of a bfloat16 x."""
+
+    @staticmethod
+    def forward(ctx, x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_TD, w_ED)
+        return x_TD.float() @ w_ED.float().t()
+
+    @staticmethod
+    def backward(ctx, dout_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TD, w_ED = ctx.saved_tensors
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dx_TD = dout_TE @ w_ED.float()
+            dw_ED = dout_TE.t() @ x_TD.float()
+        return dx_TD.to(x_TD.dtype), dw_ED.to(w_ED.dtype)
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that multiplies in float32, whatever the dtype of x and weight.
 
     Holds under autocast, which is switched off inside, and under FSDP mixed precision, where x
-    and the gathered weight arrive rounded to bfloat16 and are not rounded any further. The output
-    is float32.
+    and the gathered weight arrive rounded to bfloat16 and are not rounded any further. x is
+    (T, D); the output is float32.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), bias)
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            out_TE = _Float32Product.apply(x_TD, self.weight)
+            return out_TE if self.bias is None else out_TE + self.bias.float()
 
 
 class MomoeRouter(TokenChoiceTopKRouter):

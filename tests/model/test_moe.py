@@ -12,7 +12,12 @@ from momoe_titan.model.moe import MomoeMoE, MomoeRouter, StockMoE
 
 D, FFN, E, K = 12, 7, 5, 2
 ARGS = dict(
-    num_experts=E, top_k=K, num_shared_experts=1, route_norm=True, score_before_experts=False
+    num_experts=E,
+    top_k=K,
+    num_shared_experts=1,
+    route_norm=True,
+    score_before_experts=False,
+    use_grouped_mm=False,  # the tensors are on the CPU, also where there is a GPU
 )
 
 
@@ -128,6 +133,27 @@ class TestRouter:
         scores, ids = r(x)
         assert scores.dtype == torch.float32
         assert torch.equal(scores, want.gather(1, ids))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("gate_bias", [False, True])
+    def test_gradients_without_float32_copies(self, dtype, gate_bias):
+        r, x = router(gate_bias=gate_bias).to(dtype), tokens(64).to(dtype).requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.append(t), t)[1], lambda t: t
+        ):
+            logits = r.gate(x)
+        assert {t.dtype for t in kept} == {dtype} and {tuple(t.shape) for t in kept} == {
+            (64, D),
+            (E, D),
+        }
+        dout = torch.randn(64, E)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads = torch.autograd.grad(logits, [x, *r.gate.parameters()], dout)
+        want = [dout @ r.gate.weight.float(), dout.t() @ x.float(), dout.sum(0)]
+        for grad, exact in zip(grads, want):
+            assert grad.dtype == dtype
+            torch.testing.assert_close(grad, exact.to(dtype))
 
     def test_bias_moves_the_choice_and_not_the_scores(self):
         r, x = router(score_func="sigmoid", route_norm=False), tokens(64)

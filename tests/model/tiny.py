@@ -28,6 +28,7 @@ def tiny_args(moe: dict | None = None, **fields) -> MomoeLlamaArgs:
         "score_func": "sigmoid",
         "route_norm": True,
         "score_before_experts": False,
+        "use_grouped_mm": False,  # the tensors are on the CPU, also where there is a GPU
         **(moe or {}),
     }
     fields = {
