@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import combine, configs, down_proj, up_proj, weight_grad
+from . import combine, configs
+from .gemms import select_gemms
 from .reference import torch_backward, torch_forward
 from .routing import MAX_ROWS, build_routing, build_routing_ref, packed_size, unpack_routing
 
@@ -29,9 +30,7 @@ def num_saved_rows(num_rows: int, save_percent: float) -> int:
 
 
 def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
-    if backend == "torch":
-        return _REFERENCE_TILE_ROWS
-    return configs.tile_configs(x_TD, w2_EFD.shape[1])["up_proj"].block_m
+    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
 
 
 def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
@@ -45,14 +44,14 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed
 
-    tiles = configs.tile_configs(x_TD, ffn)
+    gemms = select_gemms(x_TD, ffn)
     packed, counts_E = build_routing(ids_TK, num_experts, tile_rows)
     routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(ids_TK.numel(), ffn)
-    up_proj.up_proj(tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
+    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F)
     y_RD = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
-    down_proj.down_proj(tiles["down_proj"], act_RF, w2_EFD, routing, y_RD)
+    gemms.down_proj(act_RF, w2_EFD, routing, y_RD)
     out_TD = torch.empty_like(x_TD)
     combine.combine(y_RD, routing, scores_TK, out_TD)
     return out_TD, counts_E, z_S2F, packed
@@ -68,30 +67,28 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, b
         return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
 
     need_x, need_w1, need_w2, need_scores = needs
-    tiles = configs.tile_configs(x_TD, ffn)
+    gemms = select_gemms(x_TD, ffn)
     dz_R2F = x_TD.new_empty(num_rows, 2 * ffn)
     if num_saved < num_rows:
-        up_proj.recompute_z(tiles["up_proj"], x_TD, w1_ED2F, routing, num_saved, dz_R2F)
+        gemms.recompute_z(x_TD, w1_ED2F, routing, num_saved, dz_R2F)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    dscore = down_proj.down_proj_backward(
-        tiles["down_proj_backward"], dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF
-    )
+    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF)
     dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
     if need_scores:
         combine.score_grad(dscore, routing, dscores_TK)
     dw2 = torch.empty_like(w2_EFD) if need_w2 else w2_EFD.new_empty(0)
     if need_w2:
-        weight_grad.weight_grad(tiles["weight_grad"], act_RF, dout_TD, routing, dw2, gather_b=True)
+        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
     del act_RF, dscore
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
         dx_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
-        up_proj.up_proj_backward(tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD)
+        gemms.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD)
         combine.combine(dx_RD, routing, None, dx_TD)
         del dx_RD
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:
-        weight_grad.weight_grad(tiles["weight_grad"], x_TD, dz_R2F, routing, dw1, gather_a=True)
+        gemms.weight_grad(x_TD, dz_R2F, routing, dw1, gather_a=True)
     return dx_TD, dw1, dw2, dscores_TK
 
 

@@ -1,4 +1,4 @@
-"""Which tiles each GEMM uses: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
+"""Which tiles each portable GEMM uses: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
 
 import functools
 import json
@@ -67,10 +67,13 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _device_kind(device_index: int) -> tuple[str, str]:
-    """(row of the table, name of the GPU)."""
-    major, _ = torch.cuda.get_device_capability(device_index)
-    return ("sm90" if major == 9 else "sm80"), torch.cuda.get_device_name(device_index)
+def _properties(device_index: int) -> tuple[tuple[int, int], str]:
+    return torch.cuda.get_device_capability(device_index), torch.cuda.get_device_name(device_index)
+
+
+def device_properties(device: torch.device) -> tuple[tuple[int, int], str]:
+    """(compute capability, name) of a GPU."""
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def tile_configs(x: torch.Tensor, ffn: int) -> dict[str, TileConfig]:
@@ -80,11 +83,11 @@ def tile_configs(x: torch.Tensor, ffn: int) -> dict[str, TileConfig]:
     """
     if interpreting():
         return _TABLE["interpreter"]
-    kind, name = _device_kind(x.device.index if x.device.index is not None else torch.cuda.current_device())
+    capability, name = device_properties(x.device)
     if x.dtype == torch.float32:
         return _TABLE["float32"]
-    if x.shape[-1] % 64 or ffn % 64:
-        kind = "sm80"  # masks and unaligned loads take registers: large tiles would spill
+    # masks and unaligned loads take registers: large tiles would spill
+    kind = "sm90" if capability[0] == 9 and x.shape[-1] % 64 == 0 and ffn % 64 == 0 else "sm80"
     return _tuned(name).get(cache_key(x.dtype, x.shape[-1], ffn), _TABLE[kind])
 
 

@@ -143,7 +143,7 @@ def _producer(ring, tiles, lhs, rhs):
 def _accumulate(ring, tile, stage, phase, W: gl.constexpr):
     """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight."""
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
-    last = stage
+    last = 0  # not `stage`: a value that the first pass of the loop leaves alone would not be carried by it
     for k in range(tile.k_begin, tile.k_end, BK):
         mbarrier.wait(ring.ready.index(stage), phase)
         if ring.GATHERS:

@@ -1,0 +1,108 @@
+"""The six grouped GEMMs behind the op, on one of two paths: portable Triton, or Gluon for Hopper."""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from . import configs, down_proj, hopper, up_proj, weight_grad
+from .routing import RoutingMetadata
+
+logger = logging.getLogger(__name__)
+
+
+class PortableGemms:
+    """Plain Triton: any GPU, any dtype and width, and the interpreter."""
+
+    def __init__(self, tiles: dict[str, configs.TileConfig]):
+        self.tiles = tiles
+        self.tile_rows = tiles["up_proj"].block_m
+
+    def up_proj(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor) -> None:
+        up_proj.up_proj(self.tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
+
+    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, first_row: int, z_R2F: Tensor) -> None:
+        up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, first_row, z_R2F)
+
+    def down_proj(self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor) -> None:
+        down_proj.down_proj(self.tiles["down_proj"], act_RF, w2_EFD, routing, y_RD)
+
+    def down_proj_backward(
+        self,
+        dout_TD: Tensor,
+        w2_EFD: Tensor,
+        scores_TK: Tensor,
+        routing: RoutingMetadata,
+        z_S2F: Tensor,
+        dz_R2F: Tensor,
+        act_RF: Tensor,
+    ) -> Tensor:
+        """See down_proj.down_proj_backward; returns the partial sums of the scores' gradients."""
+        return down_proj.down_proj_backward(
+            self.tiles["down_proj_backward"], dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF
+        )
+
+    def up_proj_backward(self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor) -> None:
+        up_proj.up_proj_backward(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD)
+
+    def weight_grad(
+        self, a: Tensor, b: Tensor, routing: RoutingMetadata, dw_EMN: Tensor, *, gather_a: bool = False, gather_b: bool = False
+    ) -> None:
+        config = self.tiles["weight_grad"]
+        weight_grad.weight_grad(config, a, b, routing, dw_EMN, gather_a=gather_a, gather_b=gather_b)
+
+
+class HopperGemms:
+    """Gluon, warp-specialised: compute capability 9.0, bfloat16 and float16, widths that are multiples of 64."""
+
+    tile_rows = hopper.BM.value
+
+    def up_proj(self, x_TD, w1_ED2F, routing, act_RF, z_S2F):
+        hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F, z_S2F.shape[0], act_RF)
+
+    def recompute_z(self, x_TD, w1_ED2F, routing, first_row, z_R2F):
+        hopper.recompute_z(x_TD, w1_ED2F, routing, first_row, z_R2F)
+
+    def down_proj(self, act_RF, w2_EFD, routing, y_RD):
+        hopper.down_proj(act_RF, w2_EFD, routing, y_RD)
+
+    def down_proj_backward(self, dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF):
+        num_rows, ffn = act_RF.shape
+        dscore = torch.empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32, device=act_RF.device)
+        score_R = scores_TK.float().view(-1).index_select(0, routing.slot_R)
+        hopper.down_proj_backward(
+            dout_TD, w2_EFD, routing, score_R, z_S2F, z_S2F.shape[0], dz_R2F, dz_R2F, act_RF, dscore
+        )
+        return dscore
+
+    def up_proj_backward(self, dz_R2F, w1_ED2F, routing, dx_RD):
+        hopper.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD)
+
+    def weight_grad(self, a, b, routing, dw_EMN, *, gather_a=False, gather_b=False):
+        hopper.weight_grad(a, gather_a, b, gather_b, routing, dw_EMN)
+
+
+@functools.cache
+def _say_portable(device_name: str, dtype: torch.dtype, d_model: int, ffn: int) -> None:
+    logger.info(
+        "momoe_titan: portable Triton kernels on %s for %s, D = %d, F = %d "
+        "(the Hopper kernels need capability 9.0, bfloat16 or float16, and multiples of 64)",
+        device_name,
+        dtype,
+        d_model,
+        ffn,
+    )
+
+
+def select_gemms(x: Tensor, ffn: int) -> PortableGemms | HopperGemms:
+    """The fastest path for activations like ``x`` (.., D) and experts of hidden width ``ffn``.
+
+    Depends on the device, the dtype, D and F, never on a token count.
+    """
+    if not configs.interpreting():
+        capability, name = configs.device_properties(x.device)
+        if hopper.supported(x.dtype, x.shape[-1], ffn, capability):
+            return HopperGemms()
+        _say_portable(name, x.dtype, x.shape[-1], ffn)
+    return PortableGemms(configs.tile_configs(x, ffn))

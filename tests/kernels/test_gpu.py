@@ -1,0 +1,183 @@
+"""The op at real sizes on a GPU, on the Hopper path and on the portable one."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from momoe_titan.kernels import gemms, hopper, momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels.compile_count import cache_load_count, compile_count, install
+
+from .test_op import assert_close, make_inputs, run
+
+pytestmark = pytest.mark.gpu
+install()
+
+# (T, D, F, E, K) and why it is here
+SHAPES = {
+    "7B_n256": (4096, 1536, 256, 128, 8),
+    "seed_odd": (1030, 2176, 1152, 64, 6),
+    "few_wide_experts": (777, 4096, 1792, 8, 2),
+    "portable_everywhere": (2000, 600, 392, 16, 4),
+}
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def path(request, monkeypatch):
+    if request.param == "portable":
+        monkeypatch.setattr(hopper, "supported", lambda *args: False)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return request.param
+
+
+def oracle(x, w1, w2, ids, scores, dout):
+    return run(momoe_mlp_ref, x.float(), w1.float(), w2.float(), ids, scores, dout.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_and_gradients(name, dtype, path):
+    inputs = make_inputs(SHAPES[name], dtype, "cuda")
+    if name != "portable_everywhere":
+        assert isinstance(gemms.select_gemms(inputs[0], SHAPES[name][2]), gemms.HopperGemms) == (path == "hopper")
+    got, counts = run(momoe_mlp, *inputs, 37)
+    want, counts_want = oracle(*inputs)
+    assert_close(got, want, run(momoe_mlp_ref, *inputs)[0])
+    assert counts.tolist() == counts_want.tolist()
+
+
+@pytest.mark.parametrize("save_percent", [0, 1, 37, 99, 100])
+def test_save_percent_never_changes_a_bit(save_percent, path):
+    inputs = make_inputs(SHAPES["7B_n256"], torch.bfloat16, "cuda")
+    want, _ = run(momoe_mlp, *inputs, 50)
+    got, _ = run(momoe_mlp, *inputs, save_percent)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_deterministic(path):
+    inputs = make_inputs(SHAPES["7B_n256"], torch.bfloat16, "cuda")
+    first, *others = (run(momoe_mlp, *inputs, 50)[0] for _ in range(4))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("skew", ["one_third_on_one", "three_quarters_empty", "all_on_the_same"])
+def test_skewed_routing(skew, path):
+    x, w1, w2, ids, scores, dout = make_inputs((3000, 512, 256, 32, 4), torch.bfloat16, "cuda")
+    if skew == "one_third_on_one":
+        ids[:1000, 0] = 31
+        ids[:1000, 1:] %= 31
+    elif skew == "three_quarters_empty":
+        ids = torch.rand(3000, 8, device="cuda").topk(4, -1)[1]
+    else:
+        ids = torch.tensor([3, 9, 30, 11], device="cuda").expand(3000, 4)
+    got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 60)
+    assert_close(got, oracle(x, w1, w2, ids, scores, dout)[0], run(momoe_mlp_ref, x, w1, w2, ids, scores, dout)[0])
+    assert (got[2][counts == 0] == 0).all() and (got[3][counts == 0] == 0).all()
+
+
+def test_float32_honours_its_digits():
+    inputs = make_inputs((300, 256, 128, 8, 2), torch.float32, "cuda")
+    got, _ = run(momoe_mlp, *inputs, 50)
+    want, _ = run(momoe_mlp_ref, *(t.double() if t.is_floating_point() else t for t in inputs))
+    assert all(((g - w).norm() / w.norm()).item() < 2e-6 for g, w in zip(got, want))
+
+
+def test_a_new_token_count_compiles_nothing(path):
+    _, w1, w2, _, _, _ = make_inputs((1, 512, 256, 16, 2), torch.bfloat16, "cuda")
+    counts = []
+    for tokens in (1024, *range(1, 12), 45, 333, 1000, 2047, 2048, 4099):
+        for save_percent in (0, 33, 100):
+            x, _, _, ids, scores, dout = make_inputs((tokens, 512, 256, 16, 2), torch.bfloat16, "cuda")
+            run(momoe_mlp, x, w1, w2, ids, scores, dout, save_percent)
+        counts.append(compile_count() + cache_load_count())
+    assert counts[0] > 0 and set(counts) == {counts[0]}
+
+
+@pytest.mark.parametrize("save_percent", [0, 25, 50, 100])
+def test_memory_held_is_the_formula(save_percent, path):
+    T, D, F, E, K = shape = (8192, 512, 512, 16, 4)
+    x, w1, w2, ids, scores, _ = make_inputs(shape, torch.bfloat16, "cuda")
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+    momoe_mlp(*leaves[:3], ids, leaves[3], save_percent)[0].sum().backward()  # warm-up: workspaces of libraries
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    out, counts = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent)
+    held = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes() - counts.untyped_storage().nbytes()
+    z = T * K * save_percent // 100 * 2 * F * 2
+    assert z <= held <= z + 24 * T * K + 4096
+
+
+def test_peak_memory_rises_with_save_percent_and_not_with_skew(path):
+    shape = (16384, 1024, 512, 16, 4)
+    x, w1, w2, ids, scores, dout = make_inputs(shape, torch.bfloat16, "cuda")
+    run(momoe_mlp, x, w1, w2, ids, scores, dout, 0)
+
+    def peak(ids, save_percent):
+        torch.cuda.reset_peak_memory_stats()
+        run(momoe_mlp, x, w1, w2, ids, scores, dout, save_percent)
+        return torch.cuda.max_memory_allocated()
+
+    peaks = [peak(ids, p) for p in (0, 25, 50, 75, 100)]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
+    same = torch.tensor([3, 9, 1, 11], device="cuda").expand(16384, 4).contiguous()
+    assert peak(same, 50) == peak(ids, 50)
+
+
+def test_offsets_past_two_to_the_31(path):
+    # R * 2F = 2.2e9 elements of z; the last tokens are checked alone
+    T, D, F, E, K = (262144, 128, 2048, 4, 2)
+    x = normalize(torch.randn(T, D, device="cuda"), dim=-1).bfloat16() * D**0.5
+    w1 = (torch.randn(E, D, 2 * F, device="cuda") * D**-0.5).bfloat16()
+    w2 = (torch.randn(E, F, D, device="cuda") * F**-0.5).bfloat16()
+    ids = torch.rand(T, E, device="cuda").topk(K, -1)[1]
+    scores = torch.rand(T, K, device="cuda")
+    assert T * K * 2 * F > 2**31
+    x.requires_grad_()
+    out, _ = momoe_mlp(x, w1, w2, ids, scores, 100)
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    some = torch.cat([torch.arange(500), torch.arange(T - 500, T)]).cuda()
+    part = x.detach()[some].float().requires_grad_()
+    want, _ = momoe_mlp_ref(part, w1.float(), w2.float(), ids[some], scores[some])
+    (dwant,) = torch.autograd.grad(want, part, torch.ones_like(want))
+    for got, expected in ((out[some], want), (dx[some], dwant)):
+        assert ((got.float() - expected).norm() / expected.norm()).item() < 6e-3
+
+
+def test_cuda_graph_replays_forward_and_backward(path):
+    x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+
+    def step():
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], 50)
+        return (out, *torch.autograd.grad(out, leaves, dout))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    new = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda", seed=5)
+    with torch.no_grad():
+        x.copy_(new[0]), ids.copy_(new[3]), scores.copy_(new[4]), dout.copy_(new[5])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(c, w) for c, w in zip(captured, step()))
+
+
+def test_does_not_wait_for_the_gpu(path):
+    x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
+    run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(RuntimeError):  # what the mode would have said
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ids.max().item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
