@@ -230,7 +230,7 @@ def run(args: list[str]) -> None:
 
     try:
         titan.main(build_trainer)
-    except ValueError as e:
+    except (ValueError, OSError) as e:  # OSError: the configuration file itself
         if config_accepted and not isinstance(e, DataError):
             raise
         # The message says which field to change; a traceback would bury it.

@@ -153,6 +153,12 @@ def test_message_without_traceback_and_exit_status(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+def test_missing_configuration_file_is_named():
+    refused = launch("--job.config_file", "no/such/job.toml")
+    assert refused.returncode == 2
+    assert "no/such/job.toml" in refused.stderr.splitlines()[-1]
+
+
 def test_corrupt_dataset_file_stops_the_job_before_the_first_step(tmp_path):
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "fine"}\n{"text": \n')
