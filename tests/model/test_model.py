@@ -52,6 +52,19 @@ class TestTraining:
         )
         assert_same_run(ours, stock, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 15)], ids=str)
+    def test_few_tokens(self, shape):
+        """1, 7 and 45 of them: less than a tile, and experts without any."""
+        grads = []
+        for backend in ("torch", "torchtitan"):
+            model = build(tiny_args(backend=backend, save_percent=[50.0]))
+            rows, length = shape
+            tokens, labels = (t[:rows, :length] for t in batch(0))
+            loss_of(model, tokens, labels).backward()
+            assert all(moe.tokens_per_expert.sum() == 2 * rows * length for moe in moes(model))
+            grads.append([model.tok_embeddings.weight.grad, moes(model)[0].router.gate.weight.grad])
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
     def test_same_seed_twice(self):
         assert_same_run(train(build(tiny_args())), train(build(tiny_args())))
 

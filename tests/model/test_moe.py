@@ -212,6 +212,16 @@ def test_nan_stays_in_its_token(cls):
     assert moe.tokens_per_expert.sum() == 9 * K
 
 
+@pytest.mark.parametrize("percent", [0, 50, 100])
+def test_unchosen_expert_gets_zero_gradients(percent):
+    moe = layer(save_percent=percent)
+    moe.expert_bias[3] = -10
+    moe(tokens(2, 9)).sum().backward()
+    for weight in (moe.experts.w1, moe.experts.w2):
+        zero = [not grad.any() for grad in weight.grad]
+        assert zero == [False, False, False, True, False]
+
+
 def test_no_tokens():
     moe = layer(save_percent=50)
     x = tokens(0, 4).requires_grad_()

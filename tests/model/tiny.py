@@ -48,13 +48,13 @@ def tiny_args(moe: dict | None = None, **fields) -> MomoeLlamaArgs:
     return MomoeLlamaArgs(moe_args=MoEArgs(**moe), **fields)
 
 
-def build(args: MomoeLlamaArgs, seed: int = 0, parallelize=None) -> MomoeLlama:
+def build(args: MomoeLlamaArgs, seed: int = 0, parallelize=None, device="cpu") -> MomoeLlama:
     """Through the meta device, as TorchTitan's trainer does."""
     with torch.device("meta"):
         model = MomoeLlama(args)
     if parallelize is not None:
         model = parallelize(model)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     torch.manual_seed(seed)
     model.init_weights()
     return model.train()
@@ -104,10 +104,11 @@ def moes(model) -> list[torch.nn.Module]:
 def train(model, steps: int = 3, microbatches: int = 1, between=None) -> dict[str, torch.Tensor]:
     """Losses, counts of each step and final biases of a short training run."""
     optimizers = optimizers_for(model)
+    device = model.freqs_cis.device
     losses, counts = [], []
     for step in range(steps):
-        tokens, labels = batch(step)
-        total = torch.zeros(())
+        tokens, labels = (t.to(device) for t in batch(step))
+        total = torch.zeros((), device=device)
         for x, y in zip(tokens.chunk(microbatches), labels.chunk(microbatches)):
             loss = loss_of(model, x, y, 1 / microbatches)
             loss.backward()
