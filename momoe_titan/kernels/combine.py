@@ -25,7 +25,7 @@ def _combine_kernel(
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(row_ptr + token * K + k).to(tl.int64)
-        value = tl.load(rows_ptr + row * D + cols, mask=(cols < D) & (row >= 0), other=0.0).to(tl.float32)
+        value = tl.load(rows_ptr + row * D + cols, mask=(cols < D) & (row + cols * 0 >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             score = tl.load(scores_ptr + token * K + k).to(tl.float32)
             acc += tl.where(row >= 0, score, 0.0) * value

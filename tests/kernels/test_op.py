@@ -14,7 +14,7 @@ SHAPES = {
     "one_token_of_an_expert": (1, 32, 32, 7, 1),
     "no_token": (0, 32, 16, 4, 2),
     "every_expert": (9, 48, 32, 4, 4),
-    "width_600": (6, 600, 16, 2, 1),
+    "width_600": (20, 600, 24, 3, 2),
 }
 NAMES = ("out", "dx", "dw1", "dw2", "dscores")
 
@@ -27,15 +27,13 @@ def backend(request):
 def make_inputs(shape, dtype, device, seed=0, scores_dtype=torch.float32):
     """Unit-scale x, w1, w2, ids, scores, dout: every expert's output is of order 1."""
     T, D, F, E, K = shape
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(T, D, generator=g)
-    w1 = torch.randn(E, D, 2 * F, generator=g) * D**-0.5
-    w2 = torch.randn(E, F, D, generator=g) * F**-0.5
-    ids = torch.rand(T, E, generator=g).topk(K, -1)[1]
-    scores = torch.rand(T, K, generator=g)
-    dout = torch.randn(T, D, generator=g)
-    to = lambda t, dtype=dtype: t.to(device, dtype)
-    return to(x), to(w1), to(w2), ids.to(device), to(scores, scores_dtype), to(dout)
+    g = torch.Generator(device).manual_seed(seed)
+    randn = lambda *size: torch.randn(size, generator=g, device=device)
+    x, dout = randn(T, D), randn(T, D)
+    w1, w2 = randn(E, D, 2 * F) * D**-0.5, randn(E, F, D) * F**-0.5
+    ids = torch.rand(T, E, generator=g, device=device).topk(K, -1)[1]
+    scores = torch.rand(T, K, generator=g, device=device)
+    return x.to(dtype), w1.to(dtype), w2.to(dtype), ids, scores.to(scores_dtype), dout.to(dtype)
 
 
 def run(fn, x, w1, w2, ids, scores, dout, *args, **kwargs):
