@@ -53,9 +53,11 @@ def error(got, want):
 
 
 def assert_close(got, want, in_dtype):
-    """Errors at most twice what torch makes in the same dtype, plus some float32 rounding where that is tiny."""
+    """Errors at most twice what torch makes in the same dtype; a floor where luck made that tiny."""
     for name, g, w, t in zip(NAMES, got, want, in_dtype):
-        allowed = 2 * error(t, w) + 16 * torch.finfo(torch.float32).eps
+        dtype = in_dtype[0].dtype
+        floor = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 0.25)  # sums of float32 differ in order
+        allowed = max(2 * error(t, w), floor)
         assert error(g, w) <= allowed, (name, error(g, w), allowed)
 
 
