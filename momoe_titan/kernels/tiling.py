@@ -1,5 +1,9 @@
 """Pieces that the grouped GEMM kernels share, and how a kernel is launched."""
 
+import json
+import tempfile
+import warnings
+
 import triton
 import triton.language as tl
 
@@ -7,11 +11,26 @@ import triton.language as tl
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launch ``kernel`` over ``grid``; an empty grid launches nothing.
 
-    Every kernel of the package goes through here, so that a test can compile
-    instead of run them.
+    Every kernel of the package goes through here. Where Triton's cache of compiled
+    kernels can't be read, written or loaded, a temporary one takes its place, with one warning.
     """
-    if all(grid):
+    if not all(grid):
+        return
+    try:
         kernel[grid](*args, **options)
+    except (OSError, json.JSONDecodeError, RuntimeError) as error:
+        if not _is_cache_fault(error):
+            raise
+        broken, triton.knobs.cache.dir = triton.knobs.cache.dir, tempfile.mkdtemp(prefix="momoe_titan-triton-")
+        warnings.warn(f"Triton's cache {broken} is not usable ({error}); using {triton.knobs.cache.dir}", stacklevel=2)
+        kernel.device_caches.clear()
+        kernel[grid](*args, **options)
+
+
+def _is_cache_fault(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        return "kernel image" in str(error)  # a damaged binary
+    return True
 
 
 @triton.jit

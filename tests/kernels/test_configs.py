@@ -1,0 +1,151 @@
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from momoe_titan.kernels import configs, tiling
+from momoe_titan.kernels.configs import KERNELS, TileConfig
+
+GPU = "Some GPU"
+KEY = configs.cache_key(torch.bfloat16, 1536, 256)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOMOE_TITAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(configs, "device_properties", lambda device: ((9, 0), GPU))
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    configs._tuned.cache_clear()
+    yield
+    configs._tuned.cache_clear()
+
+
+def tiles(d_model=1536, ffn=256, dtype=torch.bfloat16):
+    return configs.tile_configs(torch.empty(1, d_model, dtype=dtype), ffn)
+
+
+def test_tuned_tiles_persist_for_their_bucket_only():
+    built_in = tiles()
+    tuned = dict(built_in, down_proj=TileConfig(128, 64, 32, 4, 3))
+    assert configs.save_tuned(GPU, KEY, tuned)
+    other = configs.cache_key(torch.bfloat16, 2048, 1024)
+    assert configs.save_tuned(GPU, other, built_in)  # keeps what is there
+    assert tiles() == tuned
+    assert tiles(ffn=512) == built_in
+    assert set(json.loads(configs.cache_path(GPU).read_text())) == {KEY, other}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"%s": {"up_proj": {}}}' % KEY, '{"%s": 3}' % KEY, "\x00"],
+    ids=["truncated", "a_list", "fields_missing", "a_number", "binary"],
+)
+def test_a_corrupt_cache_warns_once_and_changes_nothing(content):
+    built_in = tiles()
+    configs._tuned.cache_clear()
+    path = configs.cache_path(GPU)
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="is not usable .* using the built-in tiles"):
+        assert tiles() == built_in
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles() == built_in
+    assert path.read_text() == content
+
+
+def test_row_tiled_kernels_must_share_their_rows():
+    bad = {name: asdict(config) for name, config in tiles().items()}
+    bad["down_proj"]["block_m"] = 64
+    path = configs.cache_path(GPU)
+    path.parent.mkdir()
+    path.write_text(json.dumps({KEY: bad}))
+    configs._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="must share block_m"):
+        assert tiles()["down_proj"].block_m == 128
+
+
+def test_an_unwritable_cache_warns(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    configs._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="can't be written"):
+        assert not configs.save_tuned(GPU, KEY, dict.fromkeys(KERNELS, TileConfig(128, 64, 32, 4, 3)))
+
+
+@pytest.mark.parametrize("d_model, ffn, dtype", [(600, 256, torch.bfloat16), (1536, 97, torch.bfloat16), (512, 512, torch.float32)])
+def test_small_tiles_for_odd_widths_and_float32(d_model, ffn, dtype):
+    assert tiles(d_model, ffn, dtype)["down_proj"].block_n < tiles()["down_proj"].block_n
+
+
+class OnlyWithGoodCache:
+    """Stands for a kernel: fails until Triton's cache is another folder than the one it started with."""
+
+    def __init__(self, error):
+        self.error, self.bad, self.launches, self.device_caches = error, tiling.triton.knobs.cache.dir, [], {0: "stale"}
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            if tiling.triton.knobs.cache.dir == self.bad:
+                raise self.error
+            self.launches.append((grid, args, options))
+
+        return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        NotADirectoryError(20, "Not a directory"),
+        json.JSONDecodeError("Expecting value", "", 0),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_broken_triton_cache_is_replaced(error, monkeypatch):
+    monkeypatch.setattr(tiling.triton.knobs.cache, "dir", "/somewhere/broken")
+    kernel = OnlyWithGoodCache(error)
+    with pytest.warns(UserWarning, match="/somewhere/broken is not usable"):
+        tiling.launch(kernel, (3,), 1, BLOCK=2)
+    assert kernel.launches == [((3,), (1,), {"BLOCK": 2})] and kernel.device_caches == {}
+    tiling.launch(kernel, (4,), 1)
+    tiling.launch(kernel, (0, 4), 1)
+    assert len(kernel.launches) == 2
+
+
+def test_other_errors_of_a_launch_are_not_hidden():
+    with pytest.raises(RuntimeError, match="out of memory"):
+        tiling.launch(OnlyWithGoodCache(RuntimeError("out of memory")), (3,))
+
+
+@pytest.mark.gpu
+def test_runs_without_a_usable_triton_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = (
+        "import torch; from momoe_titan.kernels import momoe_mlp;"
+        "x = torch.randn(64, 64, device='cuda', dtype=torch.bfloat16);"
+        "w1 = torch.randn(4, 64, 128, device='cuda', dtype=torch.bfloat16);"
+        "w2 = torch.randn(4, 64, 64, device='cuda', dtype=torch.bfloat16);"
+        "ids = torch.rand(64, 4, device='cuda').topk(2)[1];"
+        "print(momoe_mlp(x, w1, w2, ids, torch.rand(64, 2, device='cuda'))[0].isfinite().all().item())"
+    )
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "file" / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run([sys.executable, "-W", "always", "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() == "True" and "is not usable" in run.stderr
+
+
+@pytest.mark.gpu
+def test_tuning_finds_tiles_that_run(monkeypatch):
+    from momoe_titan.kernels import tune
+
+    monkeypatch.setattr(tune, "_WARPS_AND_STAGES", ((8, 3), (8, 9)))  # nine stages do not fit: skipped
+    monkeypatch.setattr(tune, "_TILES", {k: v[:1] for k, v in tune._TILES.items()})
+    best = tune.tune(512, 512, 256, 8, 2)
+    assert set(best) == set(KERNELS) and all(config.num_stages < 9 for config in best.values())
