@@ -8,48 +8,70 @@ from .routing import RoutingMetadata
 from .tiling import launch
 
 
-@triton.jit
+_ELEMENTS = 1024  # of a block: 16 bytes a thread for 16-bit rows
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_kernel(
     rows_ptr,
     row_ptr,
     scores_ptr,
     out_ptr,
+    num_tokens,
     D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (T, cdiv(D, BLOCK_D)). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
-    token = tl.program_id(0).to(tl.int64)
+    """Grid (cdiv(T, BLOCK_T), cdiv(D, BLOCK_D)). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    live = tokens < num_tokens
+    inside = (cols < D)[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in tl.static_range(K):
-        row = tl.load(row_ptr + token * K + k).to(tl.int64)
-        value = tl.load(rows_ptr + row * D + cols, mask=(cols < D) & (row + cols * 0 >= 0), other=0.0).to(tl.float32)
+        row = tl.load(row_ptr + tokens * K + k, mask=live, other=-1).to(tl.int64)
+        ptrs = rows_ptr + row[:, None] * ROW_STRIDE + cols[None, :]
+        value = tl.load(ptrs, mask=(row >= 0)[:, None] & inside, other=0.0).to(tl.float32)
         if WEIGHTED:
-            score = tl.load(scores_ptr + token * K + k).to(tl.float32)
-            acc += tl.where(row >= 0, score, 0.0) * value
+            score = tl.load(scores_ptr + tokens * K + k, mask=row >= 0, other=0.0).to(tl.float32)
+            acc += score[:, None] * value
         else:
             acc += value
-    tl.store(out_ptr + token * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
+    out_ptrs = out_ptr + tokens[:, None] * OUT_STRIDE + cols[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside)
 
 
 def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None, out_TD: torch.Tensor) -> None:
-    """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside."""
+    """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside.
+
+    Either may be a range of the columns of a wider tensor.
+    """
     num_tokens, d_model = out_TD.shape
-    block = min(triton.next_power_of_2(d_model), 1024)
+    # a power of two that divides the width, if there is one of a warp's size
+    block_d = min(d_model & -d_model, _ELEMENTS)
+    if block_d < 256:
+        block_d = min(triton.next_power_of_2(d_model), _ELEMENTS)
+    block_t = _ELEMENTS // block_d
     launch(
         _combine_kernel,
-        (num_tokens, triton.cdiv(d_model, block)),
+        (triton.cdiv(num_tokens, block_t), triton.cdiv(d_model, block_d)),
         rows_RD,
         routing.row_TK,
         scores_TK if scores_TK is not None else rows_RD,
         out_TD,
+        num_tokens,
         D=d_model,
+        ROW_STRIDE=rows_RD.stride(0),
+        OUT_STRIDE=out_TD.stride(0),
         K=routing.row_TK.shape[1],
         WEIGHTED=scores_TK is not None,
-        BLOCK_D=block,
-        num_warps=4 if block >= 512 else 1,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=4,
     )
 
 
