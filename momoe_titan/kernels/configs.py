@@ -40,7 +40,7 @@ class TileConfig:
 # row-tiled kernels of one architecture share block_m: they share one list of row tiles
 _TABLE = {
     "interpreter": dict.fromkeys(KERNELS, TileConfig(16, 32, 32, 1, 1)),
-    "float32": dict.fromkeys(KERNELS, TileConfig(64, 64, 32, 4, 2)) | {"up_proj": TileConfig(64, 32, 32, 4, 2)},
+    "float32": dict.fromkeys(KERNELS, TileConfig(64, 32, 32, 8, 2)),
     "sm80": {  # also every GPU without a row of its own, and odd widths: 99 KiB of shared memory suffice
         "up_proj": TileConfig(128, 64, 32, 8, 3),
         "down_proj": TileConfig(128, 128, 32, 8, 3),

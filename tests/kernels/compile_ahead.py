@@ -1,7 +1,7 @@
 """Compiles every portable kernel of the op for one architecture, without a GPU: ``python compile_ahead.py sm90``.
 
-Prints one JSON object per compiled kernel: name, dtype, registers, bytes of stack
-(spills), bytes of shared memory. Run in a process without TRITON_INTERPRET.
+Prints one JSON object per compiled kernel: name, dtype, registers, bytes of stack,
+spills, bytes of shared memory. Run in a process without TRITON_INTERPRET.
 """
 
 import json
@@ -49,12 +49,14 @@ class _NoDevice:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack a thread, and how many instructions store to the stack (spills)."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
+        dump = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+        usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", dump("-res-usage"))}
+        return usage | {"spills": len(re.findall(r"\bSTL\b", dump("-sass")))}
 
 
 def main(arch: str, shapes: list[str]) -> None:

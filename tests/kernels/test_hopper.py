@@ -102,6 +102,11 @@ class Case:
     def poisoned(self, *size, dtype=None):
         return torch.full(size, float("nan"), device="cuda", dtype=dtype or self.dtype)
 
+    def tile_start(self, row):
+        """First row of the 128-row tile that holds row."""
+        begin = max(b for b in self.offsets if b <= row)
+        return begin + (row - begin) // 128 * 128
+
     def gathered(self, t):
         return t[self.routing.token_R.long()].float()
 
@@ -199,7 +204,7 @@ def test_down_proj_backward(case, in_place):
         dz, act = case.poisoned(case.R, 2 * case.F), case.poisoned(case.R, case.F)
         dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
         z_saved, z_rest = z[:num_saved], z.clone()
-        z_rest[:num_saved] = float("nan")
+        z_rest[: case.tile_start(num_saved)] = float("nan")
         if in_place:
             dz.copy_(z_rest)
             z_rest = dz
