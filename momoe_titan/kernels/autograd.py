@@ -33,6 +33,21 @@ def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
     return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
 
 
+def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
+    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
+
+    max_bytes: what a range should fit into. Callers give the size of w1: dx comes just before w1's
+    gradient, which needs as much, so that these rows do not raise the peak.
+    """
+    num_rows = rows.shape[0]
+    ranges = gemms.column_ranges(num_rows, out_TD, max_bytes)
+    buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
+    for begin, end in ranges:
+        y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
+        gemm(rows, w, routing, y, begin)
+        combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
+
+
 def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
     num_experts, ffn, _ = w2_EFD.shape
     (num_tokens, num_chosen), tile_rows = ids_TK.shape, _tile_rows(x_TD, w2_EFD, backend)
@@ -50,10 +65,8 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(ids_TK.numel(), ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F)
-    y_RD = x_TD.new_empty(ids_TK.numel(), x_TD.shape[1])
-    gemms.down_proj(act_RF, w2_EFD, routing, y_RD)
     out_TD = torch.empty_like(x_TD)
-    combine.combine(y_RD, routing, scores_TK, out_TD)
+    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, w1_ED2F.nbytes)
     return out_TD, counts_E, z_S2F, packed
 
 
@@ -82,10 +95,7 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, b
     del act_RF, dscore
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
-        dx_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
-        gemms.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD)
-        combine.combine(dx_RD, routing, None, dx_TD)
-        del dx_RD
+        _combined(gemms, gemms.up_proj_backward, dz_R2F, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes)
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:
         gemms.weight_grad(x_TD, dz_R2F, routing, dw1, gather_a=True)

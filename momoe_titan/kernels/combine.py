@@ -8,7 +8,10 @@ from .routing import RoutingMetadata
 from .tiling import launch
 
 
-_ELEMENTS = 1024  # of a block: 16 bytes a thread for 16-bit rows
+# Of a block, 16 bytes a thread for 16-bit rows. 256 columns fit every range of columns that the
+# layer is cut into, so that another number of tokens, and with it of ranges, compiles nothing.
+_BLOCK_D = 256
+_ELEMENTS = 1024
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -18,9 +21,9 @@ def _combine_kernel(
     scores_ptr,
     out_ptr,
     num_tokens,
-    D: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
+    D,
+    row_stride,
+    out_stride,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -34,14 +37,14 @@ def _combine_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(row_ptr + tokens * K + k, mask=live, other=-1).to(tl.int64)
-        ptrs = rows_ptr + row[:, None] * ROW_STRIDE + cols[None, :]
+        ptrs = rows_ptr + row[:, None] * row_stride + cols[None, :]
         value = tl.load(ptrs, mask=(row >= 0)[:, None] & inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             score = tl.load(scores_ptr + tokens * K + k, mask=row >= 0, other=0.0).to(tl.float32)
             acc += score[:, None] * value
         else:
             acc += value
-    out_ptrs = out_ptr + tokens[:, None] * OUT_STRIDE + cols[None, :]
+    out_ptrs = out_ptr + tokens[:, None] * out_stride + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside)
 
 
@@ -51,10 +54,7 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
     Either may be a range of the columns of a wider tensor.
     """
     num_tokens, d_model = out_TD.shape
-    # a power of two that divides the width, if there is one of a warp's size
-    block_d = min(d_model & -d_model, _ELEMENTS)
-    if block_d < 256:
-        block_d = min(triton.next_power_of_2(d_model), _ELEMENTS)
+    block_d = min(triton.next_power_of_2(d_model), _BLOCK_D)
     block_t = _ELEMENTS // block_d
     launch(
         _combine_kernel,
@@ -64,9 +64,9 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
         scores_TK if scores_TK is not None else rows_RD,
         out_TD,
         num_tokens,
-        D=d_model,
-        ROW_STRIDE=rows_RD.stride(0),
-        OUT_STRIDE=out_TD.stride(0),
+        d_model,
+        rows_RD.stride(0),
+        out_TD.stride(0),
         K=routing.row_TK.shape[1],
         WEIGHTED=scores_TK is not None,
         BLOCK_T=block_t,

@@ -4,12 +4,16 @@ import functools
 import logging
 
 import torch
+import triton
 from torch import Tensor
 
 from . import configs, down_proj, hopper, up_proj, weight_grad
 from .routing import RoutingMetadata
 
 logger = logging.getLogger(__name__)
+
+_MAX_RANGES = 4
+_SMALL_BYTES = 64 << 20  # not worth more launches
 
 
 class PortableGemms:
@@ -25,7 +29,11 @@ class PortableGemms:
     def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, first_row: int, z_R2F: Tensor) -> None:
         up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, first_row, z_R2F)
 
-    def down_proj(self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor) -> None:
+    def column_ranges(self, num_rows: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
+        """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all."""
+        return [(0, out_TD.shape[1])]
+
+    def down_proj(self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0) -> None:
         down_proj.down_proj(self.tiles["down_proj"], act_RF, w2_EFD, routing, y_RD)
 
     def down_proj_backward(
@@ -43,7 +51,9 @@ class PortableGemms:
             self.tiles["down_proj_backward"], dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF
         )
 
-    def up_proj_backward(self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor) -> None:
+    def up_proj_backward(
+        self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
+    ) -> None:
         up_proj.up_proj_backward(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD)
 
     def weight_grad(
@@ -64,8 +74,21 @@ class HopperGemms:
     def recompute_z(self, x_TD, w1_ED2F, routing, first_row, z_R2F):
         hopper.recompute_z(x_TD, w1_ED2F, routing, first_row, z_R2F)
 
-    def down_proj(self, act_RF, w2_EFD, routing, y_RD):
-        hopper.down_proj(act_RF, w2_EFD, routing, y_RD)
+    def column_ranges(self, num_rows: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
+        """Columns of out_TD that down_proj and up_proj_backward compute at a time.
+
+        Whole tiles wide, and as few ranges as let num_rows rows fit into max_bytes, but at most
+        four: every range reads the operand rows again and ends with a partly filled wave of tiles.
+        """
+        width = out_TD.shape[1]
+        num_bytes = num_rows * width * out_TD.element_size()
+        num_ranges = min(triton.cdiv(num_bytes, max(max_bytes, _SMALL_BYTES)), _MAX_RANGES)
+        tile = hopper.BN.value
+        step = triton.cdiv(triton.cdiv(width, tile), max(num_ranges, 1)) * tile
+        return [(begin, min(begin + step, width)) for begin in range(0, width, step)]
+
+    def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
+        hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)
 
     def down_proj_backward(self, dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF):
         num_rows, ffn = act_RF.shape
@@ -76,8 +99,8 @@ class HopperGemms:
         )
         return dscore
 
-    def up_proj_backward(self, dz_R2F, w1_ED2F, routing, dx_RD):
-        hopper.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD)
+    def up_proj_backward(self, dz_R2F, w1_ED2F, routing, dx_RD, first_col=0):
+        hopper.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD, first_col)
 
     def weight_grad(self, a, b, routing, dw_EMN, *, gather_a=False, gather_b=False):
         hopper.weight_grad(a, gather_a, b, gather_b, routing, dw_EMN)
