@@ -25,7 +25,7 @@ def train(out: Path, *options: str, processes: int = 1, on_gpu: bool = False) ->
     if processes > 1:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         start += ["--local-ranks-filter=0", "--tee=3", "-m", "momoe_titan.train"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     env.pop("TRITON_INTERPRET", None)
     if not on_gpu:
         env["CUDA_VISIBLE_DEVICES"] = ""

@@ -103,14 +103,18 @@ class HopperGemms:
         hopper.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD, first_col)
 
     def weight_grad(self, a, b, routing, dw_EMN, *, gather_a=False, gather_b=False):
-        hopper.weight_grad(a, gather_a, b, gather_b, routing, dw_EMN)
+        assert gather_a != gather_b, "one side is read through the tokens, the other in place"
+        if gather_a:
+            hopper.weight_grad(a, b, routing, dw_EMN)
+        else:
+            hopper.weight_grad(b, a, routing, dw_EMN, transposed=True)
 
 
 @functools.cache
 def _say_portable(device_name: str, dtype: torch.dtype, d_model: int, ffn: int) -> None:
     logger.info(
         "momoe_titan: portable Triton kernels on %s for %s, D = %d, F = %d "
-        "(the Hopper kernels need capability 9.0, bfloat16 or float16, and multiples of 64)",
+        "(the Hopper kernels need capability 9.0, bfloat16 or float16, multiples of 64, and Triton 3.6 or 3.7)",
         device_name,
         dtype,
         d_model,

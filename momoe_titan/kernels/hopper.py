@@ -27,13 +27,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from .tiling import launch
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 HALF = gl.constexpr(64)  # output rows of one consumer
 BM = gl.constexpr(128)  # output rows of a tile
 BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the same 128 of gate
 BK = gl.constexpr(64)  # contraction of one stage
 CHUNK = gl.constexpr(64)  # columns of one TMA store
 STAGES = gl.constexpr(4)
-STAGING = gl.constexpr(2)  # store buffers of one consumer
 
 # 504 registers are to be had for one thread of each of the three warpgroups: the second consumer and
 # the producer ask for these, the first consumer is left with as many as the second.
@@ -52,20 +55,10 @@ BARRIER_SMEM = gl.constexpr(mbarrier.MBarrierLayout())
 # Layout of a cp.async: 16 bytes a thread, 128 bytes of one row by eight neighbours.
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-# Layouts of the (64, 32) slices that the SwiGLU backward works through: as the accumulator has them,
-# and for reading from global memory, 8 bytes a thread, where each row stays with the four threads
-# that the first gives it.
-SLICE = gl.constexpr(32)
-SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
-SLICE_LOAD = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
-    )
-)
-SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 2))
-RAGGED_SLICE_SMEM = gl.constexpr(gl.NVMMASharedLayout(64, 16, 4))
-# 128-byte lines of a consumer's 64 rows
-LINES = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))
+SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# up and gate of 64 columns of z: (2, 128, 64), which fills the rhs of one stage
+Z_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
+Z_STEPS = gl.constexpr(4)
 
 
 @aggregate
@@ -116,35 +109,64 @@ def _advance(stage, phase):
 
 
 @gluon.jit
+def _fill(ring, tile, lhs, rhs, stage, phase):
+    """Fills the ring with the steps of one tile."""
+    lhs_tokens = lhs.tokens(tile, tile.k_begin)
+    rhs_tokens = rhs.tokens(tile, tile.k_begin)
+    for k in range(tile.k_begin, tile.k_stop(), BK):
+        ready = ring.ready.index(stage)
+        mbarrier.wait(ring.empty.index(stage), phase)
+        mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
+        rhs.load(tile, k, rhs_tokens, ready, ring.rhs.index(stage))
+        lhs.load(tile, k, lhs_tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
+        if ring.GATHERS:
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+        lhs_tokens = lhs.next_tokens(tile, k + BK, lhs_tokens)
+        rhs_tokens = rhs.next_tokens(tile, k + BK, rhs_tokens)
+        stage, phase = _advance(stage, phase)
+    return stage, phase
+
+
+@gluon.jit
+def _lend(ring, stage, phase):
+    """Gives the consumers a stage as it is: their results stay there until the stores have read them."""
+    ready = ring.ready.index(stage)
+    mbarrier.wait(ring.empty.index(stage), phase)
+    mbarrier.arrive(ready)
+    if ring.GATHERS:
+        async_copy.mbarrier_arrive(ready, increment_count=False)
+    return _advance(stage, phase)
+
+
+@gluon.jit
 def _producer(ring, tiles, lhs, rhs):
-    """Fills the ring, tile by tile, step by step."""
+    """Fills the ring, tile by tile, and lends one more stage after each."""
     stage = 0
     phase = 1
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
-        lhs_tokens = lhs.tokens(tile, tile.k_begin)
-        rhs_tokens = rhs.tokens(tile, tile.k_begin)
-        for k in range(tile.k_begin, tile.k_end, BK):
-            ready = ring.ready.index(stage)
-            mbarrier.wait(ring.empty.index(stage), phase)
-            mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
-            rhs.load(tile, k, rhs_tokens, ready, ring.rhs.index(stage))
-            lhs.load(tile, k, lhs_tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
-            if ring.GATHERS:
-                async_copy.mbarrier_arrive(ready, increment_count=False)
-            lhs_tokens = lhs.next_tokens(tile, k + BK, lhs_tokens)
-            rhs_tokens = rhs.next_tokens(tile, k + BK, rhs_tokens)
-            stage, phase = _advance(stage, phase)
+        stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
+        stage, phase = _lend(ring, stage, phase)
 
 
 @gluon.jit
-def _accumulate(ring, tile, stage, phase, W: gl.constexpr):
-    """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight."""
-    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
-    last = 0  # not `stage`: a value that the first pass of the loop leaves alone would not be carried by it
-    for k in range(tile.k_begin, tile.k_end, BK):
+def _give_back(ring, held):
+    """Frees the stage that held results, if there is one, once the stores have read it."""
+    tma.store_wait(0)
+    mbarrier.arrive(ring.empty.index(gl.maximum(held, 0)), pred=held >= 0)
+
+
+@gluon.jit
+def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
+    """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight.
+
+    acc: any value, to be overwritten. The stage that holds results of the tile before goes back
+    under the first MMA.
+    """
+    last = held
+    for k in range(tile.k_begin, tile.k_stop(), BK):
         mbarrier.wait(ring.ready.index(stage), phase)
         if ring.GATHERS:
             fence_async_shared()  # cp.async wrote through the generic proxy
@@ -156,18 +178,19 @@ def _accumulate(ring, tile, stage, phase, W: gl.constexpr):
             rhs = rhs.permute((1, 0))
         acc = warpgroup_mma(lhs, rhs, acc, is_async=True, use_acc=k > tile.k_begin)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(ring.empty.index(last), pred=k > tile.k_begin)
+        _give_back(ring, last)
         last = stage
         stage, phase = _advance(stage, phase)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(ring.empty.index(last), pred=tile.k_end > tile.k_begin)
+    _give_back(ring, last)
     return acc, stage, phase
 
 
 @gluon.jit
-def _hand_back(ring, tile, stage, phase):
-    """Frees the tile's stages unread: none of this consumer's rows exist."""
-    for k in range(tile.k_begin, tile.k_end, BK):
+def _hand_back(ring, steps, stage, phase, held):
+    """Frees the stages of a tile unread: none of this consumer's rows exist."""
+    _give_back(ring, held)
+    for _ in range(steps):
         mbarrier.wait(ring.ready.index(stage), phase)
         mbarrier.arrive(ring.empty.index(stage))
         stage, phase = _advance(stage, phase)
@@ -193,6 +216,15 @@ class Tile:
         self.col = col
         self.k_begin = k_begin
         self.k_end = k_end
+
+    @gluon.jit
+    def steps(self):
+        """At least one: operands of a tile without contraction read as zeros."""
+        return gl.maximum(gl.cdiv(self.k_end - self.k_begin, BK), 1)
+
+    @gluon.jit
+    def k_stop(self):
+        return gl.maximum(self.k_end, self.k_begin + 1)
 
 
 @aggregate
@@ -245,14 +277,16 @@ class WeightTiles:
     offsets_ptr: gl.tensor
     E: gl.tensor
     M: gl.tensor
+    N: gl.tensor
     num_rows: gl.tensor  # row tiles of one expert
     num_cols: gl.tensor  # column tiles
 
     @gluon.constexpr_function
-    def __init__(self, offsets_ptr, E, M, num_rows, num_cols):
+    def __init__(self, offsets_ptr, E, M, N, num_rows, num_cols):
         self.offsets_ptr = offsets_ptr
         self.E = E
         self.M = M
+        self.N = N
         self.num_rows = num_rows
         self.num_cols = num_cols
 
@@ -399,69 +433,53 @@ class ExpertWeights:
             tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer)
 
 
-@gluon.jit
-def _step_tokens(token_ptr, tile, k):
-    row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
-    return gl.load(token_ptr + gl.minimum(row, tile.k_end - 1), mask=tile.k_end > tile.k_begin, other=0)
-
-
 @aggregate
 class TokenSteps:
-    """Operand of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
+    """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
 
     ptr: gl.tensor
     stride: gl.tensor
     token_ptr: gl.tensor
     width: gl.tensor
     BYTES: gl.constexpr
-    IS_LHS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, stride, token_ptr, width, IS_LHS):
+    def __init__(self, ptr, stride, token_ptr, width):
         self.ptr = ptr
         self.stride = stride
         self.token_ptr = token_ptr
         self.width = width
         self.BYTES = gl.constexpr(0)
-        self.IS_LHS = gl.constexpr(IS_LHS)
 
     @gluon.jit
     def tokens(self, tile, k):
-        return _step_tokens(self.token_ptr, tile, k)
+        row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
+        return gl.load(self.token_ptr + gl.minimum(row, tile.k_end - 1), mask=tile.k_end > tile.k_begin, other=0)
 
     @gluon.jit
     def next_tokens(self, tile, k, tokens):
-        return _step_tokens(self.token_ptr, tile, k)
+        return self.tokens(tile, k)
 
     @gluon.jit
-    def load(self, tile, k, tokens, ready, first, second=None):
+    def load(self, tile, k, tokens, ready, upper, lower):
         live = (k + gl.arange(0, BK, gl.SliceLayout(1, COPY)) < tile.k_end)[:, None]
-        if self.IS_LHS:
-            col = tile.row - tile.expert * self.width
-            ptrs = _token_tile(self.ptr + col, self.stride, tokens, 0, HALF)
-            async_copy.async_copy_global_to_shared(first, ptrs, mask=live)
-            async_copy.async_copy_global_to_shared(second, ptrs + HALF, mask=live & (col + HALF < self.width))
-        else:
-            ptrs = _token_tile(self.ptr + tile.col, self.stride, tokens, 0, BN)
-            inside = (tile.col + gl.arange(0, BN, gl.SliceLayout(0, COPY)) < self.width)[None, :]
-            async_copy.async_copy_global_to_shared(first, ptrs, mask=live & inside)
+        col = tile.row - tile.expert * self.width
+        ptrs = _token_tile(self.ptr + col, self.stride, tokens, 0, HALF)
+        async_copy.async_copy_global_to_shared(upper, ptrs, mask=live)
+        async_copy.async_copy_global_to_shared(lower, ptrs + HALF, mask=live & (col + HALF < self.width))
 
 
 @aggregate
 class PlainSteps:
-    """Operand of a weight gradient read in place through a ragged descriptor: zeros past the expert's rows."""
+    """rhs of a weight gradient, read in place through a ragged descriptor: zeros past the expert's rows."""
 
     desc: tma.tensor_descriptor
-    width: gl.tensor
     BYTES: gl.constexpr
-    IS_LHS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, desc, width, IS_LHS):
+    def __init__(self, desc):
         self.desc = desc
-        self.width = width
-        self.BYTES = gl.constexpr(2 * 64 * (128 if IS_LHS else 256))
-        self.IS_LHS = gl.constexpr(IS_LHS)
+        self.BYTES = gl.constexpr(2 * 64 * 256)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -472,18 +490,9 @@ class PlainSteps:
         return tokens
 
     @gluon.jit
-    def load(self, tile, k, tokens, ready, first, second=None):
-        if self.IS_LHS:
-            col = tile.row - tile.expert * self.width
-            self.copy(tile, k, col, ready, first)
-            self.copy(tile, k, col + HALF, ready, second)
-        else:
-            self.copy(tile, k, tile.col, ready, first)
-
-    @gluon.jit
-    def copy(self, tile, k, col, ready, buffer):
+    def load(self, tile, k, tokens, ready, buffer):
         tma.async_copy_global_to_shared(
-            self.desc, _ragged(k, tile.k_end, col), ready, _as_ragged(buffer, self.desc)
+            self.desc, _ragged(k, tile.k_end, tile.col), ready, _as_ragged(buffer, self.desc)
         )
 
 
@@ -513,18 +522,21 @@ def _quarters(v):
 
 
 @gluon.jit
-def _eighths(v):
-    q0, q1, q2, q3 = _quarters(v)
-    return _halves(q0) + _halves(q1) + _halves(q2) + _halves(q3)
+def _borrowed(ring, stage, W: gl.constexpr):
+    """Three (64, 64) buffers of consumer W in a lent stage."""
+    rhs = ring.rhs.index(stage)._reinterpret(ring.rhs.dtype, [4, HALF, CHUNK], TILE_SMEM)
+    return ring.lhs.index(2 * stage + W), rhs.index(2 * W), rhs.index(2 * W + 1)
 
 
 @gluon.jit
-def _store(v, desc, buffer, row, row_end, col):
-    """Sends a (64, 64) block out. Callers take the two buffers in turn, so one store may be pending."""
-    tma.store_wait(STAGING - 1)
-    buffer.store(v.to(desc.dtype))
+def _send(blocks, descs, buffers, row, row_end, cols):
+    """Sends (64, 64) blocks out, each through a buffer that no store is reading."""
+    for i in gl.static_range(len(blocks)):
+        buffers[i].store(blocks[i].to(descs[i].dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc, _ragged(row, row_end, col), _as_ragged(buffer, desc))
+    for i in gl.static_range(len(blocks)):
+        where = _ragged(row, row_end, cols[i])
+        tma.async_copy_shared_to_global(descs[i], where, _as_ragged(buffers[i], descs[i]))
 
 
 @gluon.jit
@@ -540,33 +552,40 @@ def _sigmoid(g, FAST: gl.constexpr):
 
 @gluon.jit
 def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.constexpr, W: gl.constexpr):
-    buffers = gl.allocate_shared_memory(act_desc.dtype, [STAGING, HALF, CHUNK], TILE_SMEM)
+    buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     FAST: gl.constexpr = act_desc.dtype == gl.bfloat16
     stage = 0
     phase = 0
+    held = -1
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
             up_0, up_1, gate_0, gate_1 = _quarters(acc)
+            mbarrier.wait(ring.ready.index(stage), phase)
+            first, second, third = _borrowed(ring, stage, W)
             z_row_end = gl.minimum(tile.row_end, z_end)
+            left, right = tile.col, tile.col + CHUNK
             if row < z_row_end:
-                _store(up_0, z_up_desc, buffers.index(0), row, z_row_end, tile.col)
-                _store(gate_0, z_gate_desc, buffers.index(1), row, z_row_end, tile.col)
+                blocks = up_0, gate_0, up_1, gate_1
+                descs = z_up_desc, z_gate_desc, z_up_desc, z_gate_desc
+                z_buffers = buffers.index(0), buffers.index(1), first, second
+                _send(blocks, descs, z_buffers, row, z_row_end, (left, left, right, right))
             if ACT:
                 act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
-                _store(act_0, act_desc, buffers.index(0), row, tile.row_end, tile.col)
-            if row < z_row_end:
-                _store(up_1, z_up_desc, buffers.index(1 if ACT else 0), row, z_row_end, tile.col + CHUNK)
-                _store(gate_1, z_gate_desc, buffers.index(0 if ACT else 1), row, z_row_end, tile.col + CHUNK)
-            if ACT:
                 act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
-                _store(act_1, act_desc, buffers.index(1), row, tile.row_end, tile.col + CHUNK)
+                tma.store_wait(3)  # frees the first buffer
+                act_buffers = buffers.index(0), third
+                _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, (left, right))
+            held = stage
+            stage, phase = _advance(stage, phase)
         else:
-            stage, phase = _hand_back(ring, tile, stage, phase)
+            stage, phase = _hand_back(ring, tile.steps() + 1, stage, phase, held)
+            held = -1
     tma.store_wait(0)
 
 
@@ -620,22 +639,44 @@ def up_proj_kernel(
 
 
 @gluon.jit
-def _store_consumer(ring, tiles, out_desc, W: gl.constexpr):
-    buffers = gl.allocate_shared_memory(out_desc.dtype, [STAGING, HALF, CHUNK], TILE_SMEM)
+def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.constexpr = False):
+    """TRANSPOSED: the tile is that of the transposed weight gradient of its expert."""
+    buffer = gl.allocate_shared_memory(out_desc.dtype, [HALF, CHUNK], TILE_SMEM)
     stage = 0
     phase = 0
+    held = -1
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
             quarters = _quarters(acc)
+            mbarrier.wait(ring.ready.index(stage), phase)
+            first, second, third = _borrowed(ring, stage, W)
+            buffers = buffer, first, second, third
             for i in gl.static_range(4):
-                _store(quarters[i], out_desc, buffers.index(i % 2), row, tile.row_end, tile.col + i * CHUNK)
+                block = quarters[i].to(out_desc.dtype)
+                if TRANSPOSED:
+                    buffers[i].permute((1, 0)).store(block)
+                else:
+                    buffers[i].store(block)
+            fence_async_shared()
+            for i in gl.static_range(4):
+                col = tile.col + i * CHUNK
+                if TRANSPOSED:
+                    before = tile.expert * tiles.N
+                    where = _ragged(before + col, before + tiles.N, row - tile.expert * tiles.M)
+                else:
+                    where = _ragged(row, tile.row_end, col)
+                tma.async_copy_shared_to_global(out_desc, where, _as_ragged(buffers[i], out_desc))
+            held = stage
+            stage, phase = _advance(stage, phase)
         else:
-            stage, phase = _hand_back(ring, tile, stage, phase)
+            stage, phase = _hand_back(ring, tile.steps() + 1, stage, phase, held)
+            held = -1
     tma.store_wait(0)
 
 
@@ -667,93 +708,97 @@ def rows_kernel(
 
 @aggregate
 class SavedZ:
-    """z rows of the backward: the first num_saved from z_saved, the others from z_rest; (rows, 2F) both."""
+    """z rows of the backward, as (2, rows, F): of the tiles below num_saved from saved, of the others from rest."""
 
-    saved_ptr: gl.tensor
-    rest_ptr: gl.tensor
+    saved_desc: tma.tensor_descriptor
+    rest_desc: tma.tensor_descriptor
     num_saved: gl.tensor
-    F: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, saved_ptr, rest_ptr, num_saved, F):
-        self.saved_ptr = saved_ptr
-        self.rest_ptr = rest_ptr
+    def __init__(self, saved_desc, rest_desc, num_saved):
+        self.saved_desc = saved_desc
+        self.rest_desc = rest_desc
         self.num_saved = num_saved
-        self.F = F
 
     @gluon.jit
-    def _pointers(self, rows, cols):
-        base = gl.where(rows < self.num_saved, self.saved_ptr, self.rest_ptr)
-        return (base + rows.to(gl.int64) * (2 * self.F))[:, None] + cols[None, :]
+    def load(self, tile, col, ready, buffer):
+        buffer = buffer._reinterpret(self.saved_desc.dtype, [2, BM, CHUNK], Z_SMEM)
+        if gl.minimum(tile.row + BM, tile.row_end) <= self.num_saved:
+            tma.async_copy_global_to_shared(self.saved_desc, [0, tile.row, col], ready, buffer)
+        else:
+            tma.async_copy_global_to_shared(self.rest_desc, [0, tile.row, col], ready, buffer)
 
-    @gluon.jit
-    def load(self, row, row_end, col):
-        """(64, 32) slices of up and gate from (row, col), zeros outside."""
-        rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_LOAD))
-        ptrs = self._pointers(rows, col + gl.arange(0, SLICE, gl.SliceLayout(0, SLICE_LOAD)))
-        mask = (rows < row_end)[:, None] & (col < self.F)
-        return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + self.F, mask=mask, other=0.0)
 
-    @gluon.jit
-    def prefetch(self, row, row_end, col):
-        """Brings (64, 256) blocks of up and gate from (row, col) into the L2."""
-        rows = gl.minimum(row + gl.arange(0, HALF, gl.SliceLayout(1, LINES)), row_end - 1)
-        cols = gl.minimum(col + CHUNK * gl.arange(0, BN // CHUNK, gl.SliceLayout(0, LINES)), self.F - 1)
-        up = self._pointers(rows, cols).to(gl.int64)
-        gate = self._pointers(rows, self.F + cols).to(gl.int64)
-        asm: gl.constexpr = "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.u32 $0, 0;"
-        gl.inline_asm_elementwise(asm, "=r,l,l", [up, gate], gl.int32, False, 1)
+@gluon.jit
+def _down_backward_producer(ring, tiles, lhs, rhs, z):
+    """After the steps of a tile, its z: 64 columns of up and gate in the rhs of each of four stages."""
+    stage = 0
+    phase = 1
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
+        for i in range(Z_STEPS):
+            ready = ring.ready.index(stage)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            mbarrier.expect(ready, rhs.BYTES)
+            z.load(tile, tile.col + i * CHUNK, ready, ring.rhs.index(stage))
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            stage, phase = _advance(stage, phase)
 
 
 @gluon.jit
 def _down_backward_consumer(
-    ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, W: gl.constexpr
+    ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, W: gl.constexpr
 ):
+    """The results take the place of z in its stage, score * act that of the lhs, until their stores have read them."""
     dtype: gl.constexpr = act_desc.dtype
     FAST: gl.constexpr = dtype == gl.bfloat16
-    dz_up_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
-    dz_gate_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
-    act_buffer = gl.allocate_shared_memory(dtype, [HALF, SLICE], SLICE_SMEM)
     stage = 0
     phase = 0
+    held = -1
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
+        rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+        score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
         if row < tile.row_end:
-            z.prefetch(row, tile.row_end, tile.col)
-            acc, stage, phase = _accumulate(ring, tile, stage, phase, W)
-            slices = _eighths(acc)
-            rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
-            score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
+            slices = _quarters(acc)
             dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
-            up_z, gate_z = z.load(row, tile.row_end, tile.col)
-            for i in gl.static_range(8):
-                col = tile.col + i * SLICE
+            for i in gl.static_range(Z_STEPS):
+                mbarrier.wait(ring.ready.index(stage), phase)
+                up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
+                gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
+                act_buffer = ring.lhs.index(2 * stage + W)
                 dact = gl.convert_layout(slices[i], SLICE_ACCUMULATOR)
-                up = gl.convert_layout(up_z, SLICE_ACCUMULATOR).to(gl.float32)
-                gate = gl.convert_layout(gate_z, SLICE_ACCUMULATOR).to(gl.float32)
-                if i < 7:
-                    up_z, gate_z = z.load(row, tile.row_end, col + SLICE)
+                up = up_buffer.load(SLICE_ACCUMULATOR).to(gl.float32)
+                gate = gate_buffer.load(SLICE_ACCUMULATOR).to(gl.float32)
                 sigmoid = _sigmoid(gate, FAST)
                 silu = gate * sigmoid
                 act = up * silu
                 dscore += gl.sum(dact * act, axis=1)
                 scaled = dact * score[:, None]
-                tma.store_wait(0)
-                dz_up_buffer.store((scaled * silu).to(dtype))
-                dz_gate_buffer.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
-                act_buffer.store((act * score[:, None]).to(dtype))
-                fence_async_shared()
-                where = _ragged(row, tile.row_end, col)
-                tma.async_copy_shared_to_global(dz_up_desc, where, _as_ragged(dz_up_buffer, dz_up_desc))
-                tma.async_copy_shared_to_global(dz_gate_desc, where, _as_ragged(dz_gate_buffer, dz_gate_desc))
-                tma.async_copy_shared_to_global(act_desc, where, _as_ragged(act_buffer, act_desc))
+                dz_up = (scaled * silu).to(dtype)
+                dz_gate = (scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+                col = tile.col + i * CHUNK
+                blocks = dz_up, dz_gate, (act * score[:, None]).to(dtype)
+                descs = dz_up_desc, dz_gate_desc, act_desc
+                _send(blocks, descs, (up_buffer, gate_buffer, act_buffer), row, tile.row_end, (col, col, col))
+                if i > 0:
+                    tma.store_wait(3)
+                    mbarrier.arrive(ring.empty.index(held))
+                held = stage
+                stage, phase = _advance(stage, phase)
             part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
             gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
         else:
-            stage, phase = _hand_back(ring, tile, stage, phase)
+            stage, phase = _hand_back(ring, tile.steps() + Z_STEPS, stage, phase, held)
+            held = -1
     tma.store_wait(0)
 
 
@@ -762,7 +807,7 @@ def _down_backward_consumer(
     do_not_specialize_on_alignment=_METADATA + ["score_ptr", "dscore_ptr"],
 )
 def down_proj_backward_kernel(
-    dout_ptr, dout_stride, token_ptr, w_desc, z_saved_ptr, z_rest_ptr, num_saved, score_ptr,
+    dout_ptr, dout_stride, token_ptr, w_desc, z_saved_desc, z_rest_desc, num_saved, score_ptr,
     dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
 ):  # fmt: skip
     """dact = gather(dout_TD) @ w2[e]^T, then the backward of score * up * silu(gate).
@@ -776,12 +821,12 @@ def down_proj_backward_kernel(
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
     lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
     rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
-    z = SavedZ(z_saved_ptr, z_rest_ptr, num_saved, F)
+    z = SavedZ(z_saved_desc, z_rest_desc, num_saved)
     gl.warp_specialize(
         [
-            (_down_backward_consumer, (ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 0)),
-            (_down_backward_consumer, (ring, tiles, z, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 1)),
-            (_producer, (ring, tiles, lhs, rhs)),
+            (_down_backward_consumer, (ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 0)),
+            (_down_backward_consumer, (ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 1)),
+            (_down_backward_producer, (ring, tiles, lhs, rhs, z)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -790,27 +835,20 @@ def down_proj_backward_kernel(
 
 @gluon.jit(do_not_specialize=["E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
 def weight_grad_kernel(
-    a, b, stride, token_ptr, dw_desc, offsets_ptr, E, M, N, A_IS_GATHERED: gl.constexpr, B_IS_GATHERED: gl.constexpr
+    gathered_ptr, stride, token_ptr, rows_desc, dw_desc, offsets_ptr, E, M, N, TRANSPOSED: gl.constexpr
 ):
-    """dw[e] = A[rows of e]^T @ B[rows of e].
+    """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
 
-    Grid: one program per SM, each walks the 128x256 tiles of dw (E * M, N).
-    a, b: the pointer to (T, width), with its stride, if gathered, else a ragged descriptor.
+    Grid: one program per SM, each walks 128x256 tiles.
     """
-    ring = _make_ring(dw_desc.dtype, True, False, A_IS_GATHERED or B_IS_GATHERED)
-    tiles = WeightTiles(offsets_ptr, E, M, gl.cdiv(M, BM), gl.cdiv(N, BN))
-    if A_IS_GATHERED:
-        lhs = TokenSteps(a, stride, token_ptr, M, True)
-    else:
-        lhs = PlainSteps(a, M, True)
-    if B_IS_GATHERED:
-        rhs = TokenSteps(b, stride, token_ptr, N, False)
-    else:
-        rhs = PlainSteps(b, N, False)
+    ring = _make_ring(dw_desc.dtype, True, False, True)
+    tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
+    lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
+    rhs = PlainSteps(rows_desc)
     gl.warp_specialize(
         [
-            (_store_consumer, (ring, tiles, dw_desc, 0)),
-            (_store_consumer, (ring, tiles, dw_desc, 1)),
+            (_store_consumer, (ring, tiles, dw_desc, 0, TRANSPOSED)),
+            (_store_consumer, (ring, tiles, dw_desc, 1, TRANSPOSED)),
             (_producer, (ring, tiles, lhs, rhs)),
         ],
         [4, 4],
@@ -819,8 +857,10 @@ def weight_grad_kernel(
 
 
 def supported(dtype, D, F, capability):
-    """Whether the family takes this dtype (bfloat16, float16), these widths (multiples of 64) and this GPU (9.0)."""
-    return tuple(capability) == (9, 0) and dtype in (torch.bfloat16, torch.float16) and D % 64 == 0 and F % 64 == 0
+    """Whether the family takes this dtype (bfloat16, float16), these widths (multiples of 64), this GPU (9.0)
+    and this Triton: 3.8 refuses to store from a slice of a buffer, as the ragged stores do."""
+    fits = dtype in (torch.bfloat16, torch.float16) and D % 64 == 0 and F % 64 == 0
+    return fits and tuple(capability) == (9, 0) and TRITON_VERSION in ((3, 6), (3, 7))
 
 
 def dscore_parts(F):
@@ -848,7 +888,7 @@ def _block(tensor, rows, cols, block_rows, block_cols):
     return _Descriptor(tensor, [rows, cols], [cols, 1], [block_rows, block_cols], TILE_SMEM.value)
 
 
-def _ragged_block(tensor, cols, block_rows=64, block_cols=64, layout=RAGGED_SMEM):
+def _ragged_block(tensor, cols, block_rows=64, block_cols=64):
     """Descriptor over the rows of a 2-d tensor whose bounds can be set at any row; see RAGGED_ROWS."""
     stride = tensor.stride(0)
     return _Descriptor(
@@ -856,12 +896,12 @@ def _ragged_block(tensor, cols, block_rows=64, block_cols=64, layout=RAGGED_SMEM
         [RAGGED_OUTER, RAGGED_OUTER, RAGGED_ROWS.value, cols],
         [RAGGED_WRAP - stride, stride, stride, 1],
         [1, 1, block_rows, block_cols],
-        layout.value,
+        RAGGED_SMEM.value,
     )
 
 
-def _ragged_slice(tensor, cols):
-    return _ragged_block(tensor, cols, HALF.value, SLICE.value, RAGGED_SLICE_SMEM)
+def _up_and_gate(z, F):
+    return _Descriptor(z, [2, z.shape[0], F], [F, z.stride(0), 1], [2, BM.value, CHUNK.value], Z_SMEM.value)
 
 
 def _tiles(routing):
@@ -875,7 +915,8 @@ def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_end):
     # without z rows the kernel still wants descriptors: any tensor of this width will do
     up, gate = (z, z[:, F:]) if z_end > 0 else (act_RF, act_RF)
     z_up_desc = _ragged_block(up, F)
-    up_proj_kernel[_grid(x_TD)](
+    launch(
+        up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
         z_up_desc, _ragged_block(gate, F), _ragged_block(act_RF, F) if with_act else z_up_desc,
         *_tiles(routing), D, F, first_row, z_end, ACT=with_act, num_warps=4,
@@ -908,7 +949,8 @@ def _launch_rows(in_RC, w, w_shape, w_is_nk, routing, out, first_col):
     rows, cols = w_shape
     E, width = w.shape[0], in_RC.shape[1]
     w_desc = _block(w, E * rows, cols, *((256, 64) if w_is_nk else (64, 256)))
-    rows_kernel[_grid(in_RC)](
+    launch(
+        rows_kernel, _grid(in_RC),
         _block(in_RC, in_RC.shape[0], width, 64, 64), w_desc, _ragged_block(out, out.shape[1]),
         *_tiles(routing), width, rows, first_col, out.shape[1], W_IS_NK=w_is_nk, num_warps=4,
     )  # fmt: skip
@@ -931,35 +973,38 @@ def down_proj_backward(
 ):
     """Backward of score * down_proj(up * silu(gate)) up to dz.
 
-    Row r of z comes from z_saved if r < num_saved, else from z_rest, which may share memory with
-    dz_R2F. dscore_partial: (R, dscore_parts(F)) float32, whose row sums are the scores' gradients.
+    z of a tile comes from z_saved if all its rows are below num_saved, else from z_rest, which may
+    share memory with dz_R2F. dscore_partial: (R, dscore_parts(F)) float32, whose row sums are the
+    scores' gradients.
     """
     E, F, D = w2_EFD.shape
     if not dz_R2F.shape[0]:
         return
     z_saved = z_rest if num_saved == 0 else z_saved
     z_rest = z_saved if z_rest is None else z_rest
-    down_proj_backward_kernel[_grid(dout_TD)](
-        dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64), z_saved, z_rest,
-        num_saved, score_R, _ragged_slice(dz_R2F, F), _ragged_slice(dz_R2F[:, F:], F),
-        _ragged_slice(act_scaled_RF, F), dscore_partial, *_tiles(routing), D, F, num_warps=4,
+    launch(
+        down_proj_backward_kernel, _grid(dout_TD),
+        dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64),
+        _up_and_gate(z_saved, F), _up_and_gate(z_rest, F), num_saved, score_R,
+        _ragged_block(dz_R2F, F), _ragged_block(dz_R2F[:, F:], F), _ragged_block(act_scaled_RF, F), dscore_partial,
+        *_tiles(routing), D, F, num_warps=4,
     )  # fmt: skip
 
 
-def weight_grad(a, a_is_gathered, b, b_is_gathered, routing, dw_EMN):
-    """dw[e] = A[rows of e]^T @ B[rows of e]; zeros for an expert without rows.
+def weight_grad(gathered_TM, rows_RN, routing, dw, transposed=False):
+    """dw[e] (M, N) = gathered[token of e's rows]^T @ rows[e's rows], or if transposed its transpose (N, M).
 
-    a, b: (R, width), or (T, width) read through token_R where gathered; at most one of them is.
+    An expert without rows gets zeros. The gathered side is the one whose tiles are 128 wide either
+    way: it costs half the copies of a 256 wide one.
     """
-    if a_is_gathered and b_is_gathered:
-        raise ValueError("weight_grad: a_is_gathered and b_is_gathered are both True; one side must be in row order")
-    E, M, N = dw_EMN.shape
-    if not routing.token_R.shape[0]:
-        dw_EMN.zero_()
+    E = dw.shape[0]
+    M, N = gathered_TM.shape[1], rows_RN.shape[1]
+    if not rows_RN.shape[0]:
+        dw.zero_()
         return
-    stride = a.stride(0) if a_is_gathered else b.stride(0)
-    weight_grad_kernel[_grid(dw_EMN)](
-        a if a_is_gathered else _ragged_block(a, M), b if b_is_gathered else _ragged_block(b, N, 64, 256),
-        stride, routing.token_R, _ragged_block(dw_EMN.view(E * M, N), N), routing.offsets_E1, E, M, N,
-        A_IS_GATHERED=a_is_gathered, B_IS_GATHERED=b_is_gathered, num_warps=4,
+    launch(
+        weight_grad_kernel, _grid(dw),
+        gathered_TM, gathered_TM.stride(0), routing.token_R, _ragged_block(rows_RN, N, 64, 256),
+        _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, E, M, N,
+        TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip

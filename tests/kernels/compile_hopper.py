@@ -33,8 +33,8 @@ def cases(tokens, d_model, ffn, experts, chosen, dtype):
     yield "down, columns", lambda: hopper.down_proj(act, w2, routing, y[:, :64].contiguous(), 64)
     yield "down backward", lambda: hopper.down_proj_backward(x, w2, routing, score, z, 7, z, z, act, dscore)
     yield "dx", lambda: hopper.up_proj_backward(z, w1, routing, y)
-    yield "dw1", lambda: hopper.weight_grad(x, True, z, False, routing, w1)
-    yield "dw2", lambda: hopper.weight_grad(act, False, x, True, routing, w2)
+    yield "dw1", lambda: hopper.weight_grad(x, z, routing, w1)
+    yield "dw2", lambda: hopper.weight_grad(x, act, routing, w2, transposed=True)
 
 
 def main():

@@ -13,7 +13,7 @@ from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
 SHARED_LIMIT = 227 * 1024
 # bytes: the SwiGLU backward keeps a few values of its epilogue there, more with float16's exact sigmoid
-STACK_LIMIT = {"torch.bfloat16": 32, "torch.float16": 128}
+STACK_LIMIT = {"torch.bfloat16": 64, "torch.float16": 192}
 
 CASES = {  # (T, D, F, E, K): why
     "one token": (1, 128, 128, 4, 2),
@@ -66,43 +66,11 @@ def test_every_kernel_compiles_within_limits(tmp_path):
         (torch.bfloat16, 2048, 1024, (10, 0), False),
     ],
 )
-def test_supported(dtype, D, F, capability, answer):
+def test_supported(dtype, D, F, capability, answer, monkeypatch):
+    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 6))
     assert hopper.supported(dtype, D, F, capability) is answer
-
-
-@pytest.mark.parametrize(
-    "rows, width, max_mib, want",
-    [
-        (196608, 1536, 192, [(0, 512), (512, 1024), (1024, 1536)]),  # 576 MiB
-        (131072, 4096, 1024, [(0, 4096)]),  # fits
-        (1000, 2176, 0, [(0, 2176)]),  # small anyway
-        (65536, 2176, 200, [(0, 1280), (1280, 2176)]),  # 272 MiB; whole tiles
-        (1 << 20, 1152, 1, [(0, 512), (512, 1024), (1024, 1152)]),
-        (1 << 20, 8192, 1, [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]),  # no more than four
-        (0, 320, 0, [(0, 320)]),
-    ],
-)
-def test_column_ranges(rows, width, max_mib, want):
-    out = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
-    assert HopperGemms().column_ranges(rows, out, max_mib << 20) == want
-
-
-def test_combine_of_column_ranges(device):
-    tokens, chosen, width = 37, 3, 640
-    ids = torch.rand(tokens, 5, device=device).topk(chosen, -1)[1]
-    ids[3, 1] = -1
-    packed, _ = build_routing_ref(ids, 5, 16)
-    routing = unpack_routing(packed, tokens, chosen, 5, 16)
-    rows, scores = torch.randn(tokens * chosen, width, device=device), torch.rand(tokens, chosen, device=device)
-    picked = torch.where((routing.row_TK >= 0)[..., None], rows[routing.row_TK.clamp(min=0).long()], 0.0)
-    for weights in (scores, None):
-        want = (picked * (1.0 if weights is None else weights[..., None])).sum(1)
-        whole, parts = torch.full((2, tokens, width), float("nan"), device=device)
-        combine.combine(rows, routing, weights, whole)
-        for begin, end in [(0, 256), (256, 512), (512, 640)]:
-            combine.combine(rows[:, begin:end].contiguous(), routing, weights, parts[:, begin:end])
-        assert torch.equal(whole, parts)
-        torch.testing.assert_close(whole, want)
+    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 8))
+    assert not hopper.supported(dtype, D, F, capability)
 
 
 class Case:
@@ -258,31 +226,17 @@ def test_down_proj_backward(case, in_place):
 @on_hopper
 def test_weight_grad(case):
     act, dz = case.rows(case.F), case.rows(2 * case.F)
-    for a, a_is_gathered, b, b_is_gathered in [
-        (case.x, True, dz, False),
-        (act, False, case.dout, True),
-        (act, False, dz, False),
-    ]:
-        dw = case.poisoned(case.E, a.shape[1], b.shape[1])
-        hopper.weight_grad(a, a_is_gathered, b, b_is_gathered, case.routing, dw)
-        a_rows = case.gathered(a) if a_is_gathered else a.float()
-        b_rows = case.gathered(b) if b_is_gathered else b.float()
-        want = torch.zeros(dw.shape, device="cuda")
+    for gathered, rows, transposed in [(case.x, dz, False), (case.dout, act, True)]:
+        want = torch.zeros(case.E, gathered.shape[1], rows.shape[1], device="cuda")
         for e in range(case.E):
             begin, end = case.offsets[e : e + 2]
-            want[e] = a_rows[begin:end].T @ b_rows[begin:end]
-            if begin == end:
-                assert (dw[e] == 0).all()
+            want[e] = case.gathered(gathered)[begin:end].T @ rows[begin:end].float()
+        want = want.transpose(1, 2) if transposed else want
+        dw = case.poisoned(*want.shape)
+        hopper.weight_grad(gathered, rows, case.routing, dw, transposed)
         assert torch.isfinite(dw).all()
         assert (dw.float() - want).norm() <= ERROR[case.dtype] * want.norm()
-
-
-@pytest.mark.gpu
-@on_hopper
-def test_weight_grad_refuses_two_gathered_sides():
-    case = Case("one token", torch.bfloat16)
-    with pytest.raises(ValueError, match="a_is_gathered"):
-        hopper.weight_grad(case.x, True, case.dout, True, case.routing, case.poisoned(4, 128, 128))
+        assert all((dw[e] == 0).all() for e in range(case.E) if case.offsets[e] == case.offsets[e + 1])
 
 
 @pytest.mark.gpu
@@ -298,7 +252,7 @@ def test_no_tokens():
     hopper.down_proj(act, w2, routing, y)
     hopper.down_proj_backward(x, w2, routing, rows[0], z, 0, z, z, act, rows[1])
     hopper.up_proj_backward(z, w1, routing, y)
-    hopper.weight_grad(x, True, z, False, routing, w1)
+    hopper.weight_grad(x, z, routing, w1)
     assert (w1 == 0).all()
 
 
@@ -319,8 +273,8 @@ def test_same_bits_every_time():
             case.dout, case.w2, case.routing, case.score, kept, 999, dz, dz, scaled, dscore
         )
         hopper.up_proj_backward(dz, case.w1, case.routing, dx)
-        hopper.weight_grad(case.x, True, dz, False, case.routing, dw1)
-        hopper.weight_grad(scaled, False, case.dout, True, case.routing, dw2)
+        hopper.weight_grad(case.x, dz, case.routing, dw1)
+        hopper.weight_grad(case.dout, scaled, case.routing, dw2, transposed=True)
         return act, y, kept, dz, scaled, dscore, dx, dw1, dw2
 
     first = run()
@@ -350,7 +304,7 @@ def test_offsets_past_2_to_31():
     assert (y[-300:] - want).norm() <= 5e-3 * want.norm()
     dz = torch.randn(T, 2 * F, device="cuda", dtype=torch.bfloat16)
     dw1 = torch.empty_like(w1)
-    hopper.weight_grad(x, True, dz, False, routing, dw1)
+    hopper.weight_grad(x, dz, routing, dw1)
     want = x[-300:].float().T @ dz[-300:].float()
     assert (dw1[1] - want).norm() <= 5e-3 * want.norm()
     assert (dw1[0] == 0).all()
