@@ -37,7 +37,8 @@ class TileConfig:
         }
 
 
-# row-tiled kernels of one architecture share block_m: they share one list of row tiles
+ROW_TILE = 128  # block_m of the row-tiled 16-bit kernels, which share one list of row tiles
+
 _TABLE = {
     "interpreter": dict.fromkeys(KERNELS, TileConfig(16, 32, 32, 1, 1)),
     "float32": dict.fromkeys(KERNELS, TileConfig(64, 32, 32, 8, 2)),
@@ -111,8 +112,8 @@ def _tuned(device_name: str) -> dict[str, dict[str, TileConfig]]:
         tuned = {}
         for key, kernels in entries.items():
             configs = {kernel: TileConfig(**kernels[kernel]) for kernel in KERNELS}
-            if len({configs[k].block_m for k in KERNELS if k != "weight_grad"}) != 1:
-                raise ValueError(f"{key}: the row-tiled kernels must share block_m")
+            if {configs[k].block_m for k in KERNELS if k != "weight_grad"} != {ROW_TILE}:
+                raise ValueError(f"{key}: block_m of the row-tiled kernels must be {ROW_TILE}")
             tuned[key] = configs
         return tuned
     except FileNotFoundError:

@@ -111,7 +111,8 @@ class HopperGemms:
 
 
 @functools.cache
-def _say_portable(device_name: str, dtype: torch.dtype, d_model: int, ffn: int) -> None:
+def _say_portable(device: torch.device, dtype: torch.dtype, d_model: int, ffn: int) -> None:
+    _, device_name = configs.device_properties(device)
     logger.info(
         "momoe_titan: portable Triton kernels on %s for %s, D = %d, F = %d "
         "(the Hopper kernels need capability 9.0, bfloat16 or float16, multiples of 64, and Triton 3.6 or 3.7)",
@@ -128,8 +129,9 @@ def select_gemms(x: Tensor, ffn: int) -> PortableGemms | HopperGemms:
     Depends on the device, the dtype, D and F, never on a token count.
     """
     if not configs.interpreting():
-        capability, name = configs.device_properties(x.device)
+        capability, _ = configs.device_properties(x.device)
         if hopper.supported(x.dtype, x.shape[-1], ffn, capability):
             return HopperGemms()
-        _say_portable(name, x.dtype, x.shape[-1], ffn)
+        if isinstance(x.shape[-1], int) and x.is_cuda:  # not while a graph is traced
+            _say_portable(x.device, x.dtype, x.shape[-1], ffn)
     return PortableGemms(configs.tile_configs(x, ffn))

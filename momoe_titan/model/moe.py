@@ -94,7 +94,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
             choice_TE = choice_TE + expert_bias_E
         # A stable sort, because torch.topk leaves the order of equal values open.
         order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
-        ids_TK = order_TE[:, : self.top_k]
+        # A copy, not a view: autograd would keep all of order_TE, and TorchTitan's reorderer wants it flat.
+        ids_TK = order_TE[:, : self.top_k].contiguous()
         scores_TK = scores_TE.gather(1, ids_TK)
         if self._debug_force_load_balance:
             ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)

@@ -67,7 +67,7 @@ def test_row_tiled_kernels_must_share_their_rows():
     path.parent.mkdir()
     path.write_text(json.dumps({KEY: bad}))
     configs._tuned.cache_clear()
-    with pytest.warns(UserWarning, match="must share block_m"):
+    with pytest.warns(UserWarning, match="block_m of the row-tiled kernels must be 128"):
         assert tiles()["down_proj"].block_m == 128
 
 
