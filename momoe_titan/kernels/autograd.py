@@ -129,6 +129,7 @@ def _setup_context(ctx, inputs, output):
     x_TD, w1_ED2F, w2_EFD, _, scores_TK, _, ctx.backend = inputs
     _, counts_E, z_S2F, packed = output
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
+    ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
     ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
 
 

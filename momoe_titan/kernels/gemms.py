@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_RANGES = 4
 _SMALL_BYTES = 64 << 20  # not worth more launches
+_WIDE = 4096
 
 
 class PortableGemms:
@@ -79,10 +80,14 @@ class HopperGemms:
 
         Whole tiles wide, and as few ranges as let num_rows rows fit into max_bytes, but at most
         four: every range reads the operand rows again and ends with a partly filled wave of tiles.
+        From 4096 columns on at least two, which is also faster there (30B-n1024 on an H200: dx 3.27
+        -> 2.99 ms, y 1.73 -> 1.68): the weights of a range stay in the L2.
         """
         width = out_TD.shape[1]
         num_bytes = num_rows * width * out_TD.element_size()
         num_ranges = min(triton.cdiv(num_bytes, max(max_bytes, _SMALL_BYTES)), _MAX_RANGES)
+        if width >= _WIDE and num_bytes > _SMALL_BYTES:
+            num_ranges = max(num_ranges, 2)
         tile = hopper.BN.value
         step = triton.cdiv(triton.cdiv(width, tile), max(num_ranges, 1)) * tile
         return [(begin, min(begin + step, width)) for begin in range(0, width, step)]

@@ -73,6 +73,43 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
     assert not hopper.supported(dtype, D, F, capability)
 
 
+@pytest.mark.parametrize(
+    "rows, width, max_mib, want",
+    [
+        (196608, 1536, 192, [(0, 512), (512, 1024), (1024, 1536)]),  # 576 MiB
+        (131072, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster from 4096 columns on
+        (8192, 2048, 256, [(0, 2048)]),  # fits
+        (1024, 4096, 1024, [(0, 4096)]),  # small
+        (1000, 2176, 0, [(0, 2176)]),  # small anyway
+        (65536, 2176, 200, [(0, 1280), (1280, 2176)]),  # 272 MiB; whole tiles
+        (1 << 20, 1152, 1, [(0, 512), (512, 1024), (1024, 1152)]),
+        (1 << 20, 8192, 1, [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]),  # no more than four
+        (0, 320, 0, [(0, 320)]),
+    ],
+)
+def test_column_ranges(rows, width, max_mib, want):
+    out = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
+    assert HopperGemms().column_ranges(rows, out, max_mib << 20) == want
+
+
+def test_combine_of_column_ranges(device):
+    tokens, chosen, width = 37, 3, 640
+    ids = torch.rand(tokens, 5, device=device).topk(chosen, -1)[1]
+    ids[3, 1] = -1
+    packed, _ = build_routing_ref(ids, 5, 16)
+    routing = unpack_routing(packed, tokens, chosen, 5, 16)
+    rows, scores = torch.randn(tokens * chosen, width, device=device), torch.rand(tokens, chosen, device=device)
+    picked = torch.where((routing.row_TK >= 0)[..., None], rows[routing.row_TK.clamp(min=0).long()], 0.0)
+    for weights in (scores, None):
+        want = (picked * (1.0 if weights is None else weights[..., None])).sum(1)
+        whole, parts = torch.full((2, tokens, width), float("nan"), device=device)
+        combine.combine(rows, routing, weights, whole)
+        for begin, end in [(0, 256), (256, 512), (512, 640)]:
+            combine.combine(rows[:, begin:end].contiguous(), routing, weights, parts[:, begin:end])
+        assert torch.equal(whole, parts)
+        torch.testing.assert_close(whole, want)
+
+
 class Case:
     """Inputs, and what the launchers should make of them in float32, row by row."""
 
