@@ -1,4 +1,4 @@
-"""Down projection; its backward, fused with the backward of SwiGLU and the gradient of the scores."""
+"""Backward of the down projection, fused with the backward of SwiGLU and the gradient of the scores."""
 
 import torch
 import triton
@@ -7,70 +7,6 @@ import triton.language as tl
 from .configs import TileConfig
 from .routing import RoutingMetadata
 from .tiling import launch, rows_matmul, tile_span
-
-
-@triton.jit
-def _down_proj_kernel(
-    act_ptr,
-    w2_ptr,
-    y_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    num_tiles_ptr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Grid (max_tiles * cdiv(D, BLOCK_N),). y (R, D) = act (R, F) @ w2[e] for one row tile and BLOCK_N columns."""
-    NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // NUM_N
-    if tile >= tl.load(num_tiles_ptr):
-        return
-    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
-    rows = row0 + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = rows_matmul(
-        act_ptr,
-        tl.minimum(rows, end - 1).to(tl.int64),
-        w2_ptr + expert * (D * F),
-        cols,
-        cols < D,
-        D,
-        1,
-        F,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        D % BLOCK_N == 0,
-        PRECISION,
-        UPCAST,
-    )
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (cols < D)[None, :])
-
-
-def down_proj(
-    config: TileConfig, act_RF: torch.Tensor, w2_EFD: torch.Tensor, routing: RoutingMetadata, y_RD: torch.Tensor
-) -> None:
-    """y_RD = act_RF @ w2[expert], one row for each routed row."""
-    d_model = y_RD.shape[1]
-    launch(
-        _down_proj_kernel,
-        (routing.max_tiles * triton.cdiv(d_model, config.block_n),),
-        act_RF,
-        w2_EFD,
-        y_RD,
-        routing.offsets_E1,
-        routing.tiles,
-        routing.num_tiles,
-        D=d_model,
-        F=w2_EFD.shape[1],
-        **config.options(act_RF.dtype),
-    )
 
 
 @triton.jit

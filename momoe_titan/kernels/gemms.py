@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import configs, down_proj, hopper, up_proj, weight_grad
+from . import configs, down_proj, hopper, rows_gemm, up_proj, weight_grad
 from .routing import RoutingMetadata
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ class PortableGemms:
         up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, first_row, z_R2F)
 
     def column_ranges(self, num_rows: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
-        """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all."""
+        """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all, so that first_col is 0."""
         return [(0, out_TD.shape[1])]
 
     def down_proj(self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0) -> None:
-        down_proj.down_proj(self.tiles["down_proj"], act_RF, w2_EFD, routing, y_RD)
+        rows_gemm.rows_gemm(self.tiles["down_proj"], act_RF, w2_EFD, routing, y_RD, w_is_nk=False)
 
     def down_proj_backward(
         self,
@@ -55,7 +55,7 @@ class PortableGemms:
     def up_proj_backward(
         self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
     ) -> None:
-        up_proj.up_proj_backward(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD)
+        rows_gemm.rows_gemm(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD, w_is_nk=True)
 
     def weight_grad(
         self, a: Tensor, b: Tensor, routing: RoutingMetadata, dw_EMN: Tensor, *, gather_a: bool = False, gather_b: bool = False

@@ -14,6 +14,7 @@ from triton.testing import do_bench
 from . import configs, down_proj, up_proj, weight_grad
 from .configs import TileConfig
 from .routing import build_routing, unpack_routing
+from .rows_gemm import rows_gemm
 
 _TILES = {
     # (block_n, block_k) of the row-tiled kernels, whose block_m is the table's; (block_m, block_n, block_k) of the other
@@ -54,9 +55,9 @@ def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torc
 
     calls = {
         "up_proj": lambda c: up_proj.up_proj(c, x, w1, routing, act, z),
-        "down_proj": lambda c: down_proj.down_proj(c, act, w2, routing, y),
+        "down_proj": lambda c: rows_gemm(c, act, w2, routing, y, w_is_nk=False),
         "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, w2, scores, routing, z, z, act),
-        "up_proj_backward": lambda c: up_proj.up_proj_backward(c, z, w1, routing, y),
+        "up_proj_backward": lambda c: rows_gemm(c, z, w1, routing, y, w_is_nk=True),
         "weight_grad": both_weight_grads,
     }
     for kernel, call in calls.items():

@@ -1,4 +1,4 @@
-"""Up projection: gather, GEMM and SwiGLU in one kernel; z again for the backward; gradient to the rows of x."""
+"""Up projection: gather, GEMM and SwiGLU in one kernel; z again for the backward."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .configs import TileConfig
 from .routing import RoutingMetadata
-from .tiling import dot, launch, load_block, rows_matmul, tile_span
+from .tiling import dot, launch, load_block, tile_span
 
 
 @triton.jit(do_not_specialize=["first_row", "num_saved"])
@@ -119,67 +119,3 @@ def recompute_z(
 ) -> None:
     """Rows ``first_row`` and above of z; tiles wholly below it cost nothing."""
     _launch_up_proj(config, x_TD, w1_ED2F, routing, None, z_R2F, first_row, z_R2F.shape[0])
-
-
-@triton.jit
-def _up_proj_backward_kernel(
-    dz_ptr,
-    w1_ptr,
-    dx_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    num_tiles_ptr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Grid (max_tiles * cdiv(D, BLOCK_N),). dx (R, D) = dz (R, 2F) @ w1[e]^T for one row tile and BLOCK_N columns."""
-    NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) // NUM_N
-    if tile >= tl.load(num_tiles_ptr):
-        return
-    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
-    rows = row0 + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = rows_matmul(
-        dz_ptr,
-        tl.minimum(rows, end - 1).to(tl.int64),
-        w1_ptr + expert * (2 * D * F),
-        cols,
-        cols < D,
-        1,
-        2 * F,
-        2 * F,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-        D % BLOCK_N == 0,
-        PRECISION,
-        UPCAST,
-    )
-    dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=(rows < end)[:, None] & (cols < D)[None, :])
-
-
-def up_proj_backward(
-    config: TileConfig, dz_R2F: torch.Tensor, w1_ED2F: torch.Tensor, routing: RoutingMetadata, dx_RD: torch.Tensor
-) -> None:
-    """dx_RD = dz_R2F @ w1[expert]^T, one row for each routed row."""
-    d_model = dx_RD.shape[1]
-    launch(
-        _up_proj_backward_kernel,
-        (routing.max_tiles * triton.cdiv(d_model, config.block_n),),
-        dz_R2F,
-        w1_ED2F,
-        dx_RD,
-        routing.offsets_E1,
-        routing.tiles,
-        routing.num_tiles,
-        D=d_model,
-        F=w1_ED2F.shape[2] // 2,
-        **config.options(dz_R2F.dtype),
-    )

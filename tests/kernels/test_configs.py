@@ -5,11 +5,12 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from momoe_titan.kernels import configs, tiling
+from momoe_titan.kernels import configs, gemms, tiling
 from momoe_titan.kernels.configs import KERNELS, TileConfig
 
 GPU = "Some GPU"
@@ -81,6 +82,21 @@ def test_an_unwritable_cache_warns(tmp_path):
 @pytest.mark.parametrize("d_model, ffn, dtype", [(600, 256, torch.bfloat16), (1536, 97, torch.bfloat16), (512, 512, torch.float32)])
 def test_small_tiles_for_odd_widths_and_float32(d_model, ffn, dtype):
     assert tiles(d_model, ffn, dtype)["down_proj"].block_n < tiles()["down_proj"].block_n
+
+
+def test_the_portable_path_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(gemms.hopper, "TRITON_VERSION", (3, 6))
+    gemms._say_portable.cache_clear()
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(4, 1536), is_cuda=True)
+    with caplog.at_level("INFO"):
+        assert isinstance(gemms.select_gemms(x, 256), gemms.HopperGemms)
+        assert caplog.records == []
+        for capability in ((8, 0), (8, 9), (10, 0)):
+            monkeypatch.setattr(configs, "device_properties", lambda device: (capability, GPU))
+            for _ in range(2):
+                assert isinstance(gemms.select_gemms(x, 256), gemms.PortableGemms)
+    (record,) = caplog.records
+    assert "portable Triton kernels on Some GPU for torch.bfloat16, D = 1536, F = 256" in record.getMessage()
 
 
 class OnlyWithGoodCache:
