@@ -29,6 +29,7 @@ from typing import Any
 from datasets import (
     Dataset,
     IterableDataset,
+    Value,
     concatenate_datasets,
     load_dataset,
 )
@@ -140,8 +141,11 @@ def load_stdlib(root: str, held_out: bool = False) -> Dataset:
     rows = []
     for path in stdlib_files(root, held_out):
         # tokenize.open honours the encoding that the file declares.
-        with tokenize.open(os.path.join(root, path)) as f:
-            text = f.read()
+        try:
+            with tokenize.open(os.path.join(root, path)) as f:
+                text = f.read()
+        except (OSError, SyntaxError, UnicodeDecodeError) as e:
+            raise DataError(f"dataset_path: {os.path.join(root, path)!r}: {e}") from e
         rows.extend(
             (_digest(f"{path}:{i}"), piece, path)
             for i, piece in enumerate(_split_text(text, STDLIB_DOCUMENT_CHARS))
@@ -262,12 +266,19 @@ def _load_records(
         try:
             # Its own log of a failure does not help beside the error below.
             set_datasets_verbosity(50)
-            ds = load_dataset(kind, data_files=files, split="train")
-            ds = ds.select_columns([text_field])
-            if ds.features[text_field].dtype not in ("string", "large_string"):
-                raise DataError(f"the field {text_field!r} is not text")
-            if ds.data.column(text_field).null_count:
-                raise DataError(f"a record without text in the field {text_field!r}")
+            # File by file, and cut to the text: the other columns may differ.
+            parts = []
+            for file in files:
+                part = load_dataset(kind, data_files=file, split="train")
+                part = part.select_columns([text_field])
+                if part.features[text_field].dtype not in ("string", "large_string"):
+                    raise DataError(f"the field {text_field!r} is not text")
+                if part.data.column(text_field).null_count:
+                    raise DataError(
+                        f"a record without text in the field {text_field!r}"
+                    )
+                parts.append(part.cast_column(text_field, Value("string")))
+            ds = concatenate_datasets(parts)
         except Exception as e:
             for file in files:
                 if fault := _find_fault(file, text_field):
@@ -391,13 +402,19 @@ def build_dataloader(
     options = getattr(job_config, "momoe", None)
     if options is not None:
         register_datasets(options.data_text_field, options.data_streaming)
-    return build_text_dataloader(
-        dp_world_size=dp_world_size,
-        dp_rank=dp_rank,
-        tokenizer=tokenizer,
-        job_config=job_config,
-        infinite=infinite,
-    )
+    try:
+        return build_text_dataloader(
+            dp_world_size=dp_world_size,
+            dp_rank=dp_rank,
+            tokenizer=tokenizer,
+            job_config=job_config,
+            infinite=infinite,
+        )
+    except IndexError as e:  # from splitting the documents over the ranks
+        raise DataError(
+            f"training.dataset {job_config.training.dataset!r} has fewer documents than "
+            f"the {dp_world_size} data-parallel ranks that share it: {e}"
+        ) from e
 
 
 register_datasets()

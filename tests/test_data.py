@@ -106,6 +106,32 @@ def test_folder_and_pattern(tmp_path):
     assert matched == ["a.jsonl", "sub/d.jsonl"]
 
 
+def test_other_columns_may_differ_from_file_to_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "meta": {"id": 3}}\n')
+    large = pa.array(["three"], pa.large_string())
+    pq.write_table(pa.table({"text": large, "score": [0.5]}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": ["four"]}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("five")
+    texts = [row["text"] for row in data.load_local(str(tmp_path))]
+    assert texts == ["five", "one", "two", "three", "four"]
+
+
+def test_fewer_documents_than_ranks_are_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    config = job("--training.dataset=local", f"--training.dataset_path={tmp_path}")
+    tokenizer = data.build_tokenizer(config)
+    with pytest.raises(data.DataError, match="'local' has fewer documents than the 2 data-parallel ranks"):
+        data.build_dataloader(2, 1, tokenizer, config)
+
+
+def test_a_source_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.py").write_bytes(b"# coding: no-such-encoding\n")
+    with pytest.raises(data.DataError, match="broken.py.*no-such-encoding"):
+        for held_out in (False, True):
+            data.load_stdlib(str(tmp_path), held_out)
+
+
 def test_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_DOCUMENT_CHARS", 100)
     text = "".join(f"line {i}\n" for i in range(50)) + "x" * 250 + "\n"
