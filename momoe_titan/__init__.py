@@ -9,7 +9,7 @@ _HOME = {"MoE": "layers", "MoMoE": "layers", "TopKRouter": "layers", "momoe_mlp"
 
 
 def __getattr__(name: str):
-    # on first use, so that reading a config does not import Triton
+    # on first use: most imports of the package want one of its parts only
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,7 +116,7 @@ class Momoe:
                 )
         rate = self.load_balance_rate
         # `not 0 <= rate` is also true of NaN.
-        if isinstance(rate, (bool, str)) or not 0 <= rate < float("inf"):
+        if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
             raise ValueError(
                 f"momoe.load_balance_rate must be a number of at least 0, got {rate!r}"
             )

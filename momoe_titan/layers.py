@@ -185,8 +185,10 @@ class MoMoE(nn.Module):
         mask_TE = mask_NM.t() != 0
         T = mask_TE.shape[0]
         rank_TE = mask_TE.cumsum(dim=1)
-        # At least K slots, so that masks of the usual width all look the same to the kernels.
-        slots = max(self.K, int(rank_TE[:, -1].max())) if T else self.K
+        # K slots, so that masks of the usual width all look the same to the kernels; for denser
+        # ones a power of two, so that few widths are ever compiled.
+        densest = int(rank_TE[:, -1].max()) if T else 0
+        slots = self.K if densest <= self.K else 1 << (densest - 1).bit_length()
         # Unset entries all land in one spare last column, which is cut off.
         slot_TE = torch.where(mask_TE, rank_TE - 1, slots)
         experts_TE = torch.arange(self.N, device=mask_TE.device).expand(T, self.N)

@@ -111,7 +111,7 @@ def was_given(field: str, args: list[str]) -> bool:
     try:
         with open(options["__job.config_file"], "rb") as f:
             return name in tomllib.load(f).get(section, {})
-    except (KeyError, OSError, tomllib.TOMLDecodeError):
+    except (KeyError, OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False  # no file; TorchTitan says what is wrong with one that is named
 
 

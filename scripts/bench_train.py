@@ -49,7 +49,7 @@ def train(config: str, options: list[str], processes: int, folder: Path) -> dict
     command = [sys.executable, "-m", "momoe_titan.train"]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["--job.config_file", config, "--job.dump_folder", str(folder), "--metrics.enable_tensorboard", *options]
+    command += ["--job.config_file", str(Path(config).resolve()), "--job.dump_folder", str(folder), "--metrics.enable_tensorboard", *options]
     with open(folder / "log.txt", "w") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
     if code:
@@ -73,7 +73,7 @@ def summarise(runs: dict[str, dict[str, dict[int, float]]]) -> list[dict]:
                 "loss_first": loss[steps[0]],
                 "loss_last": loss[steps[-1]],
                 "last_step": steps[-1],
-                "apart": max(abs(loss[s] / reference[s] - 1) for s in steps if s in reference),
+                "apart": max((abs(loss[s] / reference[s] - 1) for s in steps if s in reference), default=float("nan")),
                 "tokens_per_s": statistics.median(speed[len(speed) // 2 :]),
                 "memory_gib": max(memory.values(), default=None),
                 "maxvio": [balance[min(balance)], balance[max(balance)]] if balance else None,

@@ -9,12 +9,15 @@ files. Byte-level: every text can be encoded, and decodes to itself.
 
 import argparse
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from momoe_titan.data import load_stdlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from momoe_titan.data import load_stdlib  # noqa: E402
 
 VOCAB_SIZE = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"

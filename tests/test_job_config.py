@@ -66,6 +66,7 @@ def test_bad_save_percent_on_the_command_line_is_refused(read, capsys, values):
         {"load_balance_rate": -0.1},
         {"load_balance_rate": math.nan},
         {"load_balance_rate": "0.1"},
+        {"load_balance_rate": [1]},
         {"load_balance_off_layers": [-1]},
         {"load_balance_off_layers": ["1"]},
         {"load_balance_off_layers": 1},

@@ -94,7 +94,7 @@ def test_save_percent_changes_no_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(tmp_path):
+def test_two_processes_learn(tmp_path):
     """FSDP over two processes, on the same global batch of other documents."""
     output = train(
         tmp_path, "--training.steps=12", "--training.local_batch_size=2", processes=2

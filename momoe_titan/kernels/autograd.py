@@ -8,7 +8,7 @@ from torch import Tensor
 from . import combine, configs
 from .gemms import select_gemms
 from .reference import torch_backward, torch_forward
-from .routing import MAX_ROWS, build_routing, build_routing_ref, packed_size, unpack_routing
+from .routing import MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
 
 BACKENDS = ("auto", "triton", "torch")
 _REFERENCE_TILE_ROWS = 128
@@ -33,6 +33,11 @@ def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
     return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy where it is a view that does not start on 16 bytes, as the copy engine wants it."""
+    return t.clone() if t.data_ptr() % 16 else t
+
+
 def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
     """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
 
@@ -52,6 +57,8 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
     num_experts, ffn, _ = w2_EFD.shape
     (num_tokens, num_chosen), tile_rows = ids_TK.shape, _tile_rows(x_TD, w2_EFD, backend)
     num_saved = num_saved_rows(ids_TK.numel(), save_percent)
+    if ids_TK.numel() > tile_rows * MAX_TILES:
+        raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {ids_TK.numel()}: split the batch")
     if backend == "torch":
         packed, counts_E = build_routing_ref(ids_TK, num_experts, tile_rows)
         routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
@@ -59,6 +66,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed
 
+    x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
     packed, counts_E = build_routing(ids_TK, num_experts, tile_rows)
     routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
@@ -80,6 +88,7 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, b
         return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
 
     need_x, need_w1, need_w2, need_scores = needs
+    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
     dz_R2F = x_TD.new_empty(num_rows, 2 * ffn)
     if num_saved < num_rows:
@@ -158,7 +167,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     runs_triton = device.type == "cuda" or configs.interpreting()
-    if backend == "triton" and not runs_triton and device.type != "meta":
+    if backend == "triton" and not runs_triton:
         raise ValueError(f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), got tensors on {device}")
     if backend == "auto":
         return "triton" if device.type == "cuda" else "torch"
@@ -228,7 +237,7 @@ def momoe_mlp(
     Args:
         x_TD: tokens, bfloat16, float16 or float32.
         w1_ED2F: first F columns up, last F gate; dtype of x.
-        w2_EFD: dtype of x. Under ``torch.autocast`` x, w1 and w2 may differ and are cast to its dtype.
+        w2_EFD: dtype of x. A view that does not start on 16 bytes is copied, as x and w1 are. Under ``torch.autocast`` x, w1 and w2 may differ and are cast to its dtype.
         ids_TK: chosen experts, int32 or int64. An id outside ``[0, E)`` marks an
             unused slot: it adds nothing and the gradient of its score is 0, so
             tokens may choose different numbers of experts.
@@ -253,8 +262,6 @@ def momoe_mlp(
         dtype = torch.get_autocast_dtype(device_type)
         x_TD, w1_ED2F, w2_EFD = x_TD.to(dtype), w1_ED2F.to(dtype), w2_EFD.to(dtype)
     _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
-    if ids_TK.shape[0] * ids_TK.shape[1] > MAX_ROWS:
-        raise ValueError(f"T * K must be at most {MAX_ROWS}, got {ids_TK.shape[0] * ids_TK.shape[1]}: split the batch")
     if check_ids:
         _validate_ids(ids_TK, w2_EFD.shape[0])
     backend = resolve_backend(backend, x_TD.device)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .tiling import launch
 
-MAX_ROWS = 1 << 23  # 16 bits of a packed tile hold its number within the expert
+MAX_TILES = 1 << 16  # of one expert: 16 bits of a packed tile hold its number
 _SLOTS = 128  # slots that one program of the sort owns
 
 

@@ -2,7 +2,8 @@
 
     python -m momoe_titan.kernels.tune --tokens 24576 --dim 1536 --ffn 256 --experts 128 --chosen 8
 
-Training never tunes: it reads the cache (see configs.cache_path) or the built-in table.
+For the portable path: the Hopper kernels have one tile each. Training never tunes: it reads the
+cache (see configs.cache_path) or the built-in table.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from triton.testing import do_bench
 
 from . import configs, down_proj, up_proj, weight_grad
 from .configs import TileConfig
+from .gemms import HopperGemms, select_gemms
 from .routing import build_routing, unpack_routing
 from .rows_gemm import rows_gemm
 
@@ -79,6 +81,8 @@ def main() -> None:
     for name in ("tokens", "dim", "ffn", "experts", "chosen"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
+    if isinstance(select_gemms(torch.empty(1, args.dim, dtype=torch.bfloat16, device="cuda"), args.ffn), HopperGemms):
+        print("This GPU runs the Hopper kernels for this shape: what is tuned here serves the portable path only.")
     best = tune(**vars(args))
     name = torch.cuda.get_device_name()
     if configs.save_tuned(name, configs.cache_key(torch.bfloat16, args.dim, args.ffn), best):

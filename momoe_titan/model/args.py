@@ -187,7 +187,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
                     f"{section}{name} is {getattr(self, name)!r}, must be one of {allowed}"
                 )
         rate = self.load_balance_rate
-        if isinstance(rate, (bool, str)) or not 0 <= rate < float("inf"):
+        if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
             raise ValueError(f"{section}load_balance_rate is {rate!r}, must be finite and >= 0")
         if strangers := [i for i in self.load_balance_off_layers if i not in moe_layers]:
             raise ValueError(

@@ -324,6 +324,24 @@ def test_bad_input_is_refused_by_name(message):
         momoe_mlp(*positional, **arguments)
 
 
+def test_more_rows_than_the_tiles_can_number_are_refused(backend, device, monkeypatch):
+    from momoe_titan.kernels import autograd
+
+    monkeypatch.setattr(autograd, "MAX_TILES", 0)
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    with pytest.raises(ValueError, match="T \\* K must be at most 0, got 90: split the batch"):
+        momoe_mlp(x, w1, w2, ids, scores, backend=backend)
+
+
+def test_views_off_their_alignment_are_copied():
+    from momoe_titan.kernels.autograd import _aligned
+
+    flat = torch.randn(64)
+    assert _aligned(flat[:8]).data_ptr() == flat.data_ptr()
+    moved = _aligned(flat[1:9])
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, flat[1:9])
+
+
 def test_triton_backend_is_refused_without_a_device(monkeypatch):
     from momoe_titan.kernels import configs
 
