@@ -287,9 +287,10 @@ class _StockRouter(MomoeRouter):
 
 class _StockReorderer(TokenReorderer):
     def forward(self, scores_TK, ids_TK):
-        if ids_TK.is_cuda:
+        # torch.histc, which the base class counts with, has no integer kernel for the CPU and no
+        # deterministic one for CUDA.
+        if ids_TK.is_cuda and not torch.are_deterministic_algorithms_enabled():
             return super().forward(scores_TK, ids_TK)
-        # torch.histc, which the base class counts with, has no integer kernel for the CPU.
         ids_R = ids_TK.reshape(-1)
         order_R = ids_R.argsort(stable=True)
         return scores_TK.reshape(-1)[order_R], order_R, _count(ids_TK, self.num_experts)
