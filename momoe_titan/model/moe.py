@@ -120,7 +120,8 @@ class MomoeExperts(nn.Module):
         save_percent, backend, check_ids: of `momoe_mlp`.
 
     Attributes:
-        w1: (E, D, 2F), first F columns up, last F gate.
+        w1: (E, D, 2, F): [:, :, 0] up, [:, :, 1] gate. With an axis of their own, the same columns
+            of both are one shard of the last dimension, as tensor parallelism needs them.
         w2: (E, F, D).
     """
 
@@ -138,7 +139,7 @@ class MomoeExperts(nn.Module):
         self.save_percent = save_percent
         self.backend = backend
         self.check_ids = check_ids
-        self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
     def forward(
@@ -147,7 +148,7 @@ class MomoeExperts(nn.Module):
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         return momoe_mlp(
             x_TD,
-            self.w1,
+            self.w1.flatten(2),
             self.w2,
             ids_TK,
             scores_TK,
@@ -160,11 +161,10 @@ class MomoeExperts(nn.Module):
     def init_weights(self, init_std: float) -> None:
         """Draw what TorchTitan's GroupedExperts draws from the same seed, in its order: gate
         (their w1), down (w2), up (w3), each of shape (E, out, in)."""
-        num_experts, ffn, dim = self.w2.shape
         for target_EIO, std in (
-            (self.w1[:, :, ffn:], 0.02),
+            (self.w1[:, :, 1], 0.02),
             (self.w2, init_std),
-            (self.w1[:, :, :ffn], init_std),
+            (self.w1[:, :, 0], init_std),
         ):
             drawn_EOI = target_EIO.new_empty(target_EIO.transpose(1, 2).shape)
             trunc_normal_(drawn_EOI, mean=0.0, std=std)
