@@ -15,12 +15,12 @@ _REFERENCE_TILE_ROWS = 128
 
 _lib = torch.library.Library("momoe_titan", "DEF")
 _lib.define(
-    "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, float save_percent, str backend)"
-    " -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+    "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
+    " str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
 _lib.define(
-    "moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, Tensor z, Tensor routing, bool[] needs, str backend)"
-    " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+    "moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, Tensor z, Tensor routing, SymInt num_rows,"
+    " bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
 )
 
 
@@ -53,35 +53,35 @@ def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
         combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
 
 
-def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
+def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, backend):
     num_experts, ffn, _ = w2_EFD.shape
-    (num_tokens, num_chosen), tile_rows = ids_TK.shape, _tile_rows(x_TD, w2_EFD, backend)
-    num_saved = num_saved_rows(ids_TK.numel(), save_percent)
-    if ids_TK.numel() > tile_rows * MAX_TILES:
-        raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {ids_TK.numel()}: split the batch")
+    tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    num_saved = num_saved_rows(num_rows, save_percent)
+    if num_rows > tile_rows * MAX_TILES:
+        raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {num_rows}: split the batch")
     if backend == "torch":
-        packed, counts_E = build_routing_ref(ids_TK, num_experts, tile_rows)
-        routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+        packed, counts_E = build_routing_ref(ids_TK, num_experts, tile_rows, num_rows)
+        routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed
 
     x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
-    packed, counts_E = build_routing(ids_TK, num_experts, tile_rows)
-    routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    packed, counts_E = build_routing(ids_TK, num_experts, tile_rows, num_rows)
+    routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
-    act_RF = x_TD.new_empty(ids_TK.numel(), ffn)
+    act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F)
     out_TD = torch.empty_like(x_TD)
     _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, w1_ED2F.nbytes)
     return out_TD, counts_E, z_S2F, packed
 
 
-def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, backend):
+def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
     num_experts, ffn, _ = w2_EFD.shape
-    num_rows, num_saved = scores_TK.numel(), z_S2F.shape[0]
-    routing = unpack_routing(packed, *scores_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend))
+    num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
+    routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
     dout_TD = dout_TD.contiguous()
     if backend == "torch":
         grads = torch_backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, routing)
@@ -116,10 +116,9 @@ _lib.impl("moe_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
-def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backend):
+def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, backend):
     num_experts, ffn, _ = w2_EFD.shape
-    num_rows = ids_TK.shape[0] * ids_TK.shape[1]
-    packed = packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend))
+    packed = packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend), num_rows)
     return (
         torch.empty_like(x_TD),
         ids_TK.new_empty(num_experts, dtype=torch.int64),
@@ -129,13 +128,13 @@ def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, save_percent, backen
 
 
 @torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
-def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, backend):
+def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
     inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
 
 
 def _setup_context(ctx, inputs, output):
-    x_TD, w1_ED2F, w2_EFD, _, scores_TK, _, ctx.backend = inputs
+    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, _, ctx.backend = inputs
     _, counts_E, z_S2F, packed = output
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
@@ -146,10 +145,10 @@ def _autograd_backward(ctx, dout_TD, *_):
     x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     dx, dw1, dw2, dscores = torch.ops.momoe_titan.moe_backward(
-        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, needs, ctx.backend
+        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, needs, ctx.backend
     )
     dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))
-    return dx, dw1, dw2, None, dscores, None, None
+    return dx, dw1, dw2, None, dscores, None, None, None
 
 
 torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
@@ -174,7 +173,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK):
+def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
     if x_TD.dim() != 2 or w1_ED2F.dim() != 3 or w2_EFD.dim() != 3 or ids_TK.dim() != 2:
         raise ValueError(
             "x, w1, w2, ids must be (T, D), (E, D, 2F), (E, F, D), (T, K), got "
@@ -191,6 +190,8 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK):
         )
     if ids_TK.shape[1] == 0:
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
+    if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():
+        raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids_TK.dtype}")
     if not scores_TK.is_floating_point():
@@ -206,7 +207,12 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK):
         raise ValueError(f"x, w1, w2, ids and scores must be on one device, got {devices}")
 
 
-def _validate_ids(ids_TK, num_experts):
+def _validate_ids(ids_TK, num_experts, num_rows):
+    if num_rows is not None:
+        used = int(((ids_TK >= 0) & (ids_TK < num_experts)).sum())
+        if used > num_rows:
+            raise ValueError(f"num_rows must be at least the number of used slots, {used}, got {num_rows}")
+        return
     bad = ids_TK[(ids_TK < 0) | (ids_TK >= num_experts)]
     if bad.numel():
         raise ValueError(f"ids must be in [0, {num_experts}), got {bad[0].item()}")
@@ -224,6 +230,7 @@ def momoe_mlp(
     scores_TK: Tensor,
     save_percent: float = 0.0,
     *,
+    num_rows: int | None = None,
     backend: str = "auto",
     check_ids: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -245,9 +252,12 @@ def momoe_mlp(
         save_percent: 0 to 100, the share of z = x @ w1 (R x 2F, R = T * K) that is
             kept for the backward; the rest is computed again there. It changes
             memory and time, never the result. Nothing is kept where no gradient is wanted.
+        num_rows: R, where the caller knows that fewer than T * K slots are used: at least their
+            number (a smaller R is undefined behaviour), at most T * K. What the op allocates
+            and keeps goes by R.
         backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
-        check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice
-            by a token (synchronises with the host).
+        check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
+            where num_rows is given, more used slots than that (synchronises with the host).
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per
@@ -261,9 +271,9 @@ def momoe_mlp(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x_TD, w1_ED2F, w2_EFD = x_TD.to(dtype), w1_ED2F.to(dtype), w2_EFD.to(dtype)
-    _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
+    _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows)
     if check_ids:
-        _validate_ids(ids_TK, w2_EFD.shape[0])
+        _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w1_ED2F, w2_EFD, scores_TK))
     out_TD, counts_E, _, _ = torch.ops.momoe_titan.moe_forward(
@@ -272,6 +282,7 @@ def momoe_mlp(
         w2_EFD.contiguous(),
         ids_TK.contiguous(),
         scores_TK.contiguous(),
+        ids_TK.numel() if num_rows is None else num_rows,
         save_percent if wants_grad else 0.0,
         backend,
     )

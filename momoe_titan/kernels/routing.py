@@ -23,8 +23,8 @@ class RoutingMetadata:
 
     A flat slot is ``t * K + k``. Rows of one expert are contiguous and in the
     order of their flat slots. A slot whose expert id is outside ``[0, E)`` is
-    unused: it has no row. With R = T * K, rows ``offsets_E1[E]`` and above are
-    unused too, one for each unused slot.
+    unused: it has no row. Of the R rows that there is room for, T * K unless the
+    caller knows better, those at ``offsets_E1[E]`` and above are unused too.
 
     Example: T=3, K=2, E=3, ids = [[2, 0], [0, 1], [2, -1]], tile_rows=2::
 
@@ -50,10 +50,11 @@ class RoutingMetadata:
         return self.tiles.numel()
 
 
-def _sections(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> list[int]:
-    rows = num_tokens * num_chosen
+def _sections(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None) -> list[int]:
+    slots = num_tokens * num_chosen
+    rows = slots if num_rows is None else num_rows
     max_tiles = (rows + tile_rows - 1) // tile_rows + num_experts
-    return [num_experts, num_experts + 1, rows, rows, rows, max_tiles, 1]
+    return [num_experts, num_experts + 1, rows, rows, slots, max_tiles, 1]
 
 
 def _align(count: int) -> int:
@@ -61,15 +62,17 @@ def _align(count: int) -> int:
     return (count + 3) // 4 * 4
 
 
-def packed_size(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> int:
+def packed_size(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None = None) -> int:
     """Elements of the one int32 buffer that holds all of RoutingMetadata."""
-    return sum(_align(n) for n in _sections(num_tokens, num_chosen, num_experts, tile_rows))
+    return sum(_align(n) for n in _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows))
 
 
-def unpack_routing(packed: torch.Tensor, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> RoutingMetadata:
-    """Views of a packed buffer as RoutingMetadata."""
+def unpack_routing(
+    packed: torch.Tensor, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None = None
+) -> RoutingMetadata:
+    """Views of a packed buffer as RoutingMetadata; num_rows as it was for build_routing."""
     views, start = [], 0
-    for size in _sections(num_tokens, num_chosen, num_experts, tile_rows):
+    for size in _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows):
         views.append(packed[start : start + size])
         start += _align(size)
     counts, offsets, slot, token, row, tiles, num_tiles = views
@@ -115,7 +118,7 @@ def _count_before(values, index, limit):
     return tl.sum(tl.where(index < limit, values, 0))
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+@triton.jit(do_not_specialize=["num_slots", "num_rows", "num_blocks"])
 def _place_kernel(
     ids_ptr,
     hist_ptr,
@@ -127,6 +130,7 @@ def _place_kernel(
     tiles_ptr,
     num_tiles_ptr,
     num_slots,
+    num_rows,
     num_blocks,
     K: tl.constexpr,
     E: tl.constexpr,
@@ -153,9 +157,9 @@ def _place_kernel(
         tl.store(slot_ptr + row, slots, mask=live & used)
         tl.store(token_ptr + row, slots // K, mask=live & used)
         # rows at and past the last offset belong to nobody: give them a valid slot
-        rows_in_use = tl.sum(counts)
-        tl.store(slot_ptr + slots, tl.zeros_like(slots), mask=live & (slots >= rows_in_use))
-        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=live & (slots >= rows_in_use))
+        unused_row = (slots >= tl.sum(counts)) & (slots < num_rows)
+        tl.store(slot_ptr + slots, tl.zeros_like(slots), mask=unused_row)
+        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused_row)
     else:
         expert = pid - num_blocks
         tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
@@ -170,13 +174,16 @@ def _place_kernel(
             tl.store(num_tiles_ptr, tl.sum(tiles))
 
 
-def build_routing(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def build_routing(
+    ids_TK: torch.Tensor, num_experts: int, tile_rows: int, num_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort the slots of ``ids_TK`` by expert.
 
     Args:
         ids_TK: int32 or int64, contiguous; an id outside ``[0, num_experts)`` marks an unused slot.
         num_experts: E.
         tile_rows: rows in a tile of the GEMMs that will use the result.
+        num_rows: R, at least the number of used slots and at most T * K, which it is if None.
 
     Returns:
         The packed int32 buffer (see :func:`unpack_routing`) and the tokens per
@@ -186,8 +193,9 @@ def build_routing(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tup
     num_slots = ids_TK.numel()
     num_blocks = triton.cdiv(num_slots, _SLOTS)
     device = ids_TK.device
-    packed = torch.empty(packed_size(num_tokens, num_chosen, num_experts, tile_rows), dtype=torch.int32, device=device)
-    r = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)
+    packed = torch.empty(packed_size(*shape), dtype=torch.int32, device=device)
+    r = unpack_routing(packed, *shape)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     hist = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
     e_pow2 = max(2, triton.next_power_of_2(num_experts))
@@ -207,6 +215,7 @@ def build_routing(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tup
         r.tiles,
         r.num_tiles,
         num_slots,
+        r.slot_R.numel(),
         num_blocks,
         K=num_chosen,
         TILE_ROWS=tile_rows,
@@ -216,12 +225,15 @@ def build_routing(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tup
     return packed, counts_E
 
 
-def build_routing_ref(ids_TK: torch.Tensor, num_experts: int, tile_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def build_routing_ref(
+    ids_TK: torch.Tensor, num_experts: int, tile_rows: int, num_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as :func:`build_routing`, equal in every entry in use, in plain torch (it synchronises with the host)."""
     num_tokens, num_chosen = ids_TK.shape
     device = ids_TK.device
-    packed = torch.zeros(packed_size(num_tokens, num_chosen, num_experts, tile_rows), dtype=torch.int32, device=device)
-    r = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows)
+    shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)
+    packed = torch.zeros(packed_size(*shape), dtype=torch.int32, device=device)
+    r = unpack_routing(packed, *shape)
     ids = ids_TK.reshape(-1).long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = torch.sort(ids, stable=True)[1]

@@ -111,6 +111,25 @@ def test_unused_slots_add_nothing(device, backend):
     assert (got[0][4] == 0).all() and (got[4][[3, 4, 4, 5], [1, 0, 1, 0]] == 0).all()
 
 
+@pytest.mark.parametrize("spare", [0, 7])
+def test_room_for_used_slots_only(spare, device, backend):
+    """R = used slots: the same bits from less memory, also where no slot is used at all."""
+    x, w1, w2, ids, scores, dout = make_inputs((45, 32, 48, 5, 4), torch.float32, device)
+    for unused in (ids % 2 == 0, ids >= 0):
+        ids[unused] = -1
+        rows = int((ids >= 0).sum()) + spare
+        kwargs = dict(backend=backend, check_ids=True)
+        want, counts_want = run(momoe_mlp, x, w1, w2, ids, scores, dout, 0, backend=backend)
+        got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 37, num_rows=rows, **kwargs)
+        for name, g, w in zip(NAMES, got, want):
+            assert torch.equal(g, w), name
+        assert counts.tolist() == counts_want.tolist()
+        _, _, z, _ = torch.ops.momoe_titan.moe_forward(x, w1, w2, ids, scores, rows, 50.0, backend)
+        assert z.shape[0] == rows // 2
+        with pytest.raises(ValueError, match="num_rows must be at least"):
+            momoe_mlp(x, w1, w2, torch.zeros_like(ids), scores, num_rows=rows, **kwargs)
+
+
 def test_an_expert_named_twice_counts_twice(device, backend):
     x, w1, w2, ids, scores, dout = make_inputs((20, 32, 32, 4, 2), torch.float32, device)
     ids[7] = 2
@@ -262,11 +281,11 @@ def test_aot_autograd_traces_both_ways(device, backend):
 def test_fake_implementations(device, backend):
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
-    args = (*leaves[:3], ids, leaves[3], 37.0, backend)
+    args = (*leaves[:3], ids, leaves[3], ids.numel(), 37.0, backend)
     torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)
-        args = (dout, x, w1, w2, scores, z, routing, [True, False, True, True], backend)
+        args = (dout, x, w1, w2, scores, z, routing, ids.numel(), [True, False, True, True], backend)
         torch.library.opcheck(torch.ops.momoe_titan.moe_backward.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -309,6 +328,7 @@ BAD = {
     "scores must be of a floating dtype, got torch.int64": dict(scores=torch.zeros(45, 2, dtype=torch.int64)),
     "x must be bfloat16, float16 or float32, got torch.float64": dict(x=torch.randn(45, 32, dtype=torch.float64)),
     "must share a dtype outside of autocast, got torch.float16": dict(x=torch.randn(45, 32).half()),
+    "num_rows must be from 0 to T \\* K = 90, got 91": dict(num_rows=91),
     "ids must be in \\[0, 3\\), got -1": dict(ids=torch.full((45, 2), -1), check_ids=True),
     "ids must be in \\[0, 3\\), got 5": dict(ids=torch.full((45, 2), 5), check_ids=True),
     "must not name an expert twice for a token, got \\[1, 1\\] for token 0": dict(ids=torch.full((45, 2), 1), check_ids=True),

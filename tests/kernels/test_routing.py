@@ -19,14 +19,17 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.parametrize("spare", [None, 0, 1])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_matches_reference(name, device):
+def test_matches_reference(name, spare, device):
     ids, experts = ROUTINGS[name]
     tile_rows = 16
-    packed, counts = build_routing(ids.to(device), experts, tile_rows)
-    packed_ref, counts_ref = build_routing_ref(ids, experts, tile_rows)
-    got = unpack_routing(packed.cpu(), *ids.shape, experts, tile_rows)
-    want = unpack_routing(packed_ref, *ids.shape, experts, tile_rows)
+    used = int(((ids >= 0) & (ids < experts)).sum())
+    num_rows = None if spare is None else min(used + spare, ids.numel())
+    packed, counts = build_routing(ids.to(device), experts, tile_rows, num_rows)
+    packed_ref, counts_ref = build_routing_ref(ids, experts, tile_rows, num_rows)
+    got = unpack_routing(packed.cpu(), *ids.shape, experts, tile_rows, num_rows)
+    want = unpack_routing(packed_ref, *ids.shape, experts, tile_rows, num_rows)
     assert counts.tolist() == counts_ref.tolist()
     tiles = int(want.num_tiles)
     for field in ("counts_E", "offsets_E1", "slot_R", "token_R", "row_TK", "num_tiles"):
