@@ -18,6 +18,7 @@ from .metrics import build_momoe_metrics_processor
 from .model import MomoeLlama
 from .moe import MomoeExperts, MomoeMoE, MomoeRouter, StockMoE
 from .parallelize import parallelize_momoe_llama
+from .state_dict_adapter import MomoeStateDictAdapter
 
 __all__ = [
     "ExpertLoadBalancer",
@@ -26,6 +27,7 @@ __all__ = [
     "MomoeLlamaArgs",
     "MomoeMoE",
     "MomoeRouter",
+    "MomoeStateDictAdapter",
     "StockMoE",
     "build_momoe_optimizers",
     "expert_bias_delta",
@@ -114,13 +116,14 @@ flavors = _Flavors(
             moe_hidden_dim=256,
             moe_args=_sigmoid_moe(num_experts=128, top_k=8, num_shared_experts=0),
         ),
-        # Qwen3-30B-A3B without its normalisation of queries and keys
+        # Qwen3-30B-A3B
         "30B": MomoeLlamaArgs(
             dim=2048,
             n_layers=48,
             n_heads=32,
             n_kv_heads=4,
             head_dim=128,
+            qk_norm="per_head",
             vocab_size=151936,
             norm_eps=1e-6,
             rope_theta=1000000,
@@ -137,6 +140,8 @@ flavors = _Flavors(
             moe_hidden_dim=14336,
             moe_args=_softmax_moe(num_experts=8, top_k=2),
         ),
+        # whatever the Hugging Face folder of the job holds
+        "hf": MomoeLlamaArgs(from_hf=True),
     }
 )
 
@@ -154,4 +159,5 @@ def get_train_spec() -> TrainSpec:
         build_loss_fn=build_cross_entropy_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_momoe_metrics_processor,
+        state_dict_adapter=MomoeStateDictAdapter,
     )

@@ -14,6 +14,7 @@ from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_perce
 STOCK_BACKEND = "torchtitan"
 BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
 BALANCE_RULES = ("sign", "proportional")
+QK_NORMS = ("none", "per_head", "full")
 # Degrees above 1 of these are refused: the experts' weights have no sharding for them yet.
 UNSUPPORTED_DEGREES = (
     "tensor_parallel_degree",
@@ -33,6 +34,8 @@ class MomoeLlamaArgs(TransformerModelArgs):
 
     Args:
         head_dim: width of an attention head; None for dim // n_heads.
+        qk_norm: RMSNorm of queries and keys before RoPE: "none", "per_head" (over each head, as
+            in Qwen3) or "full" (over all heads together, as in OLMoE).
         n_dense_layers: how many of the first layers have a dense feed-forward.
         dense_hidden_dim: hidden width of those.
         moe_hidden_dim: F, hidden width of one expert. Shared experts together are one
@@ -46,12 +49,15 @@ class MomoeLlamaArgs(TransformerModelArgs):
             turns balancing off.
         load_balance_off_layers: ids of MoE layers whose bias stays as it is.
         check_ids: debug flag of `momoe_mlp`.
+        from_hf: take the shape from the config.json of the Hugging Face folder that the job loads
+            (checkpoint.initial_load_path or model.hf_assets_path), in place of what stands here.
     """
 
     rope_scaling_args: RoPEScalingArgs = field(
         default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0)
     )
     head_dim: int | None = None
+    qk_norm: str = "none"
     n_dense_layers: int = 0
     dense_hidden_dim: int = 0
     moe_hidden_dim: int = 256
@@ -62,6 +68,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
     load_balance_rule: str = "sign"
     load_balance_off_layers: list[int] = field(default_factory=list)
     check_ids: bool = False
+    from_hf: bool = False
 
     @property
     def attention_head_dim(self) -> int:
@@ -90,6 +97,11 @@ class MomoeLlamaArgs(TransformerModelArgs):
         Raises:
             ValueError: names the field, as written in TOML, and its value.
         """
+        from . import hf_config  # which imports this module
+
+        if self.from_hf:
+            hf_args = hf_config.read_hf_args(hf_config.folder_to_load(job_config))
+            self.__dict__.update(vars(hf_args), from_hf=True)
         super().update_from_config(job_config, **kwargs)
         self.moe_args._debug_force_load_balance = job_config.debug.moe_force_load_balance
         momoe = getattr(job_config, "momoe", None)
@@ -109,6 +121,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             self.vocab_size = momoe.vocab_size or self.vocab_size
         self.validate(section="momoe.")
         _refuse_unsupported(job_config)
+        hf_config.check_job(self, job_config)
 
     def validate(self, section: str = "") -> None:
         """Check the fields against each other.
@@ -150,6 +163,13 @@ class MomoeLlamaArgs(TransformerModelArgs):
         # RoPE turns pairs of columns.
         if self.attention_head_dim < 2 or self.attention_head_dim % 2:
             raise ValueError(f"head_dim is {self.attention_head_dim}, must be even and positive")
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm is {self.qk_norm!r}, must be one of {QK_NORMS}")
+        if self.qk_norm != "none" and self.attn_type != "sdpa":
+            raise ValueError(
+                f"qk_norm is {self.qk_norm!r} and attn_type is {self.attn_type!r}: normalised "
+                "queries and keys need attn_type 'sdpa'"
+            )
         if moe.top_k > moe.num_experts:
             raise ValueError(
                 f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}"

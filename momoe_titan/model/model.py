@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, DTensor
 from torchtitan.models.llama3.model.model import (
+    apply_rotary_emb,
     Attention,
     precompute_freqs_cis,
     Transformer,
@@ -20,7 +21,13 @@ from .moe import BalancedMoE, MomoeMoE, StockMoE
 
 
 class MomoeAttention(Attention):
-    """TorchTitan's llama-3 attention with heads of any even width."""
+    """TorchTitan's llama-3 attention with heads of any even width and, if `qk_norm` asks for it,
+    normalised queries and keys.
+
+    Attributes:
+        q_norm, k_norm: None, or an RMSNorm over head_dim ("per_head"), or over all heads of the
+            queries, n_heads * head_dim, and of the keys, n_kv_heads * head_dim ("full").
+    """
 
     def __init__(self, model_args: MomoeLlamaArgs):
         super().__init__(model_args)
@@ -31,6 +38,42 @@ class MomoeAttention(Attention):
             self.wk = nn.Linear(dim, self.n_kv_heads * head_dim, bias=False)
             self.wv = nn.Linear(dim, self.n_kv_heads * head_dim, bias=False)
             self.wo = nn.Linear(self.n_heads * head_dim, dim, bias=False)
+        self.qk_norm = model_args.qk_norm
+        self.q_norm = self.k_norm = None
+        if self.qk_norm != "none":
+            n_q, n_k = (1, 1) if self.qk_norm == "per_head" else (self.n_heads, self.n_kv_heads)
+            self.q_norm = nn.RMSNorm(n_q * head_dim, eps=model_args.norm_eps)
+            self.k_norm = nn.RMSNorm(n_k * head_dim, eps=model_args.norm_eps)
+
+    def init_weights(self, init_std: float) -> None:
+        super().init_weights(init_std)
+        if self.q_norm is not None:
+            self.q_norm.reset_parameters()
+            self.k_norm.reset_parameters()
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        attention_masks: AttentionMasksType | None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, L, D) -> (B, L, D); the other arguments are those of the base class, which has no
+        place for the norms."""
+        if self.q_norm is None:
+            return super().forward(x_BLD, freqs_cis, attention_masks, positions)
+        xq, xk, xv = self.wq(x_BLD), self.wk(x_BLD), self.wv(x_BLD)
+        if self.qk_norm == "full":
+            xq, xk = self.q_norm(xq), self.k_norm(xk)
+        # (B, L, heads, head_dim); -1, because tensor parallelism leaves a rank some of the heads
+        xq, xk, xv = (x.unflatten(-1, (-1, self.head_dim)) for x in (xq, xk, xv))
+        if self.qk_norm == "per_head":
+            xq, xk = self.q_norm(xq), self.k_norm(xk)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis, positions=positions)
+        out_BHLd = self.inner_attention(
+            *(x.transpose(1, 2) for x in (xq, xk, xv)), enable_gqa=self.enable_gqa
+        )
+        return self.wo(out_BHLd.transpose(1, 2).flatten(-2))
 
 
 class MomoeBlock(nn.Module):
