@@ -1,9 +1,11 @@
 """MoE layers as TorchTitan's trainer knows them: our experts, or TorchTitan's stock ones."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter, TokenReorderer
 from torchtitan.models.utils import trunc_normal_
@@ -12,6 +14,9 @@ from torchtitan.tools.utils import has_cuda_capability
 
 from momoe_titan.counting import accumulate_counts, feeds_balancing
 from momoe_titan.kernels import momoe_mlp
+
+if TYPE_CHECKING:
+    from .expert_parallel import Dispatcher
 
 
 class _Float32Product(torch.autograd.Function):
@@ -143,16 +148,22 @@ class MomoeExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
     def forward(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        scores_TK: torch.Tensor,
+        num_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
+        w1, w2 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2))
         return momoe_mlp(
             x_TD,
-            self.w1.flatten(2),
-            self.w2,
+            w1.flatten(2),
+            w2,
             ids_TK,
             scores_TK,
             self.save_percent,
+            num_rows=num_rows,
             backend=self.backend,
             check_ids=self.check_ids,
         )
@@ -242,6 +253,9 @@ class MomoeMoE(BalancedMoE):
     Args:
         save_percent, backend, check_ids: of `momoe_mlp`.
         the others: as in `BalancedMoE`.
+
+    Attributes:
+        dispatcher: what expert parallelism sends tokens to their experts with, or None.
     """
 
     def __init__(
@@ -262,16 +276,25 @@ class MomoeMoE(BalancedMoE):
         self.experts = MomoeExperts(
             dim, hidden_dim, moe_args.num_experts, save_percent, backend, check_ids
         )
+        self.dispatcher: "Dispatcher | None" = None
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x (B, L, D) -> out (B, L, D), without waiting for the device."""
+        """x (B, L, D) -> out (B, L, D), without waiting for the device but for the sizes of what
+        expert parallelism exchanges."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         scores_TK, ids_TK = self.router(x_TD, self.expert_bias)
-        out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
+        if self.dispatcher is not None:
+            exchange, counts_E = self.dispatcher.send(x_TD, ids_TK, scores_TK)
+        else:
+            out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
         if feeds_balancing(self):
             accumulate_counts(self.tokens_per_expert, counts_E)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        if self.dispatcher is not None:
+            y_MD, _ = self.experts(*exchange.receive())
+            out_TD = exchange.give_back(y_MD)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         return out_TD.view(x_BLD.shape)
 
 
