@@ -12,7 +12,12 @@ from torchtitan.models.utils import trunc_normal_
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability
 
-from momoe_titan.counting import accumulate_counts, feeds_balancing
+from momoe_titan.counting import (
+    accumulate_counts,
+    accumulate_entropy,
+    feeds_balancing,
+    records_entropy,
+)
 from momoe_titan.kernels import momoe_mlp
 
 if TYPE_CHECKING:
@@ -57,6 +62,10 @@ class MomoeRouter(TokenChoiceTopKRouter):
     Of experts with equal score (plus bias) the lowest id is chosen. Infinite logits count as the
     largest finite ones. A NaN makes the scores of its own token NaN, and that token still chooses
     K different experts.
+
+    Buffer, not in the state dict:
+        entropy_and_tokens: (2) float32, of the tokens of training forwards; see
+            `counting.accumulate_entropy`.
     """
 
     def __init__(self, dim: int, moe_args: MoEArgs):
@@ -73,6 +82,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
             _debug_force_load_balance=moe_args._debug_force_load_balance,
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
+        self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
 
     def forward(
         self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -93,6 +103,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
             scores_TE = logits_TE.sigmoid()
         else:
             scores_TE = logits_TE.softmax(dim=1)
+        if records_entropy(self):
+            accumulate_entropy(self.entropy_and_tokens, scores_TE.detach())
 
         choice_TE = scores_TE.detach()
         if expert_bias_E is not None:
@@ -224,10 +236,11 @@ class BalancedMoE(MoE):
         self.reset_balance_state(buffer_device)
 
     def reset_balance_state(self, device: torch.device) -> None:
-        """Zero bias and counts, on this device."""
+        """Zero bias, counts and the router's entropy, on this device."""
         num_experts = self.experts.num_experts
         self.expert_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.router.entropy_and_tokens = torch.zeros(2, device=device)
 
     def omit_from_next_load(self, name: str) -> None:
         """Leave a buffer out of the state dict until the next `load_state_dict`, which zeroes it.
