@@ -11,17 +11,21 @@ Adds to the datasets of TorchTitan's text loader (`training.dataset`,
     (searched recursively) or a glob pattern.
 
 TorchTitan's own datasets (`c4`, ...) stay as they are. Each loader returns a
-Hugging Face dataset with the text in a column of that name, so that splitting
-over data-parallel ranks and resuming from a checkpoint are TorchTitan's.
+Hugging Face dataset with the text in a column of that name.
+
+The loader is TorchTitan's, but a checkpoint of it can be taken over by another
+number of data-parallel ranks: see `TextDataset`.
 """
 
 import glob
 import hashlib
 import json
 import os
+import pickle
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from datasets import (
     concatenate_datasets,
     load_dataset,
 )
+from datasets.distributed import split_dataset_by_node
 from datasets.utils.logging import (
     get_verbosity as get_datasets_verbosity,
     set_verbosity as set_datasets_verbosity,
@@ -41,7 +46,8 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS, build_text_dataloader
+from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
+from torchtitan.tools.logging import logger
 
 # Not text that a person wrote for the library: installed packages, tests,
 # generated tables, and files that differ between builds of one Python version.
@@ -385,36 +391,176 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
         ) from e
 
 
+class TextDataset(HuggingFaceTextDataset):
+    """TorchTitan's text dataset, with a position that does not depend on the ranks.
+
+    A pass over the data is a list of [start, stop) ranges of documents for each rank;
+    at first, and in every later pass, one range: the rank's share of the whole, the
+    same that TorchTitan gives it. When another number of ranks resumes, what the old
+    ranks had left of their passes is shared out anew, so that each document is still
+    read once. Streamed datasets have no such position; theirs is TorchTitan's.
+
+    Raises:
+        DataError: More ranks than documents.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        dataset_path: str | None,
+        tokenizer: BaseTokenizer,
+        seq_len: int,
+        dp_rank: int,
+        dp_world_size: int,
+        infinite: bool,
+    ) -> None:
+        # As one rank, which leaves a map-style dataset whole.
+        super().__init__(dataset_name, dataset_path, tokenizer, seq_len, 0, 1, infinite)
+        self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
+        if not isinstance(self._data, Dataset):
+            self._data = split_dataset_by_node(self._data, dp_rank, dp_world_size)
+            return
+        if len(self._data) < dp_world_size:
+            raise DataError(
+                f"training.dataset {dataset_name!r} has fewer documents than the "
+                f"{dp_world_size} data-parallel ranks that share it: {len(self._data)}"
+            )
+        self._ranges = self._share_of([(0, len(self._data))])
+
+    def _share_of(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """This rank's part of some documents: as many for each rank, in their order."""
+        total = sum(stop - start for start, stop in ranges)
+        each, more = divmod(total, self.dp_world_size)
+        first = each * self.dp_rank + min(more, self.dp_rank)
+        return _cut(ranges, first, first + each + (self.dp_rank < more))
+
+    def _get_data_iter(self) -> Iterator[dict[str, Any]]:
+        if not isinstance(self._data, Dataset):
+            yield from super()._get_data_iter()
+            return
+        for start, stop in _cut(self._ranges, self._sample_idx):
+            yield from self._data.select(range(start, stop))
+        self._ranges = self._share_of([(0, len(self._data))])  # of the next pass
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if isinstance(self._data, Dataset):
+            state.update(ranges=self._ranges, documents=len(self._data))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not isinstance(self._data, Dataset):
+            super().load_state_dict(state_dict)
+        elif self._knows([state_dict]):
+            super().load_state_dict(state_dict)
+            self._ranges = state_dict["ranges"]
+
+    def reshard(self, states: list[dict[str, Any] | None]) -> None:
+        """Go on where other ranks were.
+
+        Args:
+            states: of all ranks of the checkpoint, in the order of their ranks; None
+                for one that is unknown.
+        """
+        if not self._knows(states):
+            return
+        left = [r for s in states for r in _cut(s["ranges"], s["sample_idx"])]
+        self._ranges, self._sample_idx = self._share_of(left), 0
+        # Tokens of documents that were read but not yet handed out.
+        mine = states[self.dp_rank :: self.dp_world_size]
+        self._token_buffer = [token for s in mine for token in s["token_buffer"]]
+        logger.info(
+            f"The data of {len(states)} data-parallel ranks is shared out to "
+            f"{self.dp_world_size}: this one has {sum(b - a for a, b in self._ranges)} "
+            "documents left of the pass"
+        )
+
+    def _knows(self, states: list[dict[str, Any] | None]) -> bool:
+        """Whether the positions mean something here; says so where they do not."""
+        if not all(state and "ranges" in state for state in states):
+            reason = (
+                f"it was written by {len(states)} data-parallel ranks, now there are "
+                f"{self.dp_world_size}, and the position in a streamed dataset, or one "
+                "that worker processes read, cannot be shared out anew"
+            )
+        elif (then := states[0]["documents"]) != (now := len(self._data)):
+            reason = f"{self.dataset_name!r} had {then} documents, now it has {now}"
+        else:
+            return True
+        logger.warning(
+            f"The checkpoint's position in the data is not used: {reason}. "
+            "THE DATA STARTS AGAIN FROM ITS BEGINNING."
+        )
+        return False
+
+
+def _cut(
+    ranges: list[tuple[int, int]], first: int, last: int | None = None
+) -> list[tuple[int, int]]:
+    """The documents number `first` to `last` (not included) of those in `ranges`.
+
+    _cut([(0, 3), (10, 13)], 2, 5) is [(2, 3), (10, 12)].
+    """
+    found = []
+    for start, stop in ranges:
+        begin = start + max(first, 0)
+        end = stop if last is None else min(stop, start + max(last, 0))
+        if begin < end:
+            found.append((begin, end))
+        first -= stop - start
+        last = None if last is None else last - (stop - start)
+    return found
+
+
+class TextDataloader(ParallelAwareDataloader):
+    """TorchTitan's loader of a `TextDataset`, which also takes over a checkpoint of
+    another number of ranks."""
+
+    def load_ranks(self, states: list[bytes]) -> None:
+        """Go on where other ranks were.
+
+        Args:
+            states: what `state_dict` holds for each rank of the checkpoint.
+        """
+        # "dataset_state" is there unless worker processes read the data.
+        self.dataset.reshard([pickle.loads(s).get("dataset_state") for s in states])
+
+
 def build_dataloader(
     dp_world_size: int,
     dp_rank: int,
     tokenizer: BaseTokenizer,
     job_config: JobConfig,
     infinite: bool = True,
-) -> ParallelAwareDataloader:
-    """TorchTitan's text loader, with the `[momoe]` data options applied.
+) -> TextDataloader:
+    """The loader of `training.dataset`, with the `[momoe]` data options applied.
 
     They apply to the validation loader too, which TorchTitan builds after this one.
 
     Raises:
-        DataError: The dataset is unknown, missing or damaged.
+        DataError: The dataset is unknown, missing, damaged, or smaller than the number
+            of ranks.
     """
     options = getattr(job_config, "momoe", None)
     if options is not None:
         register_datasets(options.data_text_field, options.data_streaming)
-    try:
-        return build_text_dataloader(
-            dp_world_size=dp_world_size,
-            dp_rank=dp_rank,
-            tokenizer=tokenizer,
-            job_config=job_config,
-            infinite=infinite,
-        )
-    except IndexError as e:  # from splitting the documents over the ranks
-        raise DataError(
-            f"training.dataset {job_config.training.dataset!r} has fewer documents than "
-            f"the {dp_world_size} data-parallel ranks that share it: {e}"
-        ) from e
+    config = job_config.training
+    dataset = TextDataset(
+        config.dataset,
+        config.dataset_path,
+        tokenizer,
+        config.seq_len,
+        dp_rank,
+        dp_world_size,
+        infinite,
+    )
+    return TextDataloader(
+        dataset,
+        dp_rank,
+        dp_world_size,
+        batch_size=config.local_batch_size,
+        **asdict(config.dataloader),
+    )
 
 
 register_datasets()

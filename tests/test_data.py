@@ -2,13 +2,14 @@
 
 import json
 import sysconfig
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from torchtitan.config import ConfigManager
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
 import momoe_titan
 from momoe_titan import data
@@ -230,13 +231,88 @@ def test_loader_resumes_where_it_was(tmp_path, tokenizer, source):
     assert batches(resumed, 4) == expected
 
 
+def resharded(states, ranks, *options):
+    loaders = [
+        data.build_dataloader(ranks, r, data.build_tokenizer(job()), job(*options), infinite=False)
+        for r in range(ranks)
+    ]
+    for loader in loaders:
+        if states:
+            loader.load_ranks(states)
+    return loaders
+
+
+def states_of(loaders) -> list[bytes]:
+    return [loader.state_dict()[f"dp_rank_{r}"] for r, loader in enumerate(loaders)]
+
+
+def test_other_numbers_of_ranks_read_each_document_once(tmp_path, tokenizer):
+    documents = [f"document {i} " + "x " * (i % 7) for i in range(101)]
+    write(tmp_path / "a.jsonl", documents)
+    options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
+    seen, states = Counter(), []
+    for ranks, sequences in ((1, 7), (3, 5), (2, 0), (2, 9), (1, 3), (4, 1000)):
+        loaders = resharded(states, ranks, *options)
+        for loader in loaders:
+            # of the dataset: the loader would hold back a last batch that is not full
+            for inputs, labels in islice(loader.dataset, sequences):
+                seen.update([*inputs["input"].tolist(), labels[-1].item()])
+        states = states_of(loaders)
+    for loader in loaders:
+        assert loader.dataset.state_dict()["ranges"] != [(0, 101)]
+        seen.update(loader.dataset.state_dict()["token_buffer"])
+    assert seen == Counter(
+        token for text in documents for token in tokenizer.encode(text, add_bos=True, add_eos=True)
+    )
+
+
+def test_next_pass_is_the_whole_again(tmp_path):
+    write(tmp_path / "a.jsonl", [f"document {i} " * 9 for i in range(10)])
+    options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
+    (one,) = resharded([], 1, *options)
+    batches(one, 2)
+    two = resharded(states_of([one]), 2, *options)
+    for loader in two:
+        loader.dataset.infinite = True
+        batches(loader, 20)
+    assert [loader.dataset._ranges for loader in two] == [[(0, 5)], [(5, 10)]]
+
+
+@pytest.mark.parametrize("change", ["streamed", "documents"])
+def test_position_that_means_nothing_is_not_used(tmp_path, change, caplog):
+    write(tmp_path / "a.jsonl", [f"text {i} " * 10 for i in range(20)])
+    options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
+    if change == "streamed":
+        options.append("--momoe.data_streaming")
+    (one,) = resharded([], 1, *options)
+    batches(one, 3)
+    states = states_of([one])
+    if change == "documents":
+        write(tmp_path / "a.jsonl", [f"text {i} " * 10 for i in range(19)])
+        same_ranks = resharded([], 1, *options)[0]
+        same_ranks.load_state_dict({"dp_rank_0": states[0], "world_size": 1})
+        assert batches(same_ranks, 2) == batches(resharded([], 1, *options)[0], 2)
+    two = resharded(states, 2, *options)
+    assert "THE DATA STARTS AGAIN" in caplog.text
+    assert [batches(x, 2) for x in two] == [batches(x, 2) for x in resharded([], 2, *options)]
+
+
+def test_cut():
+    assert data._cut([(0, 3), (10, 13)], 2, 5) == [(2, 3), (10, 12)]
+    assert data._cut([(0, 3), (10, 13)], 3) == [(10, 13)]
+    assert data._cut([(0, 3), (10, 13)], 0, 3) == [(0, 3)]
+    assert data._cut([(0, 3)], 3) == data._cut([], 0) == []
+
+
 def test_ranks_read_different_documents(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", [f"document number {i}\n" for i in range(10)])
     data.register_datasets()
     seen = [
         {
             row["text"]
-            for row in HuggingFaceTextDataset("local", str(tmp_path), tokenizer, 16, rank, 2)._data
+            for row in data.TextDataset(
+                "local", str(tmp_path), tokenizer, 16, rank, 2, False
+            )._get_data_iter()
         }
         for rank in range(2)
     ]
