@@ -135,6 +135,11 @@ def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
     ):
         if given:
             raise ValueError(f"{field} is true, but this machine has no GPU")
+    if config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise ValueError(
+            "checkpoint.async_mode is 'async_with_pinned_mem', but this machine has no "
+            "GPU; 'async' works here"
+        )
     if not was_given("training.mixed_precision_param", args):
         config.training.mixed_precision_param = "float32"
     logger.info(
@@ -174,6 +179,21 @@ def check_config(config: "JobConfig") -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ValueError(f"job.dump_folder {folder!r} cannot be written: {e}") from e
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        # Not made here: a run without this folder is a new one.
+        parent = checkpoints = os.path.join(folder, config.checkpoint.folder)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as e:
+            raise ValueError(
+                f"checkpoint.folder {checkpoints!r} cannot be written: {e}"
+            ) from e
+        if config.checkpoint.keep_latest_k == 1:
+            raise ValueError(
+                "checkpoint.keep_latest_k is 1, must be 0 (all) or at least 2"
+            )
 
     try:
         spec = get_train_spec(config.model.name)
@@ -217,6 +237,7 @@ def run(args: list[str]) -> None:
     from torchtitan import train as titan
 
     from momoe_titan.data import DataError
+    from momoe_titan.model.checkpoint import CheckpointError, CheckpointManager
 
     config_accepted = False
 
@@ -229,9 +250,11 @@ def run(args: list[str]) -> None:
         return titan.Trainer(config)
 
     try:
-        titan.main(build_trainer)
+        # The trainer has no field for it.
+        with mock.patch.object(titan, "CheckpointManager", CheckpointManager):
+            titan.main(build_trainer)
     except (ValueError, OSError) as e:  # OSError: the configuration file itself
-        if config_accepted and not isinstance(e, DataError):
+        if config_accepted and not isinstance(e, (DataError, CheckpointError)):
             raise
         # The message says which field to change; a traceback would bury it.
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)

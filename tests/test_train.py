@@ -104,18 +104,6 @@ def test_two_processes_learn(tmp_path):
     assert logged[12] < logged[1] - 0.3
 
 
-@pytest.mark.slow
-def test_resumed_run_reaches_the_losses_of_the_whole_run(tmp_path):
-    options = ["--checkpoint.enable", "--checkpoint.interval=3", "--validation.no-enable"]
-    # The last step saves weights only, unless told otherwise.
-    options += ["--checkpoint.no-last_save_model_only", "--lr_scheduler.total_steps=6"]
-    whole = losses(train(tmp_path / "whole", "--training.steps=6", *options))
-    losses(train(tmp_path / "parts", "--training.steps=3", *options))
-    resumed = losses(train(tmp_path / "parts", "--training.steps=6", *options))
-    assert sorted(resumed) == [4, 5, 6]
-    assert resumed == {step: whole[step] for step in (4, 5, 6)}
-
-
 @pytest.mark.gpu
 def test_loss_falls_on_the_gpu(tmp_path):
     output = train(tmp_path, "--training.steps=25", "--momoe.backend=triton", on_gpu=True)

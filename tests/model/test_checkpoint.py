@@ -1,15 +1,15 @@
-"""Bias and counts through TorchTitan's own checkpointing."""
+"""Bias and counts in checkpoints; which checkpoint is loaded and which are kept."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 
 from momoe_titan.model import parallelize_momoe_llama
+from momoe_titan.model.checkpoint import CheckpointError, CheckpointManager
 from tests.model.tiny import (
     batch,
     build,
@@ -171,3 +171,89 @@ def test_no_checkpoint_no_warning(tmp_path, caplog):
     assert not job.checkpointer.load()
     assert "expert_bias" not in caplog.text
     assert "layers.1.moe.expert_bias" in job.model.state_dict()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "no .metadata": lambda folder: (folder / ".metadata").unlink(),
+    "cannot be read": lambda folder: truncate(folder / ".metadata"),
+    "is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "bytes": lambda folder: truncate(folder / "__0_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_damaged_checkpoints_are_passed_over(tmp_path, fault, caplog):
+    config = config_for(tmp_path)
+    job = Job(config)
+    for step in (9, 10, 11):
+        job.state.step = step
+        job.checkpointer.save(step)
+    for step in (10, 11):
+        DAMAGES[fault](tmp_path / "checkpoint" / f"step-{step}")
+    (tmp_path / "checkpoint" / "step-12-copy").mkdir()
+    again = Job(config, seed=1)
+    assert again.checkpointer.load()
+    assert again.state.step == 9
+    for step in (10, 11):
+        assert f"step-{step}: it" in caplog.text
+    assert caplog.text.count(fault) == 2
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step: .*step-11.*" + fault):
+        again.checkpointer.load(11)
+
+
+def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    DAMAGES["no .metadata"](tmp_path / "checkpoint" / "step-1")
+    assert not Job(config).checkpointer.load()
+    assert "step-1: it was not written to its end" in caplog.text
+
+
+def test_incomplete_initial_checkpoint(tmp_path):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+    config.job.dump_folder = str(tmp_path / "new")
+    DAMAGES["bytes"](tmp_path / "checkpoint" / "step-1")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.initial_load_path: .* bytes"):
+        Job(config).checkpointer.load()
+
+
+def test_purge_keeps_the_latest_complete_checkpoints(tmp_path):
+    config = config_for(tmp_path)
+    config.checkpoint.keep_latest_k = 2
+    folder = tmp_path / "checkpoint"
+    job = Job(config)
+    for step in (1, 2, 4, 5, 7):
+        (folder / f"step-{step}").mkdir(parents=True)  # of runs that were killed
+    for step in (3, 6):
+        job.checkpointer.save(step)
+    job.checkpointer.save(8)
+    job.checkpointer.close()
+    # two complete ones behind it, and nothing older
+    assert sorted(path.name for path in folder.iterdir()) == ["step-6", "step-7", "step-8"]
+
+
+def test_purge_keeps_what_training_can_resume_from(tmp_path):
+    """An export is no checkpoint to resume from, however new."""
+    config = config_for(tmp_path)
+    config.checkpoint.keep_latest_k = 2
+    job = Job(config)
+    for step in (1, 2, 3, 4):
+        job.checkpointer.save(step, last_step=step > 2)
+    job.checkpointer._purge_stale_checkpoints()
+    job.checkpointer.close()
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 4
+    assert Job(config, seed=1).checkpointer.load()
+
+
+@pytest.mark.parametrize("backends", [("torch", "torchtitan"), ("torchtitan", "torch")])
+def test_checkpoint_of_the_other_backend(tmp_path, backends):
+    config = config_for(tmp_path)
+    Job(config, tiny_args(backend=backends[0])).checkpointer.save(1)
+    with pytest.raises(CheckpointError, match="momoe.backend must (not )?be 'torchtitan'"):
+        Job(config, tiny_args(backend=backends[1]))

@@ -67,8 +67,7 @@ def test_balancing_evens_out_the_load():
         for _ in range(150):
             model(batch(0)[0])
             optimizers.step()
-        counts_LE = optimizers.load_balancer.counts_LE.double()
-        return (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max() - 1
+        return optimizers.load_balancer.latest_metrics()["moe/maxvio_batch_max"]
 
     # 1.5: two experts take all, two of five times their share
     assert max_violation(0.0) > 1.4
@@ -165,17 +164,26 @@ def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
     return moe
 
 
-def test_counts_of_the_last_step():
+def test_metrics():
     layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(balance_rate=0.0)])
     balancer = ExpertLoadBalancer([layers])
-    assert balancer.counts_LE is None
-    counts = [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
-    for layer, counts_E in zip(layers, counts):
-        layer.tokens_per_expert.copy_(torch.tensor(counts_E))
+    assert balancer.latest_metrics() == {}
+    for layer, counts in zip(layers, ([3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0])):
+        layer.tokens_per_expert.copy_(torch.tensor(counts))
     balancer()
-    assert balancer.counts_LE.tolist() == counts
+    metrics = balancer.latest_metrics()
+    assert all(value.dim() == 0 for value in metrics.values())
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "moe/maxvio_batch_mean": (1.5 + 0 + 3) / 3,
+        "moe/maxvio_batch_max": 3.0,
+        "moe/dead_experts": 2 + 3,
+        "moe/bias_min": -0.5,
+        "moe/bias_max": 0.5,
+        "moe/dropped_tokens": 0,
+    }
+    assert balancer.counts_LE.tolist() == [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
     balancer()  # a step without tokens
-    assert not balancer.counts_LE.any()
+    assert balancer.latest_metrics()["moe/maxvio_batch_max"] == 0
 
 
 def test_no_moe_layer():
@@ -183,7 +191,7 @@ def test_no_moe_layer():
     optimizers = optimizers_for(run_model)
     loss_of(run_model, *batch(0)).backward()
     optimizers.step()
-    assert optimizers.load_balancer.counts_LE is None
+    assert optimizers.load_balancer.latest_metrics() == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,296 @@
+"""Whole jobs that are killed, and go on from their last checkpoint as if they never had been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+ROOT = Path(__file__).parent.parent
+STEPS, INTERVAL, SEQ = 12, 4, 32
+
+
+@dataclass
+class Outcome:
+    """Of one job: exit status of each rank, what they printed, and the losses by step."""
+
+    status: list[int]
+    log: str
+    losses: dict[int, float]
+
+
+class Jobs:
+    """Starts jobs in the test's folder, at once: see tests/job_server.py."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.count = 0
+        self.env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf")}
+        self.env.pop("TRITON_INTERPRET", None)
+        self.env["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.job_server"],
+            cwd=ROOT,
+            env=self.env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        (folder / "various.jsonl").write_text(
+            "".join(
+                json.dumps({"text": " ".join(str(i * j) for j in range(20))}) + "\n"
+                for i in range(300)
+            )
+        )
+
+    def options(self, out: Path, *extra: str) -> list[str]:
+        return (
+            "--job.config_file train_configs/debug_model.toml --model.flavor tiny "
+            "--experimental.custom_import tests.tiny_flavor --validation.no-enable "
+            f"--training.seq_len {SEQ} --training.local_batch_size 2 --training.steps {STEPS} "
+            f"--training.dataset local --training.dataset_path {self.folder}/various.jsonl "
+            f"--lr_scheduler.warmup_steps 2 --lr_scheduler.total_steps {STEPS} "
+            f"--checkpoint.enable --checkpoint.interval {INTERVAL} "
+            "--checkpoint.no-last_save_model_only --metrics.log_freq 1 "
+            f"--metrics.disable_color_printing --job.dump_folder {out}"
+        ).split() + list(extra)
+
+    def ask(self, **question) -> int:
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def run(self, out: Path, *extra: str, ranks: int = 1, **fault) -> Outcome:
+        """A job to its end. `fault` befalls the last rank."""
+        self.count += 1
+        out.mkdir(exist_ok=True)
+        log, tensorboard = out / f"log-{self.count}", f"tb-{self.count}"
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = str(s.getsockname()[1])
+        pids = [
+            self.ask(
+                args=self.options(out, "--metrics.save_tb_folder", tensorboard, *extra),
+                env={
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": port},
+                },
+                log=str(log),
+                **(fault if rank == ranks - 1 else {}),
+            )
+            for rank in range(ranks)
+        ]
+        last = self.ask(wait=pids[-1])
+        if last == -signal.SIGKILL:  # the others wait for it until their launcher ends them
+            for pid in pids[:-1]:
+                os.kill(pid, signal.SIGKILL)
+        status = [*(self.ask(wait=pid) for pid in pids[:-1]), last]
+        losses = {}
+        for run in (out / tensorboard).glob("*"):
+            events = EventAccumulator(str(run))
+            events.Reload()
+            if "loss_metrics/global_avg_loss" in events.Tags()["scalars"]:
+                found = events.Scalars("loss_metrics/global_avg_loss")
+                losses = {event.step: event.value for event in found}
+        return Outcome(status, log.read_text(), losses)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield jobs
+    jobs.server.stdin.close()
+    jobs.server.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(jobs):
+    """The run that nothing happens to, by its number of ranks."""
+    runs = {}
+
+    def run(ranks: int = 1) -> tuple[Path, Outcome]:
+        if ranks not in runs:
+            out = jobs.folder / f"whole-{ranks}"
+            runs[ranks] = out, jobs.run(out, ranks=ranks)
+            assert runs[ranks][1].status == [0] * ranks, runs[ranks][1].log[-3000:]
+            assert sorted(runs[ranks][1].losses) == list(range(1, STEPS + 1))
+        return runs[ranks]
+
+    return run
+
+
+def step_folder(out: Path, step: int) -> Path:
+    return out / "checkpoint" / f"step-{step}"
+
+
+def contents(out: Path, step: int) -> dict:
+    """All that a checkpoint holds, in one flat dict."""
+    file = out / "contents.pt"
+    dcp_to_torch_save(step_folder(out, step), file)
+
+    def flatten(prefix, value):
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in flatten(f"{prefix}.{key}", value[key]).items()}
+        return {prefix: value}
+
+    return flatten("", torch.load(file, weights_only=False))
+
+
+def assert_same_contents(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        same = torch.equal(got[key], value) if torch.is_tensor(value) else got[key] == value
+        assert same, key
+
+
+def assert_goes_on(resumed: Outcome, whole: tuple[Path, Outcome], out: Path, after: int) -> None:
+    """To the bit as the whole run, from the step behind `after`, and to the same last state."""
+    assert set(resumed.status) == {0}, resumed.log[-3000:]
+    assert f"Training starts at step {after + 1}\n" in resumed.log
+    folder, uninterrupted = whole
+    steps = range(after + 1, STEPS + 1)
+    assert resumed.losses == {step: uninterrupted.losses[step] for step in steps}
+    assert_same_contents(contents(out, STEPS), contents(folder, STEPS))
+
+
+def test_same_seed_same_losses_and_states(jobs, whole, tmp_path):
+    again = jobs.run(tmp_path)
+    assert_goes_on(again, whole(), tmp_path, after=0)
+    state = contents(tmp_path, STEPS)
+    assert state[".layers.2.moe.expert_bias"].any()
+    assert any(key.endswith("layers.2.moe.experts.w1.exp_avg") for key in state)
+
+
+def test_killed_at_any_moment(jobs, whole, tmp_path):
+    options = jobs.options(tmp_path, "--training.steps", "100000")
+    start = [sys.executable, "-m", "momoe_titan.train", *options]
+    with subprocess.Popen(
+        start, cwd=ROOT, env=jobs.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as job:
+        for line in job.stdout:
+            if " step:  5 " in line:
+                break
+        time.sleep(random.random() / 4)
+        job.kill()
+    assert job.returncode == -signal.SIGKILL
+    last = max(int(p.parent.name[5:]) for p in tmp_path.glob("checkpoint/step-*/.metadata"))
+    assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=last)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("file", ["__", ".metadata"])
+def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path, mode, file):
+    option = f"--checkpoint.async_mode={mode}"
+    assert jobs.run(tmp_path, option, die=[8, file]).status == [-signal.SIGKILL]
+    assert any(step_folder(tmp_path, 8).iterdir())
+    resumed = jobs.run(tmp_path, option)
+    assert f"PASSED OVER the checkpoint {step_folder(tmp_path, 8)}: it was not" in resumed.log
+    assert_goes_on(resumed, whole(), tmp_path, after=4)
+    # written while training went on
+    assert_same_contents(contents(tmp_path, 8), contents(whole()[0], 8))
+
+
+def test_one_of_two_ranks_killed_in_a_save(jobs, whole, tmp_path):
+    assert jobs.run(tmp_path, ranks=2, die=[8, "__1"]).status == [-signal.SIGKILL] * 2
+    assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=4)
+
+
+def test_killed_while_a_complete_checkpoint_is_written_again(jobs, whole, tmp_path):
+    shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
+    shutil.rmtree(step_folder(tmp_path, STEPS))
+    again = jobs.run(tmp_path, "--checkpoint.load_step=4", die=[8, "__"])
+    assert again.status == [-signal.SIGKILL]
+    assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
+
+
+def test_full_disk_ends_the_run_and_loses_no_checkpoint(jobs, whole, tmp_path):
+    assert jobs.run(tmp_path, "--training.steps=4").status == [0]
+    full = jobs.run(tmp_path, ranks=1, max_file_bytes=1 << 20)
+    assert full.status == [1] and "File too large" in full.log
+    assert sorted(full.losses) == [5, 6, 7, 8]
+    assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
+
+
+def test_run_goes_on_behind_an_export(jobs, whole, tmp_path):
+    export = "--checkpoint.last_save_model_only", "--checkpoint.export_dtype=bfloat16"
+    assert jobs.run(tmp_path, "--training.steps=8", *export).status == [0]
+    state = contents(tmp_path, 8)
+    assert state[".layers.2.moe.experts.w1"].dtype == torch.bfloat16
+    want = contents(whole()[0], 8)
+    for name in ("expert_bias", "tokens_per_expert"):
+        key = f".layers.2.moe.{name}"
+        assert torch.equal(state[key], want[key]) and state[key].dtype == want[key].dtype
+    resumed = jobs.run(tmp_path)
+    assert f"PASSED OVER the checkpoint {step_folder(tmp_path, 8)}: it holds only" in resumed.log
+    assert_goes_on(resumed, whole(), tmp_path, after=4)
+
+
+def test_initial_checkpoint_is_not_forgotten_in_a_kill(jobs, whole, tmp_path):
+    load = "--checkpoint.initial_load_path", str(step_folder(whole()[0], STEPS))
+    first = jobs.run(tmp_path, *load, die=[4, "__"])
+    assert first.status == [-signal.SIGKILL]
+    again = jobs.run(tmp_path, *load)
+    assert f"Loading the checkpoint from {load[1]}" in again.log
+    assert again.losses[1] < whole()[1].losses[1] - 0.1
+
+
+def test_unusable_checkpoint_is_named(jobs, whole, tmp_path):
+    shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
+    (step_folder(tmp_path, 8) / ".metadata").unlink()
+    refused = jobs.run(tmp_path, "--checkpoint.load_step=8")
+    assert refused.status == [2]
+    assert "error: checkpoint.load_step: the checkpoint" in refused.log.splitlines()[-1]
+    refused = jobs.run(tmp_path, "--momoe.backend=torchtitan")
+    assert refused.status == [2]
+    assert "error: momoe.backend must not be 'torchtitan'" in refused.log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("folder", ["file", "/proc/momoe"])
+def test_checkpoint_folder_that_cannot_be_written(jobs, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    refused = jobs.run(tmp_path, "--checkpoint.folder", folder)
+    assert refused.status == [2] and "error: checkpoint.folder '" in refused.log.splitlines()[-1]
+
+
+@pytest.fixture
+def one_document(jobs):
+    """Options by which every sequence is the same, and so the batch on any number of ranks."""
+    tokenizer = HuggingFaceTokenizer(str(ROOT / "momoe_titan/assets/tokenizer"))
+    text = " ".join(map(str, range(100)))
+    while len(tokenizer.encode(text, add_bos=True, add_eos=True)) > SEQ + 1:
+        text = text[:-1]
+    assert len(tokenizer.encode(text, add_bos=True, add_eos=True)) == SEQ + 1
+    file = jobs.folder / "one.jsonl"
+    file.write_text((json.dumps({"text": text}) + "\n") * 100)
+    return ["--training.dataset_path", str(file), "--training.global_batch_size", "4"]
+
+
+def test_other_numbers_of_ranks(jobs, tmp_path, one_document):
+    straight = jobs.run(tmp_path / "straight", *one_document)
+    assert straight.status == [0] and straight.losses[STEPS] < straight.losses[1] - 0.5
+    for ranks, steps in ((1, 4), (2, 8), (1, STEPS)):
+        part = jobs.run(
+            tmp_path / "parts", *one_document, f"--training.steps={steps}", ranks=ranks
+        )
+        assert part.status == [0] * ranks, part.log[-3000:]
+        assert max(part.losses) == steps
+        for step, loss in part.losses.items():
+            assert loss == pytest.approx(straight.losses[step], rel=1e-5)
+    want, got = (contents(tmp_path / name, STEPS) for name in ("straight", "parts"))
+    for key in want:
+        if key.endswith(("expert_bias", "tokens_per_expert")) or key.startswith(".train_state"):
+            assert torch.equal(torch.as_tensor(got[key]), torch.as_tensor(want[key])), key

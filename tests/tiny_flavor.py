@@ -1,0 +1,7 @@
+"""For experimental.custom_import: the flavor "tiny" of momoe_llama, which checkpoints in no time."""
+
+import momoe_titan.register  # noqa: F401
+from momoe_titan.model import flavors
+from tests.model.tiny import tiny_args
+
+flavors["tiny"] = tiny_args(vocab_size=2048)
