@@ -5,8 +5,12 @@ is recomputed for activation checkpointing runs inside the backward and must not
 evaluation must not count at all.
 """
 
+import math
+
 import torch
 from torch import nn
+
+_entropy_wanted = False
 
 
 def inside_backward() -> bool:
@@ -36,3 +40,37 @@ def feeds_balancing(module: nn.Module) -> bool:
     counted at all: use use_reentrant=False (TorchTitan does).
     """
     return module.training and torch.is_grad_enabled()
+
+
+def want_entropy(wanted: bool) -> None:
+    """Whether routers record their entropy from now on, in this process (at first they do not)."""
+    global _entropy_wanted
+    _entropy_wanted = wanted
+
+
+def records_entropy(module: nn.Module) -> bool:
+    """True when `accumulate_entropy` is to be called. Always while torch.compile traces, so that the
+    graph holds the op, which asks again when it runs: switching recompiles nothing."""
+    return feeds_balancing(module) and (torch.compiler.is_compiling() or _entropy_wanted)
+
+
+@torch.library.custom_op("momoe_titan::accumulate_entropy", mutates_args=("total_2",))
+def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
+    """Add the tokens' entropies and the number of tokens to total_2, where wanted and not inside a
+    backward.
+
+    The entropy of a token is that of its scores, divided by their sum, in units of ln E: 1 where
+    all experts score alike, 0 where one has everything.
+    """
+    if not _entropy_wanted or inside_backward():
+        return
+    tokens, num_experts = scores_TE.shape
+    tiny = torch.finfo(scores_TE.dtype).tiny
+    p_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp(min=tiny)
+    total_2[0] += torch.special.entr(p_TE).sum() / math.log(max(2, num_experts))
+    total_2[1] += tokens
+
+
+@accumulate_entropy.register_fake
+def _(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
+    return None

@@ -44,7 +44,7 @@ def _spans(routing: RoutingMetadata):
     return [(e, a, b) for e, (a, b) in enumerate(zip(offsets, offsets[1:])) if b > a]
 
 
-def _combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None) -> torch.Tensor:
+def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None) -> torch.Tensor:
     """Sum over a token's slots, in slot order and float32, as combine.combine does."""
     row_TK = routing.row_TK.long()
     out = torch.zeros(row_TK.shape[0], rows_RD.shape[1], dtype=torch.float32, device=rows_RD.device)
@@ -70,7 +70,7 @@ def torch_forward(
         z_S2F[a:b] = z[: max(0, num_saved - a)]
         up, gate = z.float().split(ffn, dim=-1)
         torch.mm((up * F.silu(gate)).to(z.dtype), w2_EFD[e], out=y_RD[a:b])
-    return _combine(y_RD, routing, scores_TK), z_S2F
+    return combine(y_RD, routing, scores_TK), z_S2F
 
 
 def torch_backward(
@@ -108,4 +108,4 @@ def torch_backward(
     dscores = torch.zeros(scores_TK.numel(), dtype=torch.float32, device=x_TD.device)
     rows_in_use = int(routing.offsets_E1[-1])
     dscores[slot[:rows_in_use]] = dscore_R[:rows_in_use]
-    return _combine(dx_RD, routing, None), dw1, dw2, dscores.view_as(scores_TK).to(scores_TK.dtype)
+    return combine(dx_RD, routing, None), dw1, dw2, dscores.view_as(scores_TK).to(scores_TK.dtype)

@@ -174,6 +174,20 @@ def _place_kernel(
             tl.store(num_tiles_ptr, tl.sum(tiles))
 
 
+def _sort_options(num_experts: int) -> dict[str, int]:
+    e_pow2 = max(2, triton.next_power_of_2(num_experts))
+    return dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=4 if e_pow2 <= 64 else 8)
+
+
+def histogram(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Slots that name each expert, int32 (E, blocks of slots), of contiguous ids."""
+    num_slots = ids_TK.numel()
+    num_blocks = triton.cdiv(num_slots, _SLOTS)
+    hist = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=ids_TK.device)
+    launch(_histogram_kernel, (num_blocks,), ids_TK, hist, num_slots, num_blocks, **_sort_options(num_experts))
+    return hist
+
+
 def build_routing(
     ids_TK: torch.Tensor, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,17 +204,13 @@ def build_routing(
         expert, int64 (E).
     """
     num_tokens, num_chosen = ids_TK.shape
-    num_slots = ids_TK.numel()
-    num_blocks = triton.cdiv(num_slots, _SLOTS)
     device = ids_TK.device
     shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     packed = torch.empty(packed_size(*shape), dtype=torch.int32, device=device)
     r = unpack_routing(packed, *shape)
     counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    hist = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
-    e_pow2 = max(2, triton.next_power_of_2(num_experts))
-    common = dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=4 if e_pow2 <= 64 else 8)
-    launch(_histogram_kernel, (num_blocks,), ids_TK, hist, num_slots, num_blocks, **common)
+    hist = histogram(ids_TK, num_experts)
+    num_blocks = hist.shape[1]
     launch(_scan_kernel, (num_experts,), hist, r.counts_E, counts_E, num_blocks, BLOCKS=1024)
     launch(
         _place_kernel,
@@ -214,13 +224,13 @@ def build_routing(
         r.row_TK,
         r.tiles,
         r.num_tiles,
-        num_slots,
+        ids_TK.numel(),
         r.slot_R.numel(),
         num_blocks,
         K=num_chosen,
         TILE_ROWS=tile_rows,
         TILES=256,
-        **common,
+        **_sort_options(num_experts),
     )
     return packed, counts_E
 

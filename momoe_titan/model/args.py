@@ -11,6 +11,8 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_percent
 
+from .expert_parallel import check_expert_parallel
+
 STOCK_BACKEND = "torchtitan"
 BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
 BALANCE_RULES = ("sign", "proportional")
@@ -20,7 +22,6 @@ UNSUPPORTED_DEGREES = (
     "tensor_parallel_degree",
     "pipeline_parallel_degree",
     "context_parallel_degree",
-    "expert_parallel_degree",
     "expert_tensor_parallel_degree",
 )
 
@@ -122,6 +123,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         self.validate(section="momoe.")
         _refuse_unsupported(job_config)
         hf_config.check_job(self, job_config)
+        check_expert_parallel(self, job_config)
 
     def validate(self, section: str = "") -> None:
         """Check the fields against each other.

@@ -102,31 +102,6 @@ class ExpertLoadBalancer:
         torch._foreach_zero_([layer.tokens_per_expert for layer in self.layers])
         self.counts_LE = counts_LE
 
-    @torch.no_grad()
-    def latest_metrics(self) -> dict[str, torch.Tensor]:
-        """Balance of the last step, as tensors without dimensions on the device.
-
-        MaxVio of a layer is (max count - mean count) / mean count (arXiv 2408.15664, equation 4);
-        its mean and maximum are over layers. A dead expert is one of one layer that no token
-        chose. Empty before the first step or without MoE layers.
-        """
-        if self.counts_LE is None:
-            return {}
-        counts_LE = self.counts_LE.double()
-        mean_L = counts_LE.mean(dim=1)
-        # without tokens there is no violation
-        maxvio_L = (counts_LE.amax(dim=1) - mean_L) / mean_L.clamp(min=1e-9)
-        bias_LE = torch.stack([layer.expert_bias for layer in self.layers])
-        return {
-            "moe/maxvio_batch_mean": maxvio_L.mean().float(),
-            "moe/maxvio_batch_max": maxvio_L.max().float(),
-            "moe/dead_experts": (self.counts_LE == 0).sum(),
-            "moe/bias_min": bias_LE.min(),
-            "moe/bias_max": bias_LE.max(),
-            # every token reaches all experts it chose: there is no capacity limit
-            "moe/dropped_tokens": torch.zeros((), dtype=torch.int64, device=bias_LE.device),
-        }
-
 
 def build_momoe_optimizers(
     model_parts: list[nn.Module],

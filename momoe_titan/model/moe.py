@@ -1,17 +1,27 @@
 """MoE layers as TorchTitan's trainer knows them: our experts, or TorchTitan's stock ones."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter, TokenReorderer
 from torchtitan.models.utils import trunc_normal_
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability
 
-from momoe_titan.counting import accumulate_counts, feeds_balancing
+from momoe_titan.counting import (
+    accumulate_counts,
+    accumulate_entropy,
+    feeds_balancing,
+    records_entropy,
+)
 from momoe_titan.kernels import momoe_mlp
+
+if TYPE_CHECKING:
+    from .expert_parallel import Dispatcher
 
 
 class _Float32Product(torch.autograd.Function):
@@ -52,6 +62,10 @@ class MomoeRouter(TokenChoiceTopKRouter):
     Of experts with equal score (plus bias) the lowest id is chosen. Infinite logits count as the
     largest finite ones. A NaN makes the scores of its own token NaN, and that token still chooses
     K different experts.
+
+    Buffer, not in the state dict:
+        entropy_and_tokens: (2) float32, of the tokens of training forwards; see
+            `counting.accumulate_entropy`.
     """
 
     def __init__(self, dim: int, moe_args: MoEArgs):
@@ -68,6 +82,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
             _debug_force_load_balance=moe_args._debug_force_load_balance,
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
+        self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
 
     def forward(
         self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -88,6 +103,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
             scores_TE = logits_TE.sigmoid()
         else:
             scores_TE = logits_TE.softmax(dim=1)
+        if records_entropy(self):
+            accumulate_entropy(self.entropy_and_tokens, scores_TE.detach())
 
         choice_TE = scores_TE.detach()
         if expert_bias_E is not None:
@@ -143,16 +160,22 @@ class MomoeExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
     def forward(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        scores_TK: torch.Tensor,
+        num_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
+        w1, w2 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2))
         return momoe_mlp(
             x_TD,
-            self.w1.flatten(2),
-            self.w2,
+            w1.flatten(2),
+            w2,
             ids_TK,
             scores_TK,
             self.save_percent,
+            num_rows=num_rows,
             backend=self.backend,
             check_ids=self.check_ids,
         )
@@ -213,10 +236,11 @@ class BalancedMoE(MoE):
         self.reset_balance_state(buffer_device)
 
     def reset_balance_state(self, device: torch.device) -> None:
-        """Zero bias and counts, on this device."""
+        """Zero bias, counts and the router's entropy, on this device."""
         num_experts = self.experts.num_experts
         self.expert_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.router.entropy_and_tokens = torch.zeros(2, device=device)
 
     def omit_from_next_load(self, name: str) -> None:
         """Leave a buffer out of the state dict until the next `load_state_dict`, which zeroes it.
@@ -242,6 +266,9 @@ class MomoeMoE(BalancedMoE):
     Args:
         save_percent, backend, check_ids: of `momoe_mlp`.
         the others: as in `BalancedMoE`.
+
+    Attributes:
+        dispatcher: what expert parallelism sends tokens to their experts with, or None.
     """
 
     def __init__(
@@ -262,16 +289,25 @@ class MomoeMoE(BalancedMoE):
         self.experts = MomoeExperts(
             dim, hidden_dim, moe_args.num_experts, save_percent, backend, check_ids
         )
+        self.dispatcher: "Dispatcher | None" = None
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x (B, L, D) -> out (B, L, D), without waiting for the device."""
+        """x (B, L, D) -> out (B, L, D), without waiting for the device but for the sizes of what
+        expert parallelism exchanges."""
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         scores_TK, ids_TK = self.router(x_TD, self.expert_bias)
-        out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
+        if self.dispatcher is not None:
+            exchange, counts_E = self.dispatcher.send(x_TD, ids_TK, scores_TK)
+        else:
+            out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
         if feeds_balancing(self):
             accumulate_counts(self.tokens_per_expert, counts_E)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        if self.dispatcher is not None:
+            y_MD, _ = self.experts(*exchange.receive())
+            out_TD = exchange.give_back(y_MD)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         return out_TD.view(x_BLD.shape)
 
 

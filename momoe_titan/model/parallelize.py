@@ -1,4 +1,4 @@
-"""Activation checkpointing, torch.compile and data parallelism, all by TorchTitan's pieces."""
+"""Activation checkpointing, torch.compile and parallelism, by TorchTitan's pieces."""
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torchtitan.tools.logging import logger
 from momoe_titan.kernels import momoe_mlp  # noqa: F401 - registers the op below
 
 from .checkpoint import allow_missing_balance_state
+from .expert_parallel import apply_expert_parallel
 
 # What selective checkpointing by op keeps. With the op's outputs kept, save_percent decides what
 # the backward computes again of the experts.
@@ -28,9 +29,12 @@ def parallelize_momoe_llama(
 ) -> nn.Module:
     """Apply what the job asks for, in TorchTitan's order, to a model on the meta device.
 
-    Other parallelisms than data parallelism are refused by `MomoeLlamaArgs.update_from_config`.
+    Other parallelisms than data and expert parallelism are refused by `MomoeLlamaArgs.update_from_config`.
     """
     allow_missing_balance_state(model, job_config)
+
+    if parallel_dims.ep_enabled:
+        apply_expert_parallel(model, parallel_dims)
 
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
@@ -42,11 +46,11 @@ def parallelize_momoe_llama(
             base_folder=job_config.job.dump_folder,
         )
     if compiled:
-        apply_compile(model, job_config.compile, ep_enabled=False)
+        apply_compile(model, job_config.compile, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:
-        names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-        mesh = parallel_dims.get_mesh(names)
+        replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+        mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
         apply_fsdp(
             model,
             mesh,
@@ -55,10 +59,13 @@ def parallelize_momoe_llama(
             pp_enabled=False,
             cpu_offload=job_config.training.enable_cpu_offload,
             reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
+            ep_degree=parallel_dims.ep,
+            edp_mesh=parallel_dims.get_optional_mesh([*replicate, "efsdp"]),
+            gradient_divide_factor=parallel_dims.fsdp_gradient_divide_factor,
         )
         if mesh.device_type == "cpu":
             _reduce_by_sums(model)
-        logger.info(f"Applied {'HSDP' if len(names) == 2 else 'FSDP'} to the model")
+        logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model

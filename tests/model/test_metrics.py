@@ -1,16 +1,24 @@
 """What a training step logs, where, and for how many copies from the device."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
 from torchtitan.config import JobConfig
 
+from momoe_titan.counting import want_entropy
 from momoe_titan.kernels import compile_count as counting
 from momoe_titan.model import metrics
+from tests.model.tiny import batch, build, loss_of, moes, optimizers_for, tiny_args
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,29 +33,32 @@ class Recorder:
         self.steps[step] = values
 
 
-class Balancer:
-    def latest_metrics(self):
-        return {
-            "moe/maxvio_batch_mean": torch.tensor(0.25),
-            "moe/dropped_tokens": torch.tensor(0, dtype=torch.int64),
-            "counts_LE": torch.ones(2, 4, dtype=torch.int64),
-        }
+def dims(**fields):
+    return SimpleNamespace(**{"pp_enabled": False, "non_data_parallel_size": 1, "cp": 1, "tp": 1, **fields})
 
 
 @pytest.fixture
 def processor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    built = metrics.build_momoe_metrics_processor(
-        JobConfig(), SimpleNamespace(pp_enabled=False, non_data_parallel_size=1)
-    )
+    built = metrics.build_momoe_metrics_processor(JobConfig(), dims())
     built.logger = Recorder()
     built.num_flops_per_token = 100
-    return built
+    yield built
+    want_entropy(False)
+
+
+def with_model(processor, **fields):
+    """The tiny model's two MoE layers, with counts as if a step were over."""
+    model = build(tiny_args(**fields))
+    processor.model_parts = [model]
+    processor.optimizers = optimizers_for(model)
+    return model
 
 
 def log_step(processor, step=1):
     processor.ntokens_since_last_log = 64
     processor.data_loading_times.append(0.001)
+    processor.should_log(step)
     processor.log(step, 2.0, 3.0, 0.5, {"lr": 0.1})
     return processor.logger.steps[step]
 
@@ -62,6 +73,10 @@ def test_cpu_step_names_process_memory_and_no_gpu(processor):
         "memory/process_rss(%)",
         "memory/process_peak_rss(GiB)",
         "memory/process_peak_rss(%)",
+        "memory/worst_rank",
+        "memory/worst_rank_rss(GiB)",
+        "memory/worst_rank_peak_rss(GiB)",
+        "memory/capacity(GiB)",
     }
     assert not any("mfu" in name for name in values)
     assert processor.ntokens_since_last_log == 0 and processor.data_loading_times == []
@@ -89,71 +104,196 @@ def test_process_memory_follows_the_process():
     assert monitor.device_name
 
 
-def test_balance_is_logged_from_the_optimizer_hook(processor):
+def test_balance_and_memory_of_all_layers(processor):
+    """Tokens per expert (3 layers, the last with balancing off): MaxVio is (max - mean) / mean."""
+    model = with_model(processor, n_layers=4, save_percent=[0, 50, 100], load_balance_off_layers=[3])
     assert "moe/maxvio_batch_mean" not in log_step(processor)
-    processor.optimizers = SimpleNamespace(load_balancer=Balancer())
+    counts = [[30, 10, 10, 0, 0], [10] * 5, [50, 0, 0, 0, 0]]
+    for moe, counts_E in zip(moes(model), counts):
+        moe.tokens_per_expert.copy_(torch.tensor(counts_E))
+    processor.optimizers.step()
     values = log_step(processor, 2)
-    assert values["moe/maxvio_batch_mean"] == 0.25 and values["moe/dropped_tokens"] == 0
-    assert values["moe/kernel_compiles"] == counting.compile_count()
-    assert "counts_LE" not in values
+    expected = {
+        "moe/maxvio_batch_mean": (2 + 0 + 4) / 3,
+        "moe/maxvio_batch_max": 4,
+        "moe_maxvio/layer_01": 2,
+        "moe_maxvio/layer_02": 0,
+        "moe_maxvio/layer_03": 4,
+        "moe/dead_experts": 2 + 4,
+        "moe/bias_min": -0.01,
+        "moe/bias_max": 0.01,
+        "moe/dropped_tokens": 0,
+        "moe/save_percent": 50,
+        "moe/kernel_compiles": counting.compile_count(),
+        "memory/worst_rank": 0,
+    }
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    # two of three layers' worth of z in bfloat16: rows of 2 experts, 2F = 20 wide
+    tokens = processor.job_config.training.local_batch_size * processor.job_config.training.seq_len
+    assert values["memory/experts_kept(GiB)"] * 2**30 == pytest.approx(1.5 * tokens * 2 * 20 * 2)
+    processor.optimizers.step()  # a step without tokens
+    assert log_step(processor, 3)["moe/maxvio_batch_max"] == 0
 
 
-def test_gpu_step_keeps_titans_scalars(monkeypatch):
-    """With a GPU it is TorchTitan's own log, and ours beside it."""
+def test_router_entropy_is_recorded_at_log_steps(processor):
+    """Equal scores are an entropy of 1; only forwards of the step that is logged count."""
+    processor.job_config.metrics.log_freq = 2
+    model = with_model(processor)
+    routers = [moe.router for moe in moes(model)]
+
+    def step(i, scale):
+        for router in routers:
+            torch.nn.init.normal_(router.gate.weight, std=scale)
+        loss_of(model, *batch(i)).backward()
+        processor.optimizers.step()
+        return processor.should_log(i)
+
+    assert step(1, 0.0)
+    processor.log(1, 2.0, 3.0, 0.5)
+    assert processor.logger.steps[1]["moe/router_entropy_min"] == pytest.approx(1, abs=1e-6)
+    assert step(2, 100.0)
+    processor.log(2, 2.0, 3.0, 0.5)
+    decided = processor.logger.steps[2]["moe/router_entropy_mean"]
+    assert 0 < decided < 0.95
+    assert not step(3, 100.0)
+    assert not any(router.entropy_and_tokens.any() for router in routers), "not a log step"
+    model.eval()(batch(0)[0])
+    model.train()
+    assert step(4, 0.0)
+    processor.log(4, 2.0, 3.0, 0.5)
+    assert processor.logger.steps[4]["moe/router_entropy_min"] == pytest.approx(1, abs=1e-6)
+
+
+def test_non_finite_steps_and_resumes_are_counted(processor, tmp_path):
+    processor.job_config.job.dump_folder = str(tmp_path)
+    for start in ("20260101-0000", "20260102-0000", "20260103-0000"):
+        (tmp_path / "tb" / start).mkdir(parents=True)
+        (tmp_path / "tb" / start / "events.out.tfevents.1.host").touch()
+    assert processor.should_log(40)
+    processor.log(40, 2.0, 3.0, float("nan"))
+    processor.log(50, float("inf"), 3.0, 1.0)
+    processor.log(60, 2.0, 3.0, 1.0)
+    assert processor.logger.steps[60]["health/non_finite"] == 2
+    assert processor.logger.steps[60]["health/resumes"] == 2
+
+
+def test_time_per_step_counts_the_steps(processor, monkeypatch):
+    now = processor.time_last_log
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now + 6)
+    for step in (8, 9, 10):
+        processor.should_log(step)
+    processor.ntokens_since_last_log = 60
+    processor.log(10, 2.0, 3.0, 0.5)
+    values = processor.logger.steps[10]
+    assert values["time_metrics/step(s)"] == 2 and values["throughput(tps)"] == 10
+
+
+def test_gpu_step_keeps_titans_scalars(monkeypatch, caplog):
+    """With a GPU it is TorchTitan's own log with our line, and ours beside it."""
+    caplog.set_level("INFO")
 
     class GpuMonitor:
         device_name = "NVIDIA H100 80GB HBM3"
+        device_capacity_gib = 80.0
 
         def get_peak_stats(self):
-            return metrics.titan.DeviceMemStats(1.0, 2.0, 3.0, 4.0, 0, 0)
+            metrics.logger.warning("1 CUDA memory allocation retries.")
+            return metrics.titan.DeviceMemStats(1.0, 2.0, 3.0, 4.0, 1, 0)
 
         def reset_peak_stats(self):
             pass
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(metrics.titan, "build_device_memory_monitor", GpuMonitor)
-    built = metrics.build_momoe_metrics_processor(
-        JobConfig(), SimpleNamespace(pp_enabled=False, non_data_parallel_size=1)
-    )
+    built = metrics.build_momoe_metrics_processor(JobConfig(), dims())
     built.logger = Recorder()
-    built.num_flops_per_token = 100
-    built.optimizers = SimpleNamespace(load_balancer=Balancer())
+    built.num_flops_per_token = 1e9
+    # The state of the ranks is reduced on the device, which is not there.
+    monkeypatch.setattr(metrics.torch, "device", lambda name: "cpu")
     values = log_step(built)
     assert values["memory/max_reserved(GiB)"] == 3.0 and "mfu(%)" in values
-    assert values["moe/maxvio_batch_mean"] == 0.25 and "moe/kernel_compiles" in values
+    assert values["memory/worst_rank_reserved(GiB)"] == 3.0 and "moe/kernel_compiles" in values
+    assert values["memory/capacity(GiB)"] == 80.0 and values["health/alloc_retries"] == 1
     assert not any("rss" in name for name in values)
+    lines = [r.getMessage() for r in caplog.records]
+    assert sum("step:" in line for line in lines) == 1 and "done: 1/10000" in lines[-1]
+    assert "mfu: " in lines[-1] and "memory:  3.00GiB(3.8%)" in lines[-1]
+    assert sum("retries" in line for line in lines) == 1
+    assert metrics.logger.filters == []
     built.ntokens_since_last_log = 64
     built.log_validation(1.5, 2)
     assert built.logger.steps[2]["validation_metrics/loss"] == 1.5
 
 
-def test_scalars_come_in_one_copy(monkeypatch):
+def test_state_comes_in_one_copy(processor, monkeypatch):
+    model = with_model(processor)
+    loss_of(model, *batch(0)).backward()
+    processor.optimizers.step()
     copies = []
-    for name in ("tolist", "item", "__float__", "cpu", "numpy"):
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy", "__array__"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda *a, f=original, n=name: copies.append(n) or f(*a)
         )
-    big = 2**40 + 1
-    values = {f"moe/{i}": torch.tensor(big + i) for i in range(6)} | {"x": torch.tensor(0.5)}
-    assert metrics.host_scalars(values) == {f"moe/{i}": big + i for i in range(6)} | {"x": 0.5}
+    log_step(processor)
     assert copies == ["tolist"]
-    assert metrics.host_scalars({}) == {}
 
 
-def test_tensorboard_file_is_written(processor, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torchtitan.components.metrics import TensorBoardLogger
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module of that name which keeps what it is told."""
+    fake = SimpleNamespace(run=object(), logged={}, init=lambda **kwargs: None, finish=lambda: None)
+    fake.log = lambda values, step: fake.logged.setdefault(step, values)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
 
-    processor.logger = TensorBoardLogger(str(tmp_path))
-    processor.optimizers = SimpleNamespace(load_balancer=Balancer())
-    processor.ntokens_since_last_log = 64
-    processor.log(3, 2.0, 3.0, 0.5)
+
+def test_what_a_run_writes(tmp_path, monkeypatch, wandb):
+    """Event files by TensorBoard's reader, and Weights & Biases with the same scalars."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.metrics.enable_tensorboard = config.metrics.enable_wandb = True
+    config.metrics.log_freq, config.training.steps = 1, 3
+    processor = metrics.build_momoe_metrics_processor(config, dims(), tiny_args())
+    processor.num_flops_per_token = 100
+    model = with_model(processor)
+    for step in (1, 2, 3):
+        loss_of(model, *batch(step)).backward()
+        processor.optimizers.step()
+        processor.should_log(step)
+        processor.log(step, 2.0, 3.0, 0.5)
+    processor.log_validation(1.5, 3)
     processor.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    tags = events.Tags()["scalars"]
-    assert {"moe/maxvio_batch_mean", "moe/kernel_compiles", "memory/process_rss(GiB)"} <= set(tags)
-    assert events.Scalars("moe/maxvio_batch_mean")[0].value == 0.25
+    want_entropy(False)
+
+    events = EventAccumulator(str(next((tmp_path / "tb").iterdir())), {"tensors": 0}).Reload()
+    tags = events.Tags()
+    written = {tag: events.Scalars(tag)[0].value for tag in tags["scalars"] if "valid" not in tag}
+    assert written == pytest.approx(wandb.logged[1], rel=1e-6)
+    assert written["moe_maxvio/layer_01"] >= 0 and written["memory/process_rss(GiB)"] > 0
+
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == [
+        "health", "loss", "throughput", "memory", "balance",
+    ]
+    charted = [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]
+    for tag in charted:
+        assert any(re.search(tag, name) for name in tags["scalars"]) or tag == "^lr$", tag
+
+    (text,) = events.Tensors("run/text_summary")
+    described = json.loads(text.tensor_proto.string_val[0])
+    assert described["first_step"] == 1 and described["moe_layers"] == [1, 2]
+    assert described["save_percent"] == [0, 0] and described["experts_kept_at_100_gib"] > 0
+
+    frames = events.Tensors("moe/load")
+    assert [frame.step for frame in frames] == [1, 2, 3]
+    load_LE = tensor_util.make_ndarray(frames[0].tensor_proto)
+    assert load_LE.shape == (2, 5)
+    np.testing.assert_allclose(load_LE.mean(axis=1, dtype="float32"), 1, atol=1e-3)
+    assert load_LE.max() == pytest.approx(1 + written["moe/maxvio_batch_max"], rel=1e-3)
+    assert len(events.Images("moe/load_per_layer_and_expert")) == 3
 
 
 COUNT_IN_A_FRESH_PROCESS = """

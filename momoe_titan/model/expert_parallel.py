@@ -1,0 +1,337 @@
+"""Expert parallelism: each rank of a group owns E/P of the experts and works for the tokens of all.
+
+A token goes once to each *rank* that owns experts it chose, whose weighted sum for the token comes
+back as one row. Sending it once per *expert* costs K rows each way; once per rank, with choices
+spread evenly, costs P * (1 - (1 - 1/P)^K) rows: 1.9 in place of 4 for P = 2 and K = 4, 5.3 in place
+of 8 for P = 8 and K = 8. What it takes beyond the token, its K expert ids and scores, is 8 K bytes
+a row, against 2 D for the token in bfloat16. So it is done for any P and K.
+
+    x_TD -> gather to x_ND, sorted by rank -> all-to-all -> x_MD -> the op, for this rank's experts
+    out_TD <- sum over a token's rows <- y_ND <- all-to-all <- y_MD
+
+The op takes received rows in the order of their arrival and gathers on the fly: nothing is padded
+or permuted. The host waits for the device once per layer, to learn how many rows will come. The
+collectives of a layer: counts (2 integers per pair of ranks), ids and scores, x; y. Of the backward:
+dy; dx, and the gradient of the scores. What runs between `Dispatcher.send` and `Exchange.receive`,
+the shared experts, overlaps with the all-to-all, and so does its backward.
+
+Letters: T a rank's own tokens, N rows it sends, M rows it receives, P ranks, E experts, K experts
+chosen per token.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_module, distribute_tensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module, ParallelStyle
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.expert_parallel import ExpertParallel as TitanExpertParallel
+
+from momoe_titan.kernels import (
+    BACKENDS as KERNEL_BACKENDS,
+    count_slots,
+    group_tokens,
+    resolve_backend,
+    TokenGroups,
+)
+
+from .moe import MomoeMoE
+
+if TYPE_CHECKING:
+    from .args import MomoeLlamaArgs
+
+# Ops, so that activation checkpointing can keep what they return.
+_lib = torch.library.Library("momoe_titan", "FRAGMENT")
+_lib.define("exchange_counts(Tensor sent, str group_name) -> Tensor")
+_lib.define("send_rows(Tensor rows, int[] received, int[] sent, str group_name) -> Tensor")
+
+
+def _exchange_counts(sent_PC: torch.Tensor, group_name: str) -> torch.Tensor:
+    """What this rank sends and what it receives, (2, P, C) on the host."""
+    equal = [1] * sent_PC.shape[0]
+    received_PC = torch.ops._c10d_functional.all_to_all_single(sent_PC, equal, equal, group_name)
+    received_PC = torch.ops._c10d_functional.wait_tensor(received_PC)
+    return torch.stack([sent_PC, received_PC]).cpu()
+
+
+def _send_rows(
+    rows: torch.Tensor, received: list[int], sent: list[int], group_name: str
+) -> torch.Tensor:
+    """Starts an all-to-all of rows, sorted by rank; the result is there after `wait_tensor`."""
+    return torch.ops._c10d_functional.all_to_all_single(rows, received, sent, group_name)
+
+
+_lib.impl("exchange_counts", _exchange_counts, "CompositeExplicitAutograd")
+_lib.impl("send_rows", _send_rows, "CompositeExplicitAutograd")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How many rows a rank exchanges with each of its group."""
+
+    sent: list[int]
+    received: list[int]
+    group_name: str
+
+    @property
+    def reversed(self) -> "Splits":
+        return Splits(self.received, self.sent, self.group_name)
+
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.momoe_titan.send_rows(
+            rows.contiguous(), self.received, self.sent, self.group_name
+        )
+
+
+class Flight:
+    """An all-to-all in two halves, so that other work can come between `depart` and `arrive`.
+
+    In the backward the second half starts the way back, and the first half waits for it. For
+    autograd an empty tensor stands for the rows under way, whose number is another on the way back.
+    """
+
+    def __init__(self, splits: Splits):
+        self.splits = splits
+        self.rows: torch.Tensor | None = None
+
+    def depart(self, rows_N: torch.Tensor) -> "Flight":
+        self._ticket = _Depart.apply(rows_N, self)
+        return self
+
+    def arrive(self) -> torch.Tensor:
+        return _Arrive.apply(self._ticket, self)
+
+    def _start(self, rows: torch.Tensor, splits: Splits) -> torch.Tensor:
+        self.rows = splits.start(rows)
+        return rows.new_empty(0)
+
+    def _wait(self) -> torch.Tensor:
+        rows, self.rows = self.rows, None
+        return torch.ops._c10d_functional.wait_tensor(rows)
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_N: torch.Tensor, flight: Flight) -> torch.Tensor:
+        ctx.flight = flight
+        return flight._start(rows_N, flight.splits)
+
+    @staticmethod
+    def backward(ctx, dticket: torch.Tensor):
+        return ctx.flight._wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ticket: torch.Tensor, flight: Flight) -> torch.Tensor:
+        ctx.flight = flight
+        return flight._wait()
+
+    @staticmethod
+    def backward(ctx, drows_M: torch.Tensor):
+        flight = ctx.flight
+        return flight._start(drows_M, flight.splits.reversed), None
+
+
+class ReceivedChoice:
+    """The experts of this rank that received rows chose.
+
+    Attributes:
+        ids_MK: int32, from the rank's first expert on: those of other ranks are below 0 or too high.
+        scores_MK: float32.
+        num_rows: how many (row, slot) pairs chose an expert of this rank.
+    """
+
+    # Not a dataclass: in one, FSDP would round the scores to the dtype of the parameters.
+    def __init__(self, choice_MC: torch.Tensor, first_expert: int, num_rows: int):
+        self.scores_MK, ids_MK = choice_MC.chunk(2, dim=1)
+        self.ids_MK = ids_MK.detach().int() - first_expert
+        self.num_rows = num_rows
+
+
+class Exchange:
+    """Tokens on their way to the ranks of their experts, and the way back. See `Dispatcher.send`."""
+
+    def __init__(self, groups: TokenGroups, splits: Splits, x: Flight, choice: Flight, **received):
+        self._groups = groups
+        self._splits = splits
+        self._x = x
+        self._choice = choice
+        self._received = received
+
+    def receive(self) -> tuple[torch.Tensor, ReceivedChoice]:
+        """x_MD and the choice of its rows, once they are there; to be called once."""
+        return self._x.arrive(), ReceivedChoice(self._choice.arrive(), **self._received)
+
+    def give_back(self, y_MD: torch.Tensor) -> torch.Tensor:
+        """y_MD, a weighted sum over this rank's experts for each received row -> out_TD."""
+        y_ND = Flight(self._splits.reversed).depart(y_MD).arrive()
+        return self._groups.sum(y_ND)
+
+
+class Dispatcher:
+    """Sends tokens to the ranks of a group that own the experts they chose.
+
+    Args:
+        group: P ranks. Rank p owns the experts from p * E/P on.
+        num_experts: E, a multiple of P.
+        backend: of `momoe_mlp`.
+    """
+
+    def __init__(self, group: ProcessGroup, num_experts: int, backend: str):
+        self.group = group
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // group.size()
+        self.backend = backend
+
+    def send(
+        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+    ) -> tuple[Exchange, torch.Tensor]:
+        """Start sending tokens; every rank of the group has to call it, be it with no tokens.
+
+        Args:
+            x_TD, ids_TK, scores_TK: of `momoe_mlp`, ids among all E experts. Scores are sent in
+                float32.
+
+        Returns:
+            The exchange, and the tokens per expert, int64 (E), of this rank's tokens alone.
+        """
+        backend = resolve_backend(self.backend, x_TD.device)
+        counts_E = count_slots(ids_TK, self.num_experts, backend)
+        groups = group_tokens(ids_TK // self.num_local_experts, self.group.size(), backend)
+        slots_P = counts_E.view(-1, self.num_local_experts).sum(dim=1)
+        exchanged_2PC = torch.ops.momoe_titan.exchange_counts(
+            torch.stack([groups.counts_G, slots_P], dim=1), self.group.group_name
+        )
+        sent_PC, received_PC = exchanged_2PC.tolist()  # (tokens, slots) for and from each rank
+        splits = Splits(
+            [tokens for tokens, _ in sent_PC],
+            [tokens for tokens, _ in received_PC],
+            self.group.group_name,
+        )
+        num_sent = sum(splits.sent)
+        # float32 holds ids up to 2^24
+        choice_TC = torch.cat([scores_TK.float(), ids_TK.float()], dim=1)
+        exchange = Exchange(
+            groups,
+            splits,
+            choice=Flight(splits).depart(groups.gather(choice_TC, num_sent)),
+            x=Flight(splits).depart(groups.gather(x_TD, num_sent)),
+            first_expert=self.group.rank() * self.num_local_experts,
+            num_rows=sum(slots for _, slots in received_PC),
+        )
+        return exchange, counts_E
+
+
+class ExpertParallel(ParallelStyle):
+    """For `MomoeExperts`: a rank owns E/P experts, whole, and is called as (x_MD, ReceivedChoice)."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._partition, self._unpack)
+
+    @staticmethod
+    def _partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            sharded = distribute_tensor(parameter, mesh, [Shard(0)])
+            module.register_parameter(name, nn.Parameter(sharded))
+
+    @staticmethod
+    def _unpack(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+        x_MD, choice = inputs
+        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows
+
+
+def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None:
+    """Spread the experts of all MoE layers over `parallel_dims`' expert-parallel ranks.
+
+    TorchTitan's own layer gets TorchTitan's own expert parallelism.
+    """
+    mesh = parallel_dims.get_mesh("ep")
+    for block in model.layers.values():
+        if not block.moe_enabled:
+            continue
+        moe = block.moe
+        if isinstance(moe, MomoeMoE):
+            moe.dispatcher = Dispatcher(
+                mesh.get_group(), moe.experts.num_experts, moe.experts.backend
+            )
+            parallelize_module(moe.experts, mesh, ExpertParallel())
+        else:
+            parallelize_module(moe.experts, mesh, TitanExpertParallel())
+
+
+def check_expert_parallel(model_args: "MomoeLlamaArgs", job_config: JobConfig) -> None:
+    """Refuse an expert parallelism that cannot work.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    config = job_config.parallelism
+    ep, etp = config.expert_parallel_degree, config.expert_tensor_parallel_degree
+    tp, num_experts = config.tensor_parallel_degree, model_args.moe_args.num_experts
+    section = "parallelism."
+    if ep < 1:
+        raise ValueError(f"{section}expert_parallel_degree is {ep}, must be at least 1")
+    if ep == 1:
+        return
+    if num_experts % ep:
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, must divide the number of experts, "
+            f"moe_args.num_experts = {num_experts}"
+        )
+    if config.expert_parallel_comm_backend != "standard":
+        raise ValueError(
+            f"{section}expert_parallel_comm_backend is {config.expert_parallel_comm_backend!r}, "
+            "must be 'standard': momoe_titan has a dispatch of its own"
+        )
+    overlap = config.pipeline_parallel_expert_parallel_overlap
+    schedule = config.pipeline_parallel_schedule
+    if config.pipeline_parallel_degree > 1 and overlap and schedule.lower() == "dualpipev":
+        raise ValueError(
+            f"{section}pipeline_parallel_expert_parallel_overlap is {overlap}, must be false: "
+            f"{section}pipeline_parallel_schedule = {schedule!r} cannot interleave with our dispatch"
+        )
+    if job_config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward is True, must be False where "
+            f"{section}expert_parallel_degree is above 1"
+        )
+    if model_args.backend not in KERNEL_BACKENDS and not torch.cuda.is_available():
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, must be 1 for momoe.backend = "
+            f"{model_args.backend!r} on a CPU: TorchTitan's dispatch has a kernel for GPUs only"
+        )
+
+    shard = config.data_parallel_shard_degree
+    outer = config.data_parallel_replicate_degree * config.pipeline_parallel_degree
+    if shard == -1:
+        if "WORLD_SIZE" not in os.environ:
+            return
+        inner = config.context_parallel_degree * tp
+        shard = int(os.environ["WORLD_SIZE"]) // (outer * inner)
+    fsdp = shard * config.context_parallel_degree
+    if fsdp == 1:
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, must be 1 without FSDP: "
+            f"{section}data_parallel_shard_degree is {shard}"
+        )
+    if (fsdp * tp) % (ep * etp):
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, must divide the {fsdp * tp // etp} ranks of "
+            "data_parallel_shard_degree * context_parallel_degree * tensor_parallel_degree / "
+            "expert_tensor_parallel_degree"
+        )
+    copies = fsdp * tp // (ep * etp)
+    widths = {"dim": model_args.dim, "moe_hidden_dim": model_args.moe_hidden_dim}
+    if copies * ep > num_experts and any(width % copies for width in widths.values()):
+        # TorchTitan then shards the experts' second dimension, which FSDP cannot do unevenly.
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, which leaves {copies} ranks to share "
+            f"{num_experts // ep} experts: {copies} must divide all of {widths}"
+        )

@@ -1,0 +1,118 @@
+"""One rank of short training runs with expert parallelism on the CPU; test_expert_parallel.py
+starts it with torchrun.
+
+Usage: ep_worker.py OUT JSON, where JSON is a list of runs: replicate, shard, ep (degrees), mode
+(activation checkpointing), param_dtype, save_percent, num_experts, starve (the last of `ep` ranks
+gets no token), save (folder of a checkpoint to write). Every rank trains on its part of the same
+batches; rank 0 writes what came of it to OUT.
+"""
+
+import json
+import os
+import sys
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+# TorchTitan reads the device type when it is imported, and knows no CPU.
+with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
+    from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torch.distributed.checkpoint import save
+from torch.distributed.tensor import DTensor
+
+from momoe_titan.model import parallelize_momoe_llama
+from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
+
+STEPS = 3
+GATHER_IN = "tests.model.ep_worker"
+
+
+def args_for(settings):
+    return tiny_args(
+        moe={"num_experts": settings["num_experts"]},
+        save_percent=[settings["save_percent"]],
+        backend="torch",
+        load_balance_off_layers=[2],
+    )
+
+
+def starve(model, num_experts):
+    """Keep tokens from choosing any of these last experts: their scores are at most 1."""
+    for moe in moes(model):
+        moe.expert_bias[-num_experts:] = -10
+
+
+def clean(name):
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(settings) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dims = ParallelDims(
+        dp_replicate=settings["replicate"],
+        dp_shard=settings["shard"],
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=settings["ep"],
+        etp=1,
+        world_size=world,
+    )
+    dims.build_mesh()
+    config = job_config()
+    config.training.mixed_precision_param = settings["param_dtype"]
+    config.activation_checkpoint.mode = settings["mode"]
+    config.activation_checkpoint.selective_ac_option = "op"
+    dist_utils.set_determinism(dims, torch.device("cpu"), config.debug, ["pp"])
+    model = build(args_for(settings), 0, lambda m: parallelize_momoe_llama(m, dims, config))
+    if settings["starve"]:
+        starve(model, settings["num_experts"] // settings["ep"])
+    optimizers = optimizers_for(model, dims, implementation="foreach")
+    losses, counts, norms, grads = [], [], [], {}
+    for step in range(STEPS):
+        tokens, labels = (t.chunk(world)[rank] for t in batch(step))
+        loss = loss_of(model, tokens, labels, 1 / world)
+        loss.backward()
+        total = loss.detach()
+        dist.all_reduce(total)
+        losses.append(total)
+        if step == 0:
+            grads = {clean(n): whole(p.grad).clone() for n, p in model.named_parameters()}
+        norms.append(dist_utils.clip_grad_norm_(list(model.parameters()), 1.0, ep_enabled=True))
+        optimizers.step()
+        optimizers.zero_grad()
+        counts.append(optimizers.load_balancer.counts_LE)
+    result = {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "counts": torch.stack(counts),
+        "bias": torch.stack([moe.expert_bias for moe in moes(model)]),
+        "grads": grads,
+        "weights": {clean(n): whole(p.detach()).clone() for n, p in model.named_parameters()},
+    }
+    everyone = [None] * world
+    mine = [result[name].tolist() for name in ("counts", "bias", "norms")]
+    dist.all_gather_object(everyone, mine)
+    assert all(other == mine for other in everyone), "ranks disagree"
+    if settings["save"]:
+        save({clean(n): t for n, t in model.state_dict().items()}, checkpoint_id=settings["save"])
+    return result
+
+
+def main(out: str, settings: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = [run(s) for s in json.loads(settings)]
+    if dist.get_rank() == 0:
+        torch.save(results, out + ".part")
+        os.rename(out + ".part", out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

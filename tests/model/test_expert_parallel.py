@@ -1,0 +1,226 @@
+"""Processes on gloo that share the experts train as one process does that has them all."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import load
+
+from momoe_titan.model import MomoeLlamaArgs
+from tests.model import ep_worker
+from tests.model.tiny import (
+    assert_same_run,
+    batch,
+    build,
+    job_config,
+    loss_of,
+    moes,
+    optimizers_for,
+    tiny_args,
+)
+
+ROOT = Path(__file__).parents[2]
+DEFAULTS = {
+    "replicate": 1,
+    "ep": 2,
+    "mode": "none",
+    "param_dtype": "float32",
+    "save_percent": 0,
+    "num_experts": 6,
+    "starve": False,
+    "save": "",
+}
+
+
+def launch(folder, processes, runs):
+    """Results of these runs, one after the other in the same processes."""
+    runs = {name: {**DEFAULTS, "shard": processes, **run} for name, run in runs.items()}
+    out = folder / "results.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", "-m", "tests.model.ep_worker"]
+    done = subprocess.run(
+        [*command, str(out), json.dumps(list(runs.values()))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(runs, torch.load(out), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ep")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return launch(
+        folder,
+        2,
+        {
+            "ep": {"save": str(folder / "checkpoint")},
+            "save 50": {"save_percent": 50},
+            "save 100": {"save_percent": 100},
+            "full": {"mode": "full"},
+            "selective": {"mode": "selective"},
+            "bfloat16": {"param_dtype": "bfloat16"},
+            "starved": {"starve": True},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def four(folder):
+    return launch(
+        folder,
+        4,
+        {
+            "fsdp": {"num_experts": 8},
+            "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2},
+            "one expert each": {"num_experts": 4, "ep": 4},
+            "starved": {"num_experts": 8, "ep": 4, "starve": True},
+            "more ranks than experts": {"num_experts": 2},
+        },
+    )
+
+
+@functools.cache
+def one(num_experts=6, ep=0):
+    """The same run in one process; ep as where the last of so many ranks is starved."""
+    settings = {**DEFAULTS, "num_experts": num_experts}
+    model = build(ep_worker.args_for(settings))
+    if ep:
+        ep_worker.starve(model, num_experts // ep)
+    optimizers = optimizers_for(model, implementation="foreach")
+    losses, counts, norms, grads = [], [], [], {}
+    for step in range(ep_worker.STEPS):
+        loss = loss_of(model, *batch(step))
+        loss.backward()
+        losses.append(loss.detach())
+        grads = grads or {n: p.grad.clone() for n, p in model.named_parameters()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizers.step()
+        optimizers.zero_grad()
+        counts.append(optimizers.load_balancer.counts_LE)
+    return {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "counts": torch.stack(counts),
+        "bias": torch.stack([moe.expert_bias for moe in moes(model)]),
+        "grads": grads,
+        "weights": {n: p.detach() for n, p in model.named_parameters()},
+    }
+
+
+def assert_like_one(run, expected):
+    """Counts and biases to the bit; losses and gradients as float32 sums of another order allow."""
+    assert_same_run(run, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run["norms"], expected["norms"], rtol=1e-4, atol=0)
+    for kind in ("grads", "weights"):
+        assert run[kind].keys() == expected[kind].keys()
+    for name, want in expected["grads"].items():
+        error = (run["grads"][name] - want).norm() / want.norm()
+        assert error < 1e-5, (name, error)
+
+
+def test_two_ranks(two):
+    assert_like_one(two["ep"], one())
+    assert one()["bias"][0].any() and not one()["bias"][1].any()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "hsdp"])
+def test_four_ranks_in_two_copies(four, name):
+    assert_like_one(four[name], one(8))
+
+
+def test_one_expert_each(four):
+    assert_like_one(four["one expert each"], one(4))
+
+
+def test_more_ranks_than_experts(four):
+    assert_like_one(four["more ranks than experts"], one(2))
+
+
+@pytest.mark.parametrize("save_percent", [50, 100])
+def test_save_percent_changes_nothing(two, save_percent):
+    # but for what a CPU's matrix product makes of another number of rows
+    assert_like_one(two[f"save {save_percent}"], two["ep"])
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing(two, mode):
+    assert_same_run(two[mode], two["ep"])
+    for kind in ("grads", "weights"):
+        for name, want in two["ep"][kind].items():
+            assert torch.equal(two[mode][kind][name], want), name
+
+
+def test_bfloat16_mixed_precision(two):
+    torch.testing.assert_close(two["bfloat16"]["losses"], one()["losses"], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("ranks, num_experts", [(2, 6), (4, 8)])
+def test_a_rank_that_receives_nothing(two, four, ranks, num_experts):
+    run = {2: two, 4: four}[ranks]["starved"]
+    idle = num_experts // ranks
+    assert (run["counts"][..., -idle:] == 0).all() and (run["counts"].sum(-1) == 8 * 16 * 2).all()
+    for name, grad in run["grads"].items():
+        if ".experts." in name:
+            assert (grad[-idle:] == 0).all() and grad[:-idle].any()
+    assert_like_one(run, one(num_experts, ep=ranks))
+
+
+def test_checkpoint_loads_into_one_process(two, folder):
+    model = build(tiny_args(moe={"num_experts": 6}), seed=1)
+    state = model.state_dict()
+    load(state, checkpoint_id=str(folder / "checkpoint"))
+    model.load_state_dict(state)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, two["ep"]["weights"][name]), name
+    assert torch.equal(torch.stack([moe.expert_bias for moe in moes(model)]), two["ep"]["bias"])
+
+
+REFUSED = {
+    "must divide the number of experts": {"expert_parallel_degree": 3},
+    "expert_parallel_degree is 8, must divide": {"expert_parallel_degree": 8},
+    "expert_parallel_degree is 0": {"expert_parallel_degree": 0},
+    "expert_parallel_comm_backend is 'deepep'": {"expert_parallel_comm_backend": "deepep"},
+    "must be 1 without FSDP": {"data_parallel_shard_degree": 1},
+    "must divide the 3 ranks": {"data_parallel_shard_degree": 3},
+    "8 must divide all of": {"data_parallel_shard_degree": 16},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_when_the_configuration_is_read(message, monkeypatch):
+    args: MomoeLlamaArgs = tiny_args(moe={"num_experts": 4})
+    config = job_config()
+    fields = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 4, **REFUSED[message]}
+    for name, value in fields.items():
+        setattr(config.parallelism, name, value)
+    with pytest.raises(ValueError, match=message):
+        args.update_from_config(config)
+
+
+def test_degree_left_to_the_number_of_processes(monkeypatch):
+    config = job_config()
+    config.parallelism.expert_parallel_degree = 4
+    args = tiny_args(moe={"num_experts": 4})
+    args.update_from_config(config)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="must divide the 6 ranks"):
+        args.update_from_config(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_stock_layer_is_refused_on_a_cpu():
+    config = job_config()
+    config.parallelism.expert_parallel_degree = 2
+    with pytest.raises(ValueError, match="must be 1 for momoe.backend = 'torchtitan' on a CPU"):
+        tiny_args(moe={"num_experts": 4}, backend="torchtitan").update_from_config(config)
