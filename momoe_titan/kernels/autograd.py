@@ -60,7 +60,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, b
     if num_rows > tile_rows * MAX_TILES:
         raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {num_rows}: split the batch")
     if backend == "torch":
-        packed, counts_E = build_routing_ref(ids_TK, num_experts, tile_rows, num_rows)
+        packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
         routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
@@ -68,7 +68,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, b
 
     x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
-    packed, counts_E = build_routing(ids_TK, num_experts, tile_rows, num_rows)
+    packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
     routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(num_rows, ffn)
@@ -94,7 +94,7 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     if num_saved < num_rows:
         gemms.recompute_z(x_TD, w1_ED2F, routing, num_saved, dz_R2F)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF)
+    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF)
     dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
     if need_scores:
         combine.score_grad(dscore, routing, dscores_TK)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .routing import RoutingMetadata
-from .tiling import launch
+from .tiling import cdiv, launch, next_power_of_2
 
 
 # Of a block, 16 bytes a thread for 16-bit rows. 256 columns fit every range of columns that the
@@ -54,11 +54,11 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
     Either may be a range of the columns of a wider tensor.
     """
     num_tokens, d_model = out_TD.shape
-    block_d = min(triton.next_power_of_2(d_model), _BLOCK_D)
+    block_d = min(next_power_of_2(d_model), _BLOCK_D)
     block_t = _ELEMENTS // block_d
     launch(
         _combine_kernel,
-        (triton.cdiv(num_tokens, block_t), triton.cdiv(d_model, block_d)),
+        (cdiv(num_tokens, block_t), cdiv(d_model, block_d)),
         rows_RD,
         routing.row_TK,
         scores_TK if scores_TK is not None else rows_RD,
@@ -91,12 +91,12 @@ def score_grad(dscore: torch.Tensor, routing: RoutingMetadata, dscores_TK: torch
     num_slots, num_n = dscores_TK.numel(), dscore.shape[1]
     launch(
         _score_grad_kernel,
-        (triton.cdiv(num_slots, 128),),
+        (cdiv(num_slots, 128),),
         dscore,
         routing.row_TK,
         dscores_TK,
         num_slots,
         NUM_N=num_n,
-        N_POW2=triton.next_power_of_2(num_n),
+        N_POW2=next_power_of_2(num_n),
         BLOCK=128,
     )

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .configs import TileConfig
 from .routing import RoutingMetadata
-from .tiling import launch, rows_matmul, tile_span
+from .tiling import cdiv, launch, rows_matmul, tile_span
 
 
 @triton.jit
@@ -35,12 +35,11 @@ def _swiglu_backward(dact, score, rows, end, cols, z_ptr, dz_ptr, act_ptr, F: tl
 def _down_proj_backward_kernel(
     dout_ptr,
     w2_ptr,
-    scores_ptr,
+    score_ptr,
     z_saved_ptr,
     dz_ptr,
     act_ptr,
     dscore_ptr,
-    slot_ptr,
     token_ptr,
     offsets_ptr,
     tiles_ptr,
@@ -86,7 +85,7 @@ def _down_proj_backward_kernel(
         PRECISION,
         UPCAST,
     )
-    score = tl.load(scores_ptr + tl.load(slot_ptr + live_rows)).to(tl.float32)
+    score = tl.load(score_ptr + live_rows)
     z_ptr = tl.where(rows < num_saved, z_saved_ptr, dz_ptr)
     # by halves: a whole tile of z, act and dz beside dact does not fit the registers
     HALF: tl.constexpr = BLOCK_N // 2
@@ -101,7 +100,6 @@ def down_proj_backward(
     config: TileConfig,
     dout_TD: torch.Tensor,
     w2_EFD: torch.Tensor,
-    scores_TK: torch.Tensor,
     routing: RoutingMetadata,
     z_S2F: torch.Tensor,
     dz_R2F: torch.Tensor,
@@ -118,19 +116,18 @@ def down_proj_backward(
         dscore (R, N) float32: partial sums of the gradient of each row's score.
     """
     ffn = w2_EFD.shape[1]
-    num_n = triton.cdiv(ffn, config.block_n)
-    dscore = torch.empty(act_RF.shape[0], num_n, dtype=torch.float32, device=dout_TD.device)
+    num_n = cdiv(ffn, config.block_n)
+    dscore = act_RF.new_empty(act_RF.shape[0], num_n, dtype=torch.float32)
     launch(
         _down_proj_backward_kernel,
         (routing.max_tiles * num_n,),
         dout_TD,
         w2_EFD,
-        scores_TK,
+        routing.score_R,
         z_S2F,
         dz_R2F,
         act_RF,
         dscore,
-        routing.slot_R,
         routing.token_R,
         routing.offsets_E1,
         routing.tiles,

@@ -4,11 +4,11 @@ import functools
 import logging
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, down_proj, hopper, rows_gemm, up_proj, weight_grad
 from .routing import RoutingMetadata
+from .tiling import cdiv
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ class PortableGemms:
         self,
         dout_TD: Tensor,
         w2_EFD: Tensor,
-        scores_TK: Tensor,
         routing: RoutingMetadata,
         z_S2F: Tensor,
         dz_R2F: Tensor,
@@ -49,7 +48,7 @@ class PortableGemms:
     ) -> Tensor:
         """See down_proj.down_proj_backward; returns the partial sums of the scores' gradients."""
         return down_proj.down_proj_backward(
-            self.tiles["down_proj_backward"], dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF
+            self.tiles["down_proj_backward"], dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF
         )
 
     def up_proj_backward(
@@ -85,22 +84,21 @@ class HopperGemms:
         """
         width = out_TD.shape[1]
         num_bytes = num_rows * width * out_TD.element_size()
-        num_ranges = min(triton.cdiv(num_bytes, max(max_bytes, _SMALL_BYTES)), _MAX_RANGES)
+        num_ranges = min(cdiv(num_bytes, max(max_bytes, _SMALL_BYTES)), _MAX_RANGES)
         if width >= _WIDE and num_bytes > _SMALL_BYTES:
             num_ranges = max(num_ranges, 2)
         tile = hopper.BN.value
-        step = triton.cdiv(triton.cdiv(width, tile), max(num_ranges, 1)) * tile
+        step = cdiv(cdiv(width, tile), max(num_ranges, 1)) * tile
         return [(begin, min(begin + step, width)) for begin in range(0, width, step)]
 
     def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
         hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)
 
-    def down_proj_backward(self, dout_TD, w2_EFD, scores_TK, routing, z_S2F, dz_R2F, act_RF):
+    def down_proj_backward(self, dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF):
         num_rows, ffn = act_RF.shape
-        dscore = torch.empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32, device=act_RF.device)
-        score_R = scores_TK.float().view(-1).index_select(0, routing.slot_R)
+        dscore = act_RF.new_empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32)
         hopper.down_proj_backward(
-            dout_TD, w2_EFD, routing, score_R, z_S2F, z_S2F.shape[0], dz_R2F, dz_R2F, act_RF, dscore
+            dout_TD, w2_EFD, routing, routing.score_R, z_S2F, z_S2F.shape[0], dz_R2F, dz_R2F, act_RF, dscore
         )
         return dscore
 

@@ -83,7 +83,7 @@ def group_tokens(groups_TK: torch.Tensor, num_groups: int, backend: str) -> Toke
     named_before_TK = same_TKK.tril(-1).any(-1)
     groups_TK = groups_TK.masked_fill(named_before_TK, -1)
     build = build_routing_ref if backend == "torch" else build_routing
-    packed, counts_G = build(groups_TK, num_groups, _TILE_ROWS)
+    packed, counts_G = build(groups_TK, None, num_groups, _TILE_ROWS)
     return TokenGroups(unpack_routing(packed, *groups_TK.shape, num_groups, _TILE_ROWS), counts_G, backend)
 
 

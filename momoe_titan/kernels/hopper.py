@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from .tiling import launch
+from .tiling import cdiv, launch
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
@@ -865,7 +865,7 @@ def supported(dtype, D, F, capability):
 
 def dscore_parts(F):
     """Columns of the dscore_partial buffer of `down_proj_backward`."""
-    return triton.cdiv(F, BN.value)
+    return cdiv(F, BN.value)
 
 
 @functools.cache
@@ -880,8 +880,15 @@ def _grid(tensor):
 class _Descriptor(TensorDescriptor):
     """A descriptor made at every launch: skips checks that cost more than the rest of its making."""
 
-    def __post_init__(self):
-        pass
+    def __init__(self, base, shape, strides, block_shape, layout):
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
+        self.padding = "zero"
+        # the layout goes with the number of dimensions
+        self.specialisation = base.dtype, *block_shape
 
 
 def _block(tensor, rows, cols, block_rows, block_cols):

@@ -61,7 +61,7 @@ def torch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward of the op: out_TD and z_S2F, the first ``num_saved`` rows of z."""
     ffn = w2_EFD.shape[1]
-    num_rows = routing.slot_R.numel()
+    num_rows = routing.token_R.numel()
     z_S2F = x_TD.new_zeros(num_saved, 2 * ffn)
     y_RD = x_TD.new_zeros(num_rows, x_TD.shape[1])
     token = routing.token_R.long()
@@ -85,8 +85,7 @@ def torch_backward(
     """Backward of the op: gradients of x, w1, w2 and the scores (README.md has the derivation)."""
     ffn = w2_EFD.shape[1]
     num_saved = z_S2F.shape[0]
-    token, slot = routing.token_R.long(), routing.slot_R.long()
-    score_R = scores_TK.reshape(-1)[slot].float()
+    token, score_R = routing.token_R.long(), routing.score_R
     dx_RD = x_TD.new_zeros(token.numel(), x_TD.shape[1])
     dscore_R = torch.zeros(token.numel(), dtype=torch.float32, device=x_TD.device)
     dw1, dw2 = torch.zeros_like(w1_ED2F), torch.zeros_like(w2_EFD)
@@ -105,7 +104,7 @@ def torch_backward(
         torch.mm((act * score_R[a:b, None]).to(z.dtype).T, dout, out=dw2[e])
         torch.mm(dz, w1_ED2F[e].T, out=dx_RD[a:b])
         torch.mm(x.T, dz, out=dw1[e])
-    dscores = torch.zeros(scores_TK.numel(), dtype=torch.float32, device=x_TD.device)
-    rows_in_use = int(routing.offsets_E1[-1])
-    dscores[slot[:rows_in_use]] = dscore_R[:rows_in_use]
-    return combine(dx_RD, routing, None), dw1, dw2, dscores.view_as(scores_TK).to(scores_TK.dtype)
+    dscores = torch.zeros_like(scores_TK)
+    if len(dscore_R):
+        dscores.copy_(dscore_R[routing.row_TK.clamp(min=0).long()].where(routing.row_TK >= 0, 0.0))
+    return combine(dx_RD, routing, None), dw1, dw2, dscores

@@ -1,20 +1,27 @@
 """From the experts that each token chose to the expert-sorted order of rows.
 
-A stable counting sort in three launches, with no atomics and no host
-synchronisation: a histogram per block of slots, a scan over the blocks, and the
-placement of every slot.
+A stable counting sort in three launches, with no atomics on global memory and no
+host synchronisation: a histogram per block of slots, a scan over the blocks, and
+the placement of every slot. Where there are few slots each block counts all of
+them for itself, and one launch does.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiling import launch
+from .configs import interpreting
+from .tiling import cdiv, launch, next_power_of_2
 
 MAX_TILES = 1 << 16  # of one expert: 16 bits of a packed tile hold its number
 _SLOTS = 128  # slots that one program of the sort owns
+_FEW_SLOTS = 8192  # that every program can afford to count
+_COUNTED = 1024  # at a time, of few
+
+_ready = set()  # kinds of input that both ways of sorting have compiled kernels for
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,16 @@ class RoutingMetadata:
 
         counts_E   = [2, 1, 2]
         offsets_E1 = [0, 2, 3, 5]
-        slot_R     = [1, 2, 3, 0, 4, 0]      token_R = [0, 1, 1, 0, 2, 0]
+        token_R    = [0, 1, 1, 0, 2, 0]
+        score_R    = scores_TK at [0, 1], [1, 0], [1, 1], [0, 0], [2, 0]; the last is 0
         row_TK     = [[3, 0], [1, 2], [4, -1]]
         tiles      = [0 << 16 | 0, 0 << 16 | 1, 0 << 16 | 2]     num_tiles = [3]
     """
 
     counts_E: torch.Tensor  # int32: rows of each expert
     offsets_E1: torch.Tensor  # int32 (E + 1): first row of each expert; the last is the number of rows in use
-    slot_R: torch.Tensor  # int32: flat slot of each row; 0 for an unused row
-    token_R: torch.Tensor  # int32: slot_R // K
+    token_R: torch.Tensor  # int32: token of each row; 0 for an unused row
+    score_R: torch.Tensor  # float32: score of each row's slot, if scores are known; 0 for an unused row
     row_TK: torch.Tensor  # int32: row of each slot; -1 for an unused slot
     tiles: torch.Tensor  # int32: for each row tile, its number within its expert << 16 | expert
     num_tiles: torch.Tensor  # int32 (1): how many entries of tiles are in use
@@ -50,6 +58,11 @@ class RoutingMetadata:
         return self.tiles.numel()
 
 
+def _align(count: int) -> int:
+    # 16 bytes: Triton compiles a pointer again when its alignment changes
+    return (count + 3) // 4 * 4
+
+
 def _sections(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None) -> list[int]:
     slots = num_tokens * num_chosen
     rows = slots if num_rows is None else num_rows
@@ -57,26 +70,26 @@ def _sections(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int
     return [num_experts, num_experts + 1, rows, rows, slots, max_tiles, 1]
 
 
-def _align(count: int) -> int:
-    # 16 bytes: Triton compiles a pointer again when its alignment changes
-    return (count + 3) // 4 * 4
-
-
 def packed_size(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None = None) -> int:
     """Elements of the one int32 buffer that holds all of RoutingMetadata."""
     return sum(_align(n) for n in _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows))
+
+
+@functools.lru_cache(maxsize=64)
+def _splits(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None) -> list[int]:
+    """Sizes of the sections of a packed buffer, each followed by what aligns the next one."""
+    sections = _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows)
+    return [size for n in sections for size in (n, _align(n) - n)]
 
 
 def unpack_routing(
     packed: torch.Tensor, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> RoutingMetadata:
     """Views of a packed buffer as RoutingMetadata; num_rows as it was for build_routing."""
-    views, start = [], 0
-    for size in _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows):
-        views.append(packed[start : start + size])
-        start += _align(size)
-    counts, offsets, slot, token, row, tiles, num_tiles = views
-    return RoutingMetadata(counts, offsets, slot, token, row.view(num_tokens, num_chosen), tiles, num_tiles, tile_rows)
+    views = packed.split_with_sizes(_splits(num_tokens, num_chosen, num_experts, tile_rows, num_rows))
+    counts, offsets, token, score, row, tiles, num_tiles = views[::2]
+    score = score.view(torch.float32)
+    return RoutingMetadata(counts, offsets, token, score, row.view(num_tokens, num_chosen), tiles, num_tiles, tile_rows)
 
 
 @triton.jit
@@ -118,14 +131,29 @@ def _count_before(values, index, limit):
     return tl.sum(tl.where(index < limit, values, 0))
 
 
+@triton.jit
+def _count(ids_ptr, num_slots, end, E: tl.constexpr, E_POW2: tl.constexpr, COUNTED: tl.constexpr):
+    """Slots of every expert: all of them, and those below end."""
+    counts = tl.zeros((E_POW2,), tl.int32)
+    before = tl.zeros((E_POW2,), tl.int32)
+    for start in range(0, num_slots, COUNTED):
+        slots = start + tl.arange(0, COUNTED)
+        ids = _load_ids(ids_ptr, slots, num_slots, E)
+        counts += tl.histogram(ids, E_POW2, mask=ids >= 0)
+        before += tl.histogram(ids, E_POW2, mask=(ids >= 0) & (slots < end))
+    return counts, before
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_rows", "num_blocks"])
 def _place_kernel(
     ids_ptr,
+    scores_ptr,
     hist_ptr,
     counts_ptr,
+    total_ptr,
     offsets_ptr,
-    slot_ptr,
     token_ptr,
+    score_ptr,
     row_ptr,
     tiles_ptr,
     num_tiles_ptr,
@@ -138,28 +166,41 @@ def _place_kernel(
     E_POW2: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    SCORED: tl.constexpr,
+    FEW: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
-    """Grid (blocks of slots + E,). The first programs place their slots, the last E list an expert's tiles."""
+    """Grid (blocks of slots + E,). The first programs place their slots, the last E list an expert's tiles.
+
+    If FEW they count the slots themselves; otherwise hist and counts come from the kernels above.
+    """
     pid = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
-    counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
+    if FEW:
+        counts, before = _count(ids_ptr, num_slots, pid * SLOTS, E, E_POW2, COUNTED)
+    else:
+        counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
     if pid < num_blocks:
-        offsets = tl.cumsum(counts, 0) - counts
-        first = tl.load(hist_ptr + experts.to(tl.int64) * num_blocks + pid, mask=experts < E, other=0) + offsets
+        if not FEW:
+            before = tl.load(hist_ptr + experts.to(tl.int64) * num_blocks + pid, mask=experts < E, other=0)
+        first = before + tl.cumsum(counts, 0) - counts
         slots = pid * SLOTS + tl.arange(0, SLOTS)
         live = slots < num_slots
         ids = _load_ids(ids_ptr, slots, num_slots, E)
         chose = ids[:, None] == experts[None, :]
-        before = tl.cumsum(chose.to(tl.int32), 0)
-        row = tl.sum(tl.where(chose, first[None, :] + before - 1, 0), axis=1)
+        rank = tl.cumsum(chose.to(tl.int32), 0)
+        row = tl.sum(tl.where(chose, first[None, :] + rank - 1, 0), axis=1)
         used = ids >= 0
         tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
-        tl.store(slot_ptr + row, slots, mask=live & used)
         tl.store(token_ptr + row, slots // K, mask=live & used)
-        # rows at and past the last offset belong to nobody: give them a valid slot
-        unused_row = (slots >= tl.sum(counts)) & (slots < num_rows)
-        tl.store(slot_ptr + slots, tl.zeros_like(slots), mask=unused_row)
-        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused_row)
+        if SCORED:
+            score = tl.load(scores_ptr + slots, mask=live & used, other=0.0).to(tl.float32)
+            tl.store(score_ptr + row, score, mask=live & used)
+        # rows at and past the last offset belong to nobody: give them a valid token
+        unused = (slots >= tl.sum(counts)) & (slots < num_rows)
+        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused)
+        if SCORED:
+            tl.store(score_ptr + slots, tl.zeros_like(score), mask=unused)
     else:
         expert = pid - num_blocks
         tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
@@ -169,32 +210,37 @@ def _place_kernel(
             tile = start + tl.arange(0, TILES)
             tl.store(tiles_ptr + first_tile + tile, (tile << 16) | expert, mask=tile < my_tiles)
         tl.store(offsets_ptr + expert, _count_before(counts, experts, expert))
+        if FEW:
+            mine = tl.sum(tl.where(experts == expert, counts, 0))
+            tl.store(counts_ptr + expert, mine)
+            tl.store(total_ptr + expert, mine.to(tl.int64))
         if expert == E - 1:
             tl.store(offsets_ptr + E, tl.sum(counts))
             tl.store(num_tiles_ptr, tl.sum(tiles))
 
 
 def _sort_options(num_experts: int) -> dict[str, int]:
-    e_pow2 = max(2, triton.next_power_of_2(num_experts))
+    e_pow2 = max(2, next_power_of_2(num_experts))
     return dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=4 if e_pow2 <= 64 else 8)
 
 
 def histogram(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Slots that name each expert, int32 (E, blocks of slots), of contiguous ids."""
     num_slots = ids_TK.numel()
-    num_blocks = triton.cdiv(num_slots, _SLOTS)
-    hist = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=ids_TK.device)
+    num_blocks = cdiv(num_slots, _SLOTS)
+    hist = ids_TK.new_empty(num_experts, num_blocks, dtype=torch.int32)
     launch(_histogram_kernel, (num_blocks,), ids_TK, hist, num_slots, num_blocks, **_sort_options(num_experts))
     return hist
 
 
 def build_routing(
-    ids_TK: torch.Tensor, num_experts: int, tile_rows: int, num_rows: int | None = None
+    ids_TK: torch.Tensor, scores_TK: torch.Tensor | None, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort the slots of ``ids_TK`` by expert.
 
     Args:
         ids_TK: int32 or int64, contiguous; an id outside ``[0, num_experts)`` marks an unused slot.
+        scores_TK: any floating dtype, contiguous; without it score_R is undefined.
         num_experts: E.
         tile_rows: rows in a tile of the GEMMs that will use the result.
         num_rows: R, at least the number of used slots and at most T * K, which it is if None.
@@ -204,39 +250,57 @@ def build_routing(
         expert, int64 (E).
     """
     num_tokens, num_chosen = ids_TK.shape
-    device = ids_TK.device
     shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)
-    packed = torch.empty(packed_size(*shape), dtype=torch.int32, device=device)
-    r = unpack_routing(packed, *shape)
-    counts_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    hist = histogram(ids_TK, num_experts)
-    num_blocks = hist.shape[1]
-    launch(_scan_kernel, (num_experts,), hist, r.counts_E, counts_E, num_blocks, BLOCKS=1024)
+    packed = ids_TK.new_empty(packed_size(*shape), dtype=torch.int32)
+    counts_E = ids_TK.new_empty(num_experts, dtype=torch.int64)
+    routing = unpack_routing(packed, *shape)
+    few = num_tokens * num_chosen <= _FEW_SLOTS
+    kind = (ids_TK.device, ids_TK.dtype, scores_TK is None or scores_TK.dtype, num_chosen, num_experts, tile_rows)
+    if kind not in _ready and num_tokens:
+        # the other way once, for its compiled kernels: another number of tokens must not compile any
+        _ready.add(kind)
+        if not interpreting():
+            _sort(ids_TK, scores_TK, routing, counts_E, not few)
+    _sort(ids_TK, scores_TK, routing, counts_E, few)
+    return packed, counts_E
+
+
+def _sort(ids_TK, scores_TK, r: RoutingMetadata, counts_E, few: bool) -> None:
+    num_experts, num_slots = counts_E.shape[0], ids_TK.numel()
+    num_blocks = cdiv(num_slots, _SLOTS)
+    hist = r.counts_E  # not read if few
+    if not few:
+        hist = histogram(ids_TK, num_experts)
+        launch(_scan_kernel, (num_experts,), hist, r.counts_E, counts_E, num_blocks, BLOCKS=1024)
     launch(
         _place_kernel,
         (num_blocks + num_experts,),
         ids_TK,
+        scores_TK if scores_TK is not None else r.score_R,
         hist,
         r.counts_E,
+        counts_E,
         r.offsets_E1,
-        r.slot_R,
         r.token_R,
+        r.score_R,
         r.row_TK,
         r.tiles,
         r.num_tiles,
-        ids_TK.numel(),
-        r.slot_R.numel(),
+        num_slots,
+        r.token_R.shape[0],
         num_blocks,
-        K=num_chosen,
-        TILE_ROWS=tile_rows,
+        K=ids_TK.shape[1],
+        TILE_ROWS=r.tile_rows,
         TILES=256,
+        SCORED=scores_TK is not None,
+        FEW=few,
+        COUNTED=_COUNTED,
         **_sort_options(num_experts),
     )
-    return packed, counts_E
 
 
 def build_routing_ref(
-    ids_TK: torch.Tensor, num_experts: int, tile_rows: int, num_rows: int | None = None
+    ids_TK: torch.Tensor, scores_TK: torch.Tensor | None, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as :func:`build_routing`, equal in every entry in use, in plain torch (it synchronises with the host)."""
     num_tokens, num_chosen = ids_TK.shape
@@ -246,14 +310,15 @@ def build_routing_ref(
     r = unpack_routing(packed, *shape)
     ids = ids_TK.reshape(-1).long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    order = torch.sort(ids, stable=True)[1]
     counts_E = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
     rows_in_use = int(counts_E.sum())
+    slot = torch.sort(ids, stable=True)[1][:rows_in_use]
     r.counts_E.copy_(counts_E)
     r.offsets_E1[1:].copy_(counts_E.cumsum(0))
-    r.slot_R[:rows_in_use].copy_(order[:rows_in_use])
-    r.token_R.copy_(r.slot_R // num_chosen)
-    r.row_TK.fill_(-1).view(-1)[order[:rows_in_use]] = torch.arange(rows_in_use, dtype=torch.int32, device=device)
+    r.token_R[:rows_in_use].copy_(slot // num_chosen)
+    if scores_TK is not None:
+        r.score_R[:rows_in_use].copy_(scores_TK.reshape(-1)[slot])
+    r.row_TK.fill_(-1).view(-1)[slot] = torch.arange(rows_in_use, dtype=torch.int32, device=device)
     tiles_E = (counts_E + tile_rows - 1) // tile_rows
     expert = torch.repeat_interleave(torch.arange(num_experts, device=device), tiles_E)
     first = (tiles_E.cumsum(0) - tiles_E)[expert]

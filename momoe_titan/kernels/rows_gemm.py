@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .configs import TileConfig
 from .routing import RoutingMetadata
-from .tiling import launch, rows_matmul, tile_span
+from .tiling import cdiv, launch, rows_matmul, tile_span
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def rows_gemm(
     width = out_RN.shape[1]
     launch(
         _rows_gemm_kernel,
-        (routing.max_tiles * triton.cdiv(width, config.block_n),),
+        (routing.max_tiles * cdiv(width, config.block_n),),
         rows_RK,
         w,
         out_RN,

@@ -46,7 +46,7 @@ def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torc
     ids = torch.rand(tokens, experts, device="cuda").topk(chosen, -1)[1]
     best = dict(configs.tile_configs(x, ffn))
     tile_rows = best["up_proj"].block_m
-    routing = unpack_routing(build_routing(ids, experts, tile_rows)[0], tokens, chosen, experts, tile_rows)
+    routing = unpack_routing(build_routing(ids, scores, experts, tile_rows)[0], tokens, chosen, experts, tile_rows)
     rows = tokens * chosen
     z, act, y = new(rows, 2 * ffn), new(rows, ffn), new(rows, dim)
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
@@ -58,7 +58,7 @@ def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torc
     calls = {
         "up_proj": lambda c: up_proj.up_proj(c, x, w1, routing, act, z),
         "down_proj": lambda c: rows_gemm(c, act, w2, routing, y, w_is_nk=False),
-        "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, w2, scores, routing, z, z, act),
+        "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, w2, routing, z, z, act),
         "up_proj_backward": lambda c: rows_gemm(c, z, w1, routing, y, w_is_nk=True),
         "weight_grad": both_weight_grads,
     }

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .configs import TileConfig
 from .routing import RoutingMetadata
-from .tiling import dot, launch, load_block, tile_span
+from .tiling import cdiv, dot, launch, load_block, tile_span
 
 
 @triton.jit(do_not_specialize=["first_row", "num_saved"])
@@ -76,7 +76,7 @@ def _up_proj_kernel(
 
 def _launch_up_proj(config: TileConfig, x_TD, w1_ED2F, routing, act_RF, z, first_row, num_saved):
     d_model, ffn = x_TD.shape[1], w1_ED2F.shape[2] // 2
-    grid = (routing.max_tiles * triton.cdiv(ffn, config.block_n),)
+    grid = (routing.max_tiles * cdiv(ffn, config.block_n),)
     launch(
         _up_proj_kernel,
         grid,

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .configs import TileConfig
 from .routing import RoutingMetadata
-from .tiling import dot, launch, load_block
+from .tiling import cdiv, dot, launch, load_block
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def weight_grad(
     num_experts, m, n = dw_EMN.shape
     launch(
         _weight_grad_kernel,
-        (num_experts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),),
+        (num_experts * cdiv(m, config.block_m) * cdiv(n, config.block_n),),
         a,
         b,
         dw_EMN,

@@ -7,11 +7,11 @@ shared memory. Run in a process without TRITON_INTERPRET.
 import json
 
 import torch
-from compile_ahead import _NoDevice, resources
+from compile_ahead import _Forgetful, _NoDevice, resources
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import hopper
+from momoe_titan.kernels import hopper, tiling
 from momoe_titan.kernels.routing import packed_size, unpack_routing
 
 SHAPES = {"even": (4096, 2048, 1024, 64, 8), "tails": (300, 320, 448, 5, 3)}  # (T, D, F, E, K)
@@ -52,6 +52,7 @@ def main():
         return compiled
 
     JITFunction.run = compile_only
+    tiling._compiled = _Forgetful()
     for shape, sizes in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float16):
             for case, call in cases(*sizes, dtype):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import configs, gemms, tiling
+from momoe_titan.kernels import configs, gemms, hopper, tiling
 from momoe_titan.kernels.configs import KERNELS, TileConfig
 
 GPU = "Some GPU"
@@ -133,6 +133,26 @@ def test_a_broken_triton_cache_is_replaced(error, monkeypatch):
     tiling.launch(kernel, (4,), 1)
     tiling.launch(kernel, (0, 4), 1)
     assert len(kernel.launches) == 2
+
+
+def test_a_compiled_kernel_is_found_by_no_less_than_triton_compiles_for():
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    args = [sign * (1 << bits) + more for sign in (1, -1) for bits in (0, 4, 31, 62, 63) for more in (-1, 0, 1, 16)]
+    args = [arg for arg in args if -(2**63) <= arg < 2**64]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64):
+        base = torch.empty(4096, dtype=dtype)
+        args += base, base[1:], torch.nn.Parameter(base, requires_grad=False)
+    tensor = torch.empty(256, 256, dtype=torch.bfloat16)
+    for t in (tensor, tensor.half()):
+        args += hopper._block(t, 256, 256, 64, 64), hopper._block(t, 256, 256, 64, 128), hopper._block(t, 256, 256, 256, 64)
+        args += hopper._ragged_block(t, 256), hopper._ragged_block(t, 256, 64, 256), hopper._up_and_gate(t, 128)
+    kinds = {}
+    for arg in args:
+        kinds.setdefault(tuple(tiling._specialisation([arg])), set()).add(native_specialize_impl(CUDABackend, arg, False, True, True))
+    assert max(len(theirs) for theirs in kinds.values()) == 1
+    assert len(kinds) > 20
 
 
 def test_other_errors_of_a_launch_are_not_hidden():

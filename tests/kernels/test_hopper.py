@@ -96,7 +96,7 @@ def test_combine_of_column_ranges(device):
     tokens, chosen, width = 37, 3, 640
     ids = torch.rand(tokens, 5, device=device).topk(chosen, -1)[1]
     ids[3, 1] = -1
-    packed, _ = build_routing_ref(ids, 5, 16)
+    packed, _ = build_routing_ref(ids, torch.rand(ids.shape, device=device), 5, 16)
     routing = unpack_routing(packed, tokens, chosen, 5, 16)
     rows, scores = torch.randn(tokens * chosen, width, device=device), torch.rand(tokens, chosen, device=device)
     picked = torch.where((routing.row_TK >= 0)[..., None], rows[routing.row_TK.clamp(min=0).long()], 0.0)
@@ -122,7 +122,7 @@ class Case:
             ids.fill_(2)
         if name == "unused slots":
             ids[(ids == 0) | (ids == self.E - 1)] = -1
-        packed, _ = build_routing_ref(ids, self.E, 128)
+        packed, _ = build_routing_ref(ids, torch.rand(ids.shape, device="cuda"), self.E, 128)
         self.routing = unpack_routing(packed, self.T, self.K, self.E, 128)
         self.offsets = self.routing.offsets_E1.tolist()
         self.used = self.offsets[-1]
@@ -280,7 +280,8 @@ def test_weight_grad(case):
 @on_hopper
 def test_no_tokens():
     new = lambda *size: torch.full(size, 7.0, device="cuda", dtype=torch.bfloat16)
-    packed, _ = build_routing_ref(torch.zeros(0, 2, device="cuda", dtype=torch.int64), 3, 128)
+    none = torch.empty(0, 2, device="cuda")
+    packed, _ = build_routing_ref(none.long(), none, 3, 128)
     routing = unpack_routing(packed, 0, 2, 3, 128)
     x, w1, w2, z, act, y = new(0, 128), new(3, 128, 256), new(3, 128, 128), new(0, 256), new(0, 128), new(0, 128)
     rows = torch.empty(0, device="cuda"), torch.empty(0, 1, device="cuda")
@@ -329,7 +330,8 @@ def test_offsets_past_2_to_31():
     x[-300:] = torch.randn(300, D, device="cuda")
     w1 = torch.randn(E, D, 2 * F, device="cuda", dtype=torch.bfloat16) / D**0.5
     w2 = torch.randn(E, F, D, device="cuda", dtype=torch.bfloat16) / F**0.5
-    packed, _ = build_routing_ref((torch.arange(T, device="cuda")[:, None] >= 1000).long(), E, 128)
+    ids = (torch.arange(T, device="cuda")[:, None] >= 1000).long()
+    packed, _ = build_routing_ref(ids, torch.ones(T, 1, device="cuda"), E, 128)
     routing = unpack_routing(packed, T, 1, E, 128)
     act, y = x.new_empty(T, F), x.new_empty(T, D)
     hopper.up_proj(x, w1, routing, None, 0, act)

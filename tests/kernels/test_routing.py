@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from momoe_titan.kernels import routing
 from momoe_titan.kernels.routing import build_routing, build_routing_ref, unpack_routing
 
 # name -> (ids_TK, E)
@@ -19,20 +20,22 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("spare", [None, 0, 1])
+@pytest.mark.parametrize("spare, few", [(None, True), (0, True), (1, False), (None, False)])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_matches_reference(name, spare, device):
+def test_matches_reference(name, spare, few, device, monkeypatch):
+    monkeypatch.setattr(routing, "_FEW_SLOTS", 1 << 20 if few else -1)
     ids, experts = ROUTINGS[name]
+    scores = torch.rand(ids.shape)
     tile_rows = 16
     used = int(((ids >= 0) & (ids < experts)).sum())
     num_rows = None if spare is None else min(used + spare, ids.numel())
-    packed, counts = build_routing(ids.to(device), experts, tile_rows, num_rows)
-    packed_ref, counts_ref = build_routing_ref(ids, experts, tile_rows, num_rows)
+    packed, counts = build_routing(ids.to(device), scores.to(device), experts, tile_rows, num_rows)
+    packed_ref, counts_ref = build_routing_ref(ids, scores, experts, tile_rows, num_rows)
     got = unpack_routing(packed.cpu(), *ids.shape, experts, tile_rows, num_rows)
     want = unpack_routing(packed_ref, *ids.shape, experts, tile_rows, num_rows)
     assert counts.tolist() == counts_ref.tolist()
     tiles = int(want.num_tiles)
-    for field in ("counts_E", "offsets_E1", "slot_R", "token_R", "row_TK", "num_tiles"):
+    for field in ("counts_E", "offsets_E1", "token_R", "score_R", "row_TK", "num_tiles"):
         assert torch.equal(getattr(got, field), getattr(want, field)), field
     assert got.tiles[:tiles].tolist() == want.tiles[:tiles].tolist()
 
@@ -40,18 +43,21 @@ def test_matches_reference(name, spare, device):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_reference_sorts_stably(name):
     ids, experts = ROUTINGS[name]
-    packed, counts = build_routing_ref(ids, experts, 16)
+    scores = torch.rand(ids.shape)
+    packed, counts = build_routing_ref(ids, scores, experts, 16)
     r = unpack_routing(packed, *ids.shape, experts, 16)
     flat = ids.reshape(-1)
     used = (flat >= 0) & (flat < experts)
     rows = int(r.offsets_E1[-1])
     assert rows == used.sum() == counts.sum()
-    order = r.slot_R[:rows].long()
-    assert sorted(order.tolist()) == used.nonzero().view(-1).tolist()  # a permutation of the used slots
+    row = r.row_TK.view(-1)
+    assert sorted(row[used].tolist()) == list(range(rows)) and (row[~used] == -1).all()  # every used slot has a row
+    order = used.nonzero().view(-1)[row[used].argsort()]  # slot of each row
     keys = list(zip(flat[order].tolist(), order.tolist()))
     assert keys == sorted(keys)  # by expert, then in the order of the slots
-    assert r.row_TK.view(-1)[order].tolist() == list(range(rows))  # its inverse
-    assert (r.row_TK.view(-1)[~used] == -1).all()
+    assert torch.equal(r.token_R[:rows].long(), order // ids.shape[1])
+    assert torch.equal(r.score_R[:rows], scores.view(-1)[order])
+    assert not r.token_R[rows:].any() and not r.score_R[rows:].any()
     covered = []
     for packed_tile in r.tiles[: int(r.num_tiles)].tolist():
         expert, number = packed_tile & 0xFFFF, packed_tile >> 16
