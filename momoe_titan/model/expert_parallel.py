@@ -99,13 +99,16 @@ class Flight:
     def __init__(self, splits: Splits):
         self.splits = splits
         self.rows: torch.Tensor | None = None
+        self._ticket: torch.Tensor | None = None
 
     def depart(self, rows_N: torch.Tensor) -> "Flight":
         self._ticket = _Depart.apply(rows_N, self)
         return self
 
     def arrive(self) -> torch.Tensor:
-        return _Arrive.apply(self._ticket, self)
+        # Kept on, the ticket's graph would hold this object, and this object the ticket.
+        ticket, self._ticket = self._ticket, None
+        return _Arrive.apply(ticket, self)
 
     def _start(self, rows: torch.Tensor, splits: Splits) -> torch.Tensor:
         self.rows = splits.start(rows)

@@ -2,11 +2,12 @@
 starts it with torchrun.
 
 Usage: ep_worker.py OUT JSON, where JSON is a list of runs: replicate, shard, ep (degrees), mode
-(activation checkpointing), param_dtype, save_percent, num_experts, starve (the last of `ep` ranks
-gets no token), save (folder of a checkpoint to write). Every rank trains on its part of the same
+(activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
+last of `ep` ranks gets no token), save (folder of a checkpoint to write). Every rank trains on its part of the same
 batches; rank 0 writes what came of it to OUT.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,17 +23,17 @@ from torch.distributed.checkpoint import save
 from torch.distributed.tensor import DTensor
 
 from momoe_titan.model import parallelize_momoe_llama
+from momoe_titan.model.expert_parallel import Flight
 from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 STEPS = 3
-GATHER_IN = "tests.model.ep_worker"
 
 
 def args_for(settings):
     return tiny_args(
         moe={"num_experts": settings["num_experts"]},
         save_percent=[settings["save_percent"]],
-        backend="torch",
+        backend=settings["backend"],
         load_balance_off_layers=[2],
     )
 
@@ -44,7 +45,7 @@ def starve(model, num_experts):
 
 
 def clean(name):
-    return name.replace("_checkpoint_wrapped_module.", "")
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def whole(tensor):
@@ -68,12 +69,15 @@ def run(settings) -> dict:
     config.training.mixed_precision_param = settings["param_dtype"]
     config.activation_checkpoint.mode = settings["mode"]
     config.activation_checkpoint.selective_ac_option = "op"
+    config.compile.enable, config.compile.backend = settings["compile"], "aot_eager"
     dist_utils.set_determinism(dims, torch.device("cpu"), config.debug, ["pp"])
     model = build(args_for(settings), 0, lambda m: parallelize_momoe_llama(m, dims, config))
     if settings["starve"]:
         starve(model, settings["num_experts"] // settings["ep"])
     optimizers = optimizers_for(model, dims, implementation="foreach")
     losses, counts, norms, grads = [], [], [], {}
+    gc.collect()
+    gc.disable()  # as TorchTitan does: what a step leaves behind in cycles would stay
     for step in range(STEPS):
         tokens, labels = (t.chunk(world)[rank] for t in batch(step))
         loss = loss_of(model, tokens, labels, 1 / world)
@@ -87,6 +91,9 @@ def run(settings) -> dict:
         optimizers.step()
         optimizers.zero_grad()
         counts.append(optimizers.load_balancer.counts_LE)
+    del loss  # and its graph
+    assert not any(type(o) is Flight for o in gc.get_objects()), "a step leaves tokens behind"
+    gc.enable()
     result = {
         "losses": torch.stack(losses),
         "norms": torch.stack(norms),

@@ -28,7 +28,9 @@ DEFAULTS = {
     "replicate": 1,
     "ep": 2,
     "mode": "none",
+    "compile": False,
     "param_dtype": "float32",
+    "backend": "torch",
     "save_percent": 0,
     "num_experts": 6,
     "starve": False,
@@ -70,6 +72,8 @@ def two(folder):
             "full": {"mode": "full"},
             "selective": {"mode": "selective"},
             "bfloat16": {"param_dtype": "bfloat16"},
+            "compiled": {"compile": True},
+            "triton": {"backend": "triton"},
             "starved": {"starve": True},
         },
     )
@@ -159,6 +163,15 @@ def test_activation_checkpointing_changes_nothing(two, mode):
     for kind in ("grads", "weights"):
         for name, want in two["ep"][kind].items():
             assert torch.equal(two[mode][kind][name], want), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
+def test_triton_kernels(two):
+    assert_same_run(two["triton"], two["ep"], rtol=1e-5, atol=0)
+
+
+def test_compiled(two):
+    assert_like_one(two["compiled"], two["ep"])
 
 
 def test_bfloat16_mixed_precision(two):
