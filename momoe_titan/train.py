@@ -228,6 +228,26 @@ def check_config(config: "JobConfig") -> None:
             )
 
 
+def complete_hf_folder(config: "JobConfig") -> None:
+    """Give the last checkpoint, if it was saved in Hugging Face's format, the config.json and the
+    tokenizer that transformers needs; TorchTitan writes the weights alone."""
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    from momoe_titan.model.hf_config import saved_dtype, write_hf_config
+    from momoe_titan.register import MODEL_NAME
+
+    checkpoint = config.checkpoint
+    if not (checkpoint.enable and checkpoint.last_save_in_hf and config.model.name == MODEL_NAME):
+        return
+    folder = os.path.join(
+        config.job.dump_folder, checkpoint.folder, f"step-{config.training.steps}"
+    )
+    if os.environ["RANK"] == "0" and os.path.isdir(folder):
+        model_args = get_train_spec(MODEL_NAME).model_args[config.model.flavor]
+        model_args.update_from_config(config)
+        write_hf_config(folder, model_args, config.model.hf_assets_path, saved_dtype(folder))
+
+
 def run(args: list[str]) -> None:
     """Read the configuration, check it, train.
 
@@ -239,22 +259,23 @@ def run(args: list[str]) -> None:
     from momoe_titan.data import DataError
     from momoe_titan.model.checkpoint import CheckpointError, CheckpointManager
 
-    config_accepted = False
+    accepted: "JobConfig | None" = None
 
     def build_trainer(config: "JobConfig") -> Any:
-        nonlocal config_accepted
+        nonlocal accepted
         if not torch.cuda.is_available():
             prepare_cpu_job(config, args)
         check_config(config)
-        config_accepted = True
+        accepted = config
         return titan.Trainer(config)
 
     try:
         # The trainer has no field for it.
         with mock.patch.object(titan, "CheckpointManager", CheckpointManager):
             titan.main(build_trainer)
+        complete_hf_folder(accepted)
     except (ValueError, OSError) as e:  # OSError: the configuration file itself
-        if config_accepted and not isinstance(e, (DataError, CheckpointError)):
+        if accepted is not None and not isinstance(e, (DataError, CheckpointError)):
             raise
         # The message says which field to change; a traceback would bury it.
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)

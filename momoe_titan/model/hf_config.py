@@ -17,6 +17,7 @@ import shutil
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.moe import MoEArgs
@@ -349,6 +350,12 @@ def _computed(args: MomoeLlamaArgs) -> dict[str, Any]:
     ):
         fields[f"moe_args.{name}"] = getattr(args.moe_args, name)
     return fields
+
+
+def saved_dtype(folder: str) -> torch.dtype:
+    """Of the weights in a Hugging Face folder."""
+    saved = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    return saved["model.norm.weight"].properties.dtype
 
 
 def write_hf_config(

@@ -22,9 +22,9 @@ from momoe_titan.model import MomoeStateDictAdapter, parallelize_momoe_llama
 from tests.model.tiny import build, job_config, tiny_args
 
 
-def data_parallel(replicate: int, shard: int):
+def data_parallel(replicate: int, shard: int, ep: int = 1):
     dims = ParallelDims(
-        dp_replicate=replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=4
+        dp_replicate=replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=ep, etp=1, world_size=4
     )
     dims.build_mesh()
     return build(
@@ -51,6 +51,11 @@ def experts_and_columns(name: str):
     if name.endswith("experts.w2"):
         return [Shard(0), Shard(1)]
     return [Replicate(), Shard(0) if name.endswith(("wq.weight", "wk.weight")) else Replicate()]
+
+
+def experts_and_rows(name: str):
+    """As FSDP does where there are more ranks than experts."""
+    return [Shard(0), Shard(1)] if ".experts.w" in name else [Shard(0), Replicate()]
 
 
 def strided(name: str):
@@ -92,8 +97,10 @@ def main(folder: str) -> None:
     # 5 experts over 4 ranks: shards of different size and an empty one; and half a head of keys
     check("fsdp", folder, ModelWrapper(data_parallel(1, 4)), read)
     check("hsdp", folder, ModelWrapper(data_parallel(2, 2)), read)
+    check("expert parallelism", folder, ModelWrapper(data_parallel(1, 4, ep=2)), read)
     for case, names, placements_of in (
         ("experts and their columns", ("ep", "etp"), experts_and_columns),
+        ("experts and their rows", ("ep", "efsdp"), experts_and_rows),
         ("strided", ("efsdp", "ep"), strided),
     ):
         state_dict = by_hand(names, placements_of)
