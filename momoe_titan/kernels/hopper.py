@@ -55,7 +55,7 @@ BARRIER_SMEM = gl.constexpr(mbarrier.MBarrierLayout())
 # Layout of a cp.async: 16 bytes a thread, 128 bytes of one row by eight neighbours.
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
-SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 # up and gate of 64 columns of z: (2, 128, 64), which fills the rhs of one stage
 Z_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
 Z_STEPS = gl.constexpr(4)
@@ -533,8 +533,13 @@ def _send(blocks, descs, buffers, row, row_end, cols):
     """Sends (64, 64) blocks out, each through a buffer that no store is reading."""
     for i in gl.static_range(len(blocks)):
         buffers[i].store(blocks[i].to(descs[i].dtype))
+    _send_buffers(descs, buffers, row, row_end, cols)
+
+
+@gluon.jit
+def _send_buffers(descs, buffers, row, row_end, cols):
     fence_async_shared()
-    for i in gl.static_range(len(blocks)):
+    for i in gl.static_range(len(buffers)):
         where = _ragged(row, row_end, cols[i])
         tma.async_copy_shared_to_global(descs[i], where, _as_ragged(buffers[i], descs[i]))
 
@@ -775,20 +780,24 @@ def _down_backward_consumer(
                 up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
                 gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
                 act_buffer = ring.lhs.index(2 * stage + W)
-                dact = gl.convert_layout(slices[i], SLICE_ACCUMULATOR)
-                up = up_buffer.load(SLICE_ACCUMULATOR).to(gl.float32)
-                gate = gate_buffer.load(SLICE_ACCUMULATOR).to(gl.float32)
-                sigmoid = _sigmoid(gate, FAST)
-                silu = gate * sigmoid
-                act = up * silu
-                dscore += gl.sum(dact * act, axis=1)
-                scaled = dact * score[:, None]
-                dz_up = (scaled * silu).to(dtype)
-                dz_gate = (scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+                halves = _halves(slices[i])
+                for h in gl.static_range(2):  # 64 columns at once would not fit into the registers
+                    up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                    gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                    dact = gl.convert_layout(halves[h], SLICE_ACCUMULATOR)
+                    up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                    gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                    sigmoid = _sigmoid(gate, FAST)
+                    silu = gate * sigmoid
+                    act = up * silu
+                    dscore += gl.sum(dact * act, axis=1)
+                    scaled = dact * score[:, None]
+                    up_half.store((scaled * silu).to(dtype))
+                    gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
+                    act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
                 col = tile.col + i * CHUNK
-                blocks = dz_up, dz_gate, (act * score[:, None]).to(dtype)
                 descs = dz_up_desc, dz_gate_desc, act_desc
-                _send(blocks, descs, (up_buffer, gate_buffer, act_buffer), row, tile.row_end, (col, col, col))
+                _send_buffers(descs, (up_buffer, gate_buffer, act_buffer), row, tile.row_end, (col, col, col))
                 if i > 0:
                     tma.store_wait(3)
                     mbarrier.arrive(ring.empty.index(held))

@@ -12,8 +12,6 @@ from momoe_titan.kernels.gemms import HopperGemms
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
 SHARED_LIMIT = 227 * 1024
-# bytes: the SwiGLU backward keeps a few values of its epilogue there, more with float16's exact sigmoid
-STACK_LIMIT = {"torch.bfloat16": 64, "torch.float16": 192}
 
 CASES = {  # (T, D, F, E, K): why
     "one token": (1, 128, 128, 4, 2),
@@ -50,7 +48,7 @@ def test_every_kernel_compiles_within_limits(tmp_path):
         ("weight_grad_kernel", "dw2"),
     ]
     assert len(rows) == 2 * len(kernels)
-    assert [row for row in rows if row["stack"] > STACK_LIMIT[row["dtype"]]] == []
+    assert [row for row in rows if row["spills"] or row["stack"]] == []
     assert [row for row in rows if row["shared"] > SHARED_LIMIT] == []
 
 
