@@ -43,6 +43,12 @@ STAGES = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
+# Contraction from which on `rows_kernel` lends a stage: of a short one, it takes too much of the ring.
+LENDING_WIDTH = 1024
+
+# A weight gradient's tiles go by groups of this many row tiles, so that those at work at a time share operands.
+GROUP = gl.constexpr(8)
+
 # A descriptor for ragged rows has two extra dimensions whose strides cancel modulo 2^64, so that
 # the bounds check on the row dimension can be placed at any row (see triton.tools.ragged_tma).
 RAGGED_ROWS = gl.constexpr(1 << 30)
@@ -72,9 +78,10 @@ class Ring:
     LHS_IS_KM: gl.constexpr  # the contraction runs along the rows of lhs
     RHS_IS_NK: gl.constexpr  # the contraction runs along the columns of rhs
     GATHERS: gl.constexpr  # one operand arrives by cp.async
+    LENDS: gl.constexpr  # results wait in a stage until their stores have read them
 
     @gluon.constexpr_function
-    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS):
+    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS):
         self.lhs = lhs
         self.rhs = rhs
         self.ready = ready
@@ -82,10 +89,13 @@ class Ring:
         self.LHS_IS_KM = gl.constexpr(LHS_IS_KM)
         self.RHS_IS_NK = gl.constexpr(RHS_IS_NK)
         self.GATHERS = gl.constexpr(GATHERS)
+        self.LENDS = gl.constexpr(LENDS)
 
 
 @gluon.jit
-def _make_ring(dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr, GATHERS: gl.constexpr):
+def _make_ring(
+    dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr, GATHERS: gl.constexpr, LENDS: gl.constexpr
+):
     lhs = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], TILE_SMEM)
     if RHS_IS_NK:
         rhs = gl.allocate_shared_memory(dtype, [STAGES, BN, BK], TILE_SMEM)
@@ -97,7 +107,7 @@ def _make_ring(dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.const
         # one arrival for the TMA bytes, and one of each producer thread for its own copies
         mbarrier.init(ready.index(i), count=129 if GATHERS else 1)
         mbarrier.init(empty.index(i), count=2)
-    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS)
+    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS)
 
 
 @gluon.jit
@@ -140,7 +150,7 @@ def _lend(ring, stage, phase):
 
 @gluon.jit
 def _producer(ring, tiles, lhs, rhs):
-    """Fills the ring, tile by tile, and lends one more stage after each."""
+    """Fills the ring, tile by tile, and if it LENDS adds one more stage after each."""
     stage = 0
     phase = 1
     word = tiles.word(tiles.begin())
@@ -148,13 +158,15 @@ def _producer(ring, tiles, lhs, rhs):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
-        stage, phase = _lend(ring, stage, phase)
+        if ring.LENDS:
+            stage, phase = _lend(ring, stage, phase)
 
 
 @gluon.jit
 def _give_back(ring, held):
-    """Frees the stage that held results, if there is one, once the stores have read it."""
-    tma.store_wait(0)
+    """Frees the stage, if there is one, once the stores have read what they find there."""
+    if ring.LENDS:
+        tma.store_wait(0)
     mbarrier.arrive(ring.empty.index(gl.maximum(held, 0)), pred=held >= 0)
 
 
@@ -272,7 +284,7 @@ class RowTiles:
 
 @aggregate
 class WeightTiles:
-    """Tiles over a weight gradient (E * M, N): an expert's tiles follow each other and share its rows."""
+    """Tiles over a weight gradient (E * M, N), expert by expert; within one by groups of row tiles, rows fastest."""
 
     offsets_ptr: gl.tensor
     E: gl.tensor
@@ -306,12 +318,15 @@ class WeightTiles:
     def tile(self, t, word):
         expert = t // (self.num_rows * self.num_cols)
         q = t % (self.num_rows * self.num_cols)
-        row = expert * self.M + q // self.num_cols * BM
+        group = q // (GROUP * self.num_cols) * GROUP
+        height = gl.minimum(self.num_rows - group, GROUP)
+        q = q - group * self.num_cols
+        row = expert * self.M + (group + q % height) * BM
         return Tile(
             expert,
             row,
             (expert + 1) * self.M,
-            q % self.num_cols * BN,
+            q // height * BN,
             gl.load(self.offsets_ptr + expert),
             gl.load(self.offsets_ptr + expert + 1),
         )
@@ -628,7 +643,7 @@ def up_proj_kernel(
         first_tile = gl.to_tensor(0)
     else:
         first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    ring = _make_ring(act_desc.dtype, False, False, True)
+    ring = _make_ring(act_desc.dtype, False, False, True, True)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128)
     lhs = TokenRows(x_ptr, x_stride, token_ptr)
     rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
@@ -646,7 +661,7 @@ def up_proj_kernel(
 @gluon.jit
 def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.constexpr = False):
     """TRANSPOSED: the tile is that of the transposed weight gradient of its expert."""
-    buffer = gl.allocate_shared_memory(out_desc.dtype, [HALF, CHUNK], TILE_SMEM)
+    buffers = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     stage = 0
     phase = 0
     held = -1
@@ -659,28 +674,31 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
         if row < tile.row_end:
             acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
             quarters = _quarters(acc)
-            mbarrier.wait(ring.ready.index(stage), phase)
-            first, second, third = _borrowed(ring, stage, W)
-            buffers = buffer, first, second, third
+            if ring.LENDS:
+                mbarrier.wait(ring.ready.index(stage), phase)
             for i in gl.static_range(4):
-                block = quarters[i].to(out_desc.dtype)
-                if TRANSPOSED:
-                    buffers[i].permute((1, 0)).store(block)
+                if ring.LENDS and i >= 2:
+                    buffer = _borrowed(ring, stage, W)[i - 2]
                 else:
-                    buffers[i].store(block)
-            fence_async_shared()
-            for i in gl.static_range(4):
+                    if not ring.LENDS:
+                        tma.store_wait(1)
+                    buffer = buffers.index(i % 2)
+                block = quarters[i].to(out_desc.dtype)
                 col = tile.col + i * CHUNK
                 if TRANSPOSED:
+                    buffer.permute((1, 0)).store(block)
                     before = tile.expert * tiles.N
                     where = _ragged(before + col, before + tiles.N, row - tile.expert * tiles.M)
                 else:
+                    buffer.store(block)
                     where = _ragged(row, tile.row_end, col)
-                tma.async_copy_shared_to_global(out_desc, where, _as_ragged(buffers[i], out_desc))
-            held = stage
-            stage, phase = _advance(stage, phase)
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_desc, where, _as_ragged(buffer, out_desc))
+            if ring.LENDS:
+                held = stage
+                stage, phase = _advance(stage, phase)
         else:
-            stage, phase = _hand_back(ring, tile.steps() + 1, stage, phase, held)
+            stage, phase = _hand_back(ring, tile.steps() + (1 if ring.LENDS else 0), stage, phase, held)
             held = -1
     tma.store_wait(0)
 
@@ -688,7 +706,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
 @gluon.jit(do_not_specialize=["first_col"], do_not_specialize_on_alignment=_METADATA)
 def rows_kernel(
     in_desc, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr, width, w_rows, first_col, num_cols,
-    W_IS_NK: gl.constexpr,
+    W_IS_NK: gl.constexpr, LENDS: gl.constexpr,
 ):  # fmt: skip
     """out[r] = in[r] @ w[e], columns [first_col, first_col + width of out): down projection, and dx.
 
@@ -696,7 +714,7 @@ def rows_kernel(
     w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False)
+    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False, LENDS)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256)
     lhs = PlainRows(in_desc)
     rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
@@ -826,7 +844,7 @@ def down_proj_backward_kernel(
     the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(act_desc.dtype, False, True, True)
+    ring = _make_ring(act_desc.dtype, False, True, True, True)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
     lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
     rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
@@ -850,7 +868,7 @@ def weight_grad_kernel(
 
     Grid: one program per SM, each walks 128x256 tiles.
     """
-    ring = _make_ring(dw_desc.dtype, True, False, True)
+    ring = _make_ring(dw_desc.dtype, True, False, True, False)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
     lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
     rhs = PlainSteps(rows_desc)
@@ -968,7 +986,8 @@ def _launch_rows(in_RC, w, w_shape, w_is_nk, routing, out, first_col):
     launch(
         rows_kernel, _grid(in_RC),
         _block(in_RC, in_RC.shape[0], width, 64, 64), w_desc, _ragged_block(out, out.shape[1]),
-        *_tiles(routing), width, rows, first_col, out.shape[1], W_IS_NK=w_is_nk, num_warps=4,
+        *_tiles(routing), width, rows, first_col, out.shape[1],
+        W_IS_NK=w_is_nk, LENDS=width >= LENDING_WIDTH, num_warps=4,
     )  # fmt: skip
 
 
