@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from momoe_titan.counting import accumulate_counts, feeds_balancing
 from momoe_titan.kernels import BACKENDS, momoe_mlp, validate_save_percent
+from momoe_titan.kernels.router import float32_product, route, runs_here
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -293,16 +294,21 @@ class TopKRouter(nn.Module):
             )
         _check_device("x_BSD", x_BSD, self.Wg_DN.device)
         _check_device("biases_N", biases_N, self.Wg_DN.device)
-        with torch.autocast(device_type=x_BSD.device.type, enabled=False):
-            logits_TE = x_BSD.reshape(-1, self.D).float() @ self.Wg_DN.float()
-        # inf - inf would make a NaN of a softmax that has a clear winner; NaN passes through.
-        largest = torch.finfo(torch.float32).max
-        logits_TE = logits_TE.clamp(-largest, largest)
+        logits_TE = float32_product(x_BSD.reshape(-1, self.D), self.Wg_DN.t())
+        routed, split = self.N - self.Ks, self.K - self.Ks
+        if split and runs_here(logits_TE):
+            bias_E = biases_N[:routed].detach().float()
+            scores_TK, ids_TK = route(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
+            if not self.Ks:
+                return ids_TK, scores_TK
+            shared_TK = self._shared(logits_TE)
+            shared_scores_TK = F.softmax(_clamped(logits_TE[:, routed:]), dim=1)
+            return torch.cat([ids_TK, shared_TK], dim=1), torch.cat([scores_TK, shared_scores_TK], dim=1)
+        logits_TE = _clamped(logits_TE)
         ids_TK = self._choose(logits_TE.detach(), biases_N.detach())
         chosen_TK = logits_TE.gather(1, ids_TK)
         # Softmax over the chosen logits is the softmax over all of them divided by the chosen
         # ones' sum, without a division by a sum that may have underflowed to zero.
-        split = self.K - self.Ks
         scores_TK = torch.cat(
             [F.softmax(chosen_TK[:, :split], dim=1), F.softmax(chosen_TK[:, split:], dim=1)], dim=1
         )
@@ -312,7 +318,7 @@ class TopKRouter(nn.Module):
         return f"D={self.D}, N={self.N}, K={self.K}, Ks={self.Ks}"
 
     def _choose(self, logits_TE: torch.Tensor, biases_N: torch.Tensor) -> torch.Tensor:
-        routed, T = self.N - self.Ks, logits_TE.shape[0]
+        routed = self.N - self.Ks
         choice_TE = F.softmax(logits_TE[:, :routed], dim=1) + biases_N[:routed].float()
         # NaN would sort before everything; as -inf it loses, and an all-NaN token takes the
         # lowest ids.
@@ -320,8 +326,11 @@ class TopKRouter(nn.Module):
         # A stable sort, because torch.topk leaves the order of equal values open.
         order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
         ids_TK = order_TE[:, : self.K - self.Ks].sort(dim=1).values
-        shared_TK = torch.arange(routed, self.N, device=logits_TE.device).expand(T, self.Ks)
-        return torch.cat([ids_TK, shared_TK], dim=1)
+        return torch.cat([ids_TK, self._shared(logits_TE)], dim=1)
+
+    def _shared(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        shared = torch.arange(self.N - self.Ks, self.N, device=logits_TE.device)
+        return shared.expand(logits_TE.shape[0], self.Ks)
 
 
 class MoE(nn.Module):
@@ -507,6 +516,12 @@ def _weight_device_dtype(
         if weight.dtype != dtype:
             raise ValueError(f"{name} has dtype {weight.dtype}, expected {dtype}")
     return device, dtype
+
+
+def _clamped(logits_TE: torch.Tensor) -> torch.Tensor:
+    # inf - inf would make a NaN of a softmax that has a clear winner; NaN passes through.
+    largest = torch.finfo(torch.float32).max
+    return logits_TE.clamp(-largest, largest)
 
 
 def _weight(

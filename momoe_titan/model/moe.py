@@ -19,27 +19,10 @@ from momoe_titan.counting import (
     records_entropy,
 )
 from momoe_titan.kernels import momoe_mlp
+from momoe_titan.kernels.router import float32_product, route, runs_here
 
 if TYPE_CHECKING:
     from .expert_parallel import Dispatcher
-
-
-class _Float32Product(torch.autograd.Function):
-    """x @ w.T in float32, keeping x and w for the backward in the dtype they came in: autograd
-    would keep float32 copies, twice the memory of a bfloat16 x."""
-
-    @staticmethod
-    def forward(ctx, x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_TD, w_ED)
-        return x_TD.float() @ w_ED.float().t()
-
-    @staticmethod
-    def backward(ctx, dout_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TD, w_ED = ctx.saved_tensors
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dx_TD = dout_TE @ w_ED.float()
-            dw_ED = dout_TE.t() @ x_TD.float()
-        return dx_TD.to(x_TD.dtype), dw_ED.to(w_ED.dtype)
 
 
 class Float32Linear(nn.Linear):
@@ -51,9 +34,8 @@ class Float32Linear(nn.Linear):
     """
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            out_TE = _Float32Product.apply(x_TD, self.weight)
-            return out_TE if self.bias is None else out_TE + self.bias.float()
+        out_TE = float32_product(x_TD, self.weight)
+        return out_TE if self.bias is None else out_TE + self.bias.float()
 
 
 class MomoeRouter(TokenChoiceTopKRouter):
@@ -96,13 +78,14 @@ class MomoeRouter(TokenChoiceTopKRouter):
         Returns:
             scores_TK float32 and ids_TK int64, ordered by falling score plus bias.
         """
-        # inf - inf would make a NaN of a softmax with a clear winner; NaN passes through clamp.
-        largest = torch.finfo(torch.float32).max
-        logits_TE = self.gate(x_TD).clamp(-largest, largest)
-        if self.score_func == "sigmoid":
-            scores_TE = logits_TE.sigmoid()
-        else:
-            scores_TE = logits_TE.softmax(dim=1)
+        logits_TE = self.gate(x_TD)
+        if runs_here(logits_TE) and not self._debug_force_load_balance:
+            if records_entropy(self):
+                accumulate_entropy(self.entropy_and_tokens, self._scores(logits_TE.detach()))
+            how = self.top_k, self.score_func, self.route_norm, self.route_scale
+            return route(logits_TE, expert_bias_E, *how)
+
+        scores_TE = self._scores(logits_TE)
         if records_entropy(self):
             accumulate_entropy(self.entropy_and_tokens, scores_TE.detach())
 
@@ -120,6 +103,12 @@ class MomoeRouter(TokenChoiceTopKRouter):
         if self.route_norm:
             scores_TK = scores_TK / (scores_TK.sum(dim=1, keepdim=True) + 1e-20)
         return scores_TK * self.route_scale, ids_TK
+
+    def _scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        # inf - inf would make a NaN of a softmax with a clear winner; NaN passes through clamp.
+        largest = torch.finfo(torch.float32).max
+        logits_TE = logits_TE.clamp(-largest, largest)
+        return logits_TE.sigmoid() if self.score_func == "sigmoid" else logits_TE.softmax(dim=1)
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)
