@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_percent
 
+from .activation_checkpoint import check_activation_checkpoint
 from .expert_parallel import check_expert_parallel
 
 STOCK_BACKEND = "torchtitan"
@@ -238,6 +239,7 @@ def _at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _refuse_unsupported(job_config: JobConfig) -> None:
+    check_activation_checkpoint(job_config)
     for name in UNSUPPORTED_DEGREES:
         if (degree := getattr(job_config.parallelism, name)) != 1:
             raise ValueError(

@@ -38,6 +38,22 @@ class Float32Linear(nn.Linear):
         return out_TE if self.bias is None else out_TE + self.bias.float()
 
 
+# An op of its own, so that activation checkpointing can keep the choice (a K-th of an E-th of the
+# sort's output) and need not make it again.
+@torch.library.custom_op("momoe_titan::choose_experts", mutates_args=())
+def choose_experts(choice_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """ids_TK int64: the experts of the largest values, in falling order, of equals the lowest id."""
+    # A stable sort, because torch.topk leaves the order of equal values open.
+    order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
+    # A copy, not a view, which would keep all of order_TE; TorchTitan's reorderer wants it flat.
+    return order_TE[:, :top_k].contiguous()
+
+
+@choose_experts.register_fake
+def _(choice_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    return choice_TE.new_empty(choice_TE.shape[0], top_k, dtype=torch.int64)
+
+
 class MomoeRouter(TokenChoiceTopKRouter):
     """TorchTitan's token-choice router with float32 logits and a fixed order among equals.
 
@@ -92,10 +108,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
         choice_TE = scores_TE.detach()
         if expert_bias_E is not None:
             choice_TE = choice_TE + expert_bias_E
-        # A stable sort, because torch.topk leaves the order of equal values open.
-        order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
-        # A copy, not a view: autograd would keep all of order_TE, and TorchTitan's reorderer wants it flat.
-        ids_TK = order_TE[:, : self.top_k].contiguous()
+        ids_TK = choose_experts(choice_TE, self.top_k)
         scores_TK = scores_TE.gather(1, ids_TK)
         if self._debug_force_load_balance:
             ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)

@@ -5,23 +5,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import JobConfig, TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.models.llama3.infra.parallelize import apply_ddp
-from torchtitan.models.llama4.infra.parallelize import (
-    _op_sac_save_list as LLAMA4_SAVED_OPS,
-    apply_compile,
-    apply_fsdp,
-)
+from torchtitan.models.llama3.infra.parallelize import apply_compile as compile_whole_blocks, apply_ddp
+from torchtitan.models.llama4.infra.parallelize import apply_compile, apply_fsdp
 from torchtitan.tools.logging import logger
 
-from momoe_titan.kernels import momoe_mlp  # noqa: F401 - registers the op below
-
+from .activation_checkpoint import apply_activation_checkpointing, compiles_model
+from .args import STOCK_BACKEND
 from .checkpoint import allow_missing_balance_state
 from .expert_parallel import apply_expert_parallel
-
-# What selective checkpointing by op keeps. With the op's outputs kept, save_percent decides what
-# the backward computes again of the experts.
-SAVED_OPS = frozenset(LLAMA4_SAVED_OPS) | {torch.ops.momoe_titan.moe_forward.default}
 
 
 def parallelize_momoe_llama(
@@ -36,17 +27,11 @@ def parallelize_momoe_llama(
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims)
 
-    compiled = job_config.compile.enable and "model" in job_config.compile.components
-    if job_config.activation_checkpoint.mode != "none":
-        apply_ac(
-            model,
-            job_config.activation_checkpoint,
-            model_compile_enabled=compiled,
-            op_sac_save_list=set(SAVED_OPS),
-            base_folder=job_config.job.dump_folder,
-        )
+    compiled = compiles_model(job_config)
+    whole = compiled and not parallel_dims.ep_enabled
+    apply_activation_checkpointing(model, job_config, blocks_compiled=whole)
     if compiled:
-        apply_compile(model, job_config.compile, parallel_dims.ep_enabled)
+        _compile(model, job_config, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:
         replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
@@ -69,6 +54,32 @@ def parallelize_momoe_llama(
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
+
+
+def _compile(model: nn.Module, job_config: JobConfig, ep_enabled: bool) -> None:
+    """Compile each block whole: our experts are one op and break no graph. Blocks that differ in
+    save_percent get a graph each, others share one.
+
+    Under expert parallelism the experts are an FSDP module of their own, whose hooks no graph can
+    hold: what is around them is compiled in parts, and the MoE, whose token counts differ from
+    step to step, is not. Stock MoE layers get what TorchTitan does.
+    """
+    config, args = job_config.compile, model.model_args
+    if args.backend == STOCK_BACKEND:
+        apply_compile(model, config, ep_enabled)
+    elif ep_enabled:
+        for block in model.layers.values():
+            ffn = block.moe.shared_experts if block.moe_enabled else block.feed_forward
+            for part in (block.attention_norm, block.attention, block.ffn_norm, ffn):
+                if part is not None:
+                    part.compile(backend=config.backend, fullgraph=True)
+    else:
+        dynamo = torch._dynamo.config
+        # Else the second save_percent that a layer comes with would turn into a run-time value.
+        dynamo.specialize_float = True
+        # Each has graphs for training and validation, and for another number of tokens in each.
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (1 + len(set(args.save_percent))))
+        compile_whole_blocks(model, config)
 
 
 def _reduce_by_sums(model: nn.Module) -> None:
