@@ -19,6 +19,8 @@ class RankState(NamedTuple):
         peak: the most that was reserved (on a GPU) or resident (on a CPU).
         experts_kept: of it, what our experts keep for the backward; and what they would keep at
             save_percent 100.
+        skipped_steps: optimizer steps not taken, alike on all ranks; a tensor on the device or a
+            number.
     """
 
     held: float
@@ -29,6 +31,7 @@ class RankState(NamedTuple):
     kernel_compiles: float
     experts_kept: float
     experts_kept_at_100: float
+    skipped_steps: float | torch.Tensor = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,9 @@ def gather(
         ]
         table_LC[torch.tensor(own, device=device)] = torch.cat([p.double() for p in parts], dim=1)
     table_WC = torch.zeros(world, len(here), dtype=torch.float64, device=device)
-    table_WC[rank] = torch.tensor(here, dtype=torch.float64, device=device)
+    table_WC[rank] = torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64, device=device) for x in here]
+    )
     flat = torch.cat([table_LC.flatten(), table_WC.flatten()])
     if world > 1:
         torch.distributed.all_reduce(flat)

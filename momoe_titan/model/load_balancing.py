@@ -9,6 +9,7 @@ from torchtitan.distributed import ParallelDims
 
 from .args import BALANCE_RULES
 from .moe import BalancedMoE
+from .non_finite import NonFiniteGuard
 
 
 def expert_bias_delta(
@@ -48,8 +49,9 @@ class ExpertLoadBalancer:
     Counts accumulate in the layers, over all microbatches of a step. The hook sums them over the
     data-parallel ranks in one all-reduce, so that every rank moves its biases alike whatever its
     own gradients are, then starts the counts again at 0. It never waits for the device. Layers
-    with balancing off keep their bias and are counted all the same. A loop that skips an
-    optimizer step (as a gradient scaler does) carries its counts over into the next.
+    with balancing off keep their bias and are counted all the same. A step that the optimizer is
+    told to skip (its `found_inf` is 1, see `non_finite`) moves no bias: NaN activations choose any
+    experts. A loop that skips the call of the optimizer carries its counts over into the next.
 
     Args:
         model_parts: modules to search for MoE layers.
@@ -85,8 +87,8 @@ class ExpertLoadBalancer:
         self.rate, self.rule = (rates.pop(), rules.pop()) if self.balanced else (0.0, "sign")
 
     @torch.no_grad()
-    def __call__(self, *hook_args) -> None:
-        """The hook; its arguments (optimizer, args, kwargs) are not read."""
+    def __call__(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
+        """The hook; of its arguments only `optimizer.found_inf` is read, if there is one."""
         if not self.layers:
             return
         counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
@@ -94,6 +96,8 @@ class ExpertLoadBalancer:
             torch.distributed.all_reduce(counts_LE, group=self.process_group)
         if self.balanced:
             delta_LE = expert_bias_delta(counts_LE, self.rate, self.rule)
+            if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+                delta_LE = delta_LE * (1 - found_inf)
             # in place: checkpoints keep a reference
             torch._foreach_add_(
                 [self.layers[i].expert_bias for i in self.balanced],
@@ -109,11 +113,13 @@ def build_momoe_optimizers(
     parallel_dims: ParallelDims,
     ft_manager=None,
 ) -> OptimizersContainer:
-    """TorchTitan's optimizers with an `ExpertLoadBalancer` as step pre-hook, which is also their
-    attribute `load_balancer`."""
+    """TorchTitan's optimizers with two step pre-hooks, which are also their attributes
+    `non_finite_guard` and `load_balancer`."""
     optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     group = None if loss_mesh is None else loss_mesh.get_group()
     optimizers.load_balancer = ExpertLoadBalancer(model_parts, group)
+    optimizers.non_finite_guard = NonFiniteGuard()
+    optimizers.register_step_pre_hook(optimizers.non_finite_guard)
     optimizers.register_step_pre_hook(optimizers.load_balancer)
     return optimizers

@@ -93,7 +93,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         moe/..., moe_maxvio/...  balance of the last optimizer step, in all pipeline stages
         moe/kernel_compiles      Triton kernels compiled since the start, on the rank with most
         memory/worst_rank...     memory of the rank that uses most
-        health/...               out of memory, allocation retries, non-finite values, resumes
+        health/...               out of memory, allocation retries, non-finite values, skipped steps,
+                                 resumes
         time_metrics/step(s)     of the steps since the last log step or validation
     the experts' load as tensors and images (see `dashboards.RunRecorder`), and on the CPU
     memory/process_rss, memory/process_peak_rss in place of GPU memory.
@@ -126,6 +127,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         self.resumes = 0
         self.described = False
         self.non_finite = 0
+        self.skipped_steps = 0
         self.steps_since_last_log = 0
         want_entropy(True)
 
@@ -178,6 +180,12 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             self._describe_run(state)
             self.described = True
         self.non_finite += not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm))
+        if (skipped := int(state.ranks.skipped_steps.max())) > self.skipped_steps:
+            logger.warning(
+                f"{skipped - self.skipped_steps} optimizer steps were NOT TAKEN since the last log "
+                "line: their gradient was not finite"
+            )
+            self.skipped_steps = skipped
         extra_metrics = {
             **self._state_metrics(state),
             "time_metrics/step(s)": seconds / max(1, self.steps_since_last_log),
@@ -288,6 +296,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         else:
             held, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
         ours = [layer for layer in layers if isinstance(layer, MomoeMoE)]
+        guard = getattr(self.optimizers, "non_finite_guard", None)
         return RankState(
             held=held,
             peak=peak,
@@ -297,6 +306,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             kernel_compiles=compile_count(),
             experts_kept=sum(self._kept(layer, layer.experts.save_percent) for layer in ours),
             experts_kept_at_100=sum(self._kept(layer, 100) for layer in ours),
+            skipped_steps=0 if guard is None else guard.skipped_steps,
         )
 
     def _kept(self, layer: MomoeMoE, save_percent: float) -> float:
@@ -322,6 +332,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             "health/alloc_retries": ranks.alloc_retries.sum(),
             "health/ooms": ranks.ooms.sum(),
             "health/non_finite": self.non_finite,
+            "health/skipped_steps": ranks.skipped_steps.max(),
             "health/resumes": self.resumes,
             "moe/kernel_compiles": ranks.kernel_compiles.max(),
         }

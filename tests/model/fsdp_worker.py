@@ -1,8 +1,8 @@
 """One rank of a short training run on the CPU; test_fsdp.py starts it with torchrun.
 
 Usage: fsdp_worker.py OUT JSON, where JSON holds replicate, shard (degrees), mode (activation
-checkpointing), param_dtype, backend and moe_backend. Every rank trains on its part of the same
-batches; rank 0 writes what came of it to OUT.
+checkpointing), param_dtype, backend, optimizer and non_finite_on (a rank). Every rank trains on its
+part of the same batches; rank 0 writes what came of it to OUT.
 """
 
 import json
@@ -53,7 +53,7 @@ def run(settings) -> dict:
         name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): whole(p).clone()
         for name, p in model.named_parameters()
     }
-    optimizers = optimizers_for(model, dims)
+    optimizers = optimizers_for(model, dims, implementation=settings["optimizer"])
     losses, counts = [], []
     for step in range(STEPS):
         tokens, labels = (t.chunk(world)[rank] for t in batch(step))

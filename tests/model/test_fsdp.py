@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from momoe_titan.model import expert_bias_delta
 from tests.model.tiny import assert_same_run, build, tiny_args, train
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ def launch(folder, processes, runs):
         "mode": "none",
         "param_dtype": "float32",
         "backend": "torch",
+        "optimizer": "for-loop",
         "non_finite_on": -1,
     }
     out = folder / "results.pt"
@@ -50,7 +52,10 @@ def two(tmp_path_factory):
             "fsdp, selective": {"mode": "selective"},
             "fsdp, stock": {"backend": "torchtitan"},
             "fsdp, bfloat16": {"param_dtype": "bfloat16"},
-            "fsdp, non-finite gradient": {"non_finite_on": 1},
+            "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
+            "ddp, non-finite gradient": {
+                **{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}
+            },
             "ddp": {"replicate": 2, "shard": 1},
         },
     )
@@ -89,11 +94,14 @@ def test_bfloat16_mixed_precision(one, two):
     assert two["fsdp, bfloat16"]["bias"].dtype == torch.float32
 
 
-def test_non_finite_gradient_on_one_rank(two):
-    """That the ranks agree and clear their counts is asserted in the worker."""
-    run = two["fsdp, non-finite gradient"]
-    assert torch.equal(run["counts"][:2], two["fsdp"]["counts"][:2])
-    assert run["losses"][2].isnan() and run["bias"].isfinite().all()
+@pytest.mark.parametrize("name", ["fsdp", "ddp"])
+def test_non_finite_gradient_on_one_rank(two, name):
+    """No rank takes that step. That they agree and clear their counts is asserted in the worker."""
+    run = two[f"{name}, non-finite gradient"]
+    torch.testing.assert_close(run["counts"][:2], two["fsdp"]["counts"][:2])
+    assert run["losses"].isfinite().tolist() == [True, False, True]
+    delta = sum(expert_bias_delta(run["counts"][step], 0.01) for step in (0, 2))
+    torch.testing.assert_close(run["bias"][0], delta[0])
 
 
 @pytest.mark.slow

@@ -177,6 +177,18 @@ def test_non_finite_steps_and_resumes_are_counted(processor, tmp_path):
     assert processor.logger.steps[60]["health/resumes"] == 2
 
 
+def test_skipped_steps_are_counted_and_told(processor, caplog):
+    model = with_model(processor)
+    processor.optimizers = optimizers_for(model, implementation="fused")
+    for step, value in enumerate((0.0, float("nan"), float("nan"), 0.0)):
+        loss_of(model, *batch(step)).backward()
+        model.output.weight.grad[0, 0] += value
+        processor.optimizers.step()
+        processor.optimizers.zero_grad()
+        assert log_step(processor)["health/skipped_steps"] == (0, 1, 2, 2)[step]
+    assert caplog.text.count("1 optimizer steps were NOT TAKEN") == 2
+
+
 def test_time_per_step_counts_the_steps(processor, monkeypatch):
     now = processor.time_last_log
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now + 6)
