@@ -22,8 +22,8 @@ import torch
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
-        epilog="Options --section.field are those of momoe_titan.train: how the checkpoint was "
-        "trained. " + __doc__.partition("\n\n")[2],
+        epilog=__doc__.partition("\n\n")[2]
+        + "Options --section.field are those of momoe_titan.train: how the checkpoint was trained.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
