@@ -37,7 +37,11 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     if not isinstance(kernel, JITFunction):  # the interpreter's
         _launch_slowly(kernel, grid, args, options)
         return
-    key = (kernel.fn, driver.active.get_current_device(), *_specialisation(args), *options.items())
+    try:
+        device = driver.active.get_current_device()
+    except OSError:  # Triton builds its driver in its cache, which is not usable: mended below
+        device = None
+    key = (kernel.fn, device, *_specialisation(args), *options.items())
     found = _compiled.get(key)
     if found is not None:
         compiled, constants = found
