@@ -41,11 +41,10 @@ def _aligned(t: Tensor) -> Tensor:
 def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
     """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
 
-    max_bytes: what a range should fit into. Callers give the size of w1: dx comes just before w1's
-    gradient, which needs as much, so that these rows do not raise the peak.
+    max_bytes: what a range should fit into.
     """
     num_rows = rows.shape[0]
-    ranges = gemms.column_ranges(num_rows, out_TD, max_bytes)
+    ranges = gemms.column_ranges(*rows.shape, out_TD, max_bytes)
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
@@ -74,7 +73,9 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, b
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F)
     out_TD = torch.empty_like(x_TD)
-    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, w1_ED2F.nbytes)
+    # The backward ends with dz, twice the size of act, and all gradients: y beside act may take as much.
+    room = act_RF.nbytes + x_TD.nbytes + w1_ED2F.nbytes + w2_EFD.nbytes
+    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room)
     return out_TD, counts_E, z_S2F, packed
 
 
@@ -104,6 +105,7 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     del act_RF, dscore
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
+        # dw1 comes next and needs as much.
         _combined(gemms, gemms.up_proj_backward, dz_R2F, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes)
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:

@@ -74,22 +74,24 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rows, width, max_mib, want",
+    "rows, width, cols, max_mib, want",
     [
-        (196608, 1536, 192, [(0, 512), (512, 1024), (1024, 1536)]),  # 576 MiB
-        (131072, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster from 4096 columns on
-        (8192, 2048, 256, [(0, 2048)]),  # fits
-        (1024, 4096, 1024, [(0, 4096)]),  # small
-        (1000, 2176, 0, [(0, 2176)]),  # small anyway
-        (65536, 2176, 200, [(0, 1280), (1280, 2176)]),  # 272 MiB; whole tiles
-        (1 << 20, 1152, 1, [(0, 512), (512, 1024), (1024, 1152)]),
-        (1 << 20, 8192, 1, [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]),  # no more than four
-        (0, 320, 0, [(0, 320)]),
+        (196608, 512, 1536, 192, [(0, 768), (768, 1536)]),  # 7B-n256, dx: 576 MiB would take three, but each has little to do
+        (196608, 256, 1536, 192, [(0, 1536)]),  # y: even less
+        (131072, 2048, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster with experts as large as these
+        (131072, 1024, 4096, 1024, [(0, 4096)]),
+        (8192, 2048, 2048, 256, [(0, 2048)]),  # fits
+        (1024, 4096, 4096, 1024, [(0, 4096)]),  # small
+        (1000, 2304, 2176, 0, [(0, 2176)]),  # small anyway
+        (65536, 2304, 2176, 200, [(0, 1280), (1280, 2176)]),  # 272 MiB; whole tiles
+        (1 << 20, 1024, 1152, 1, [(0, 512), (512, 1024), (1024, 1152)]),
+        (1 << 20, 512, 8192, 1, [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]),  # no more than four
+        (0, 64, 320, 0, [(0, 320)]),
     ],
 )
-def test_column_ranges(rows, width, max_mib, want):
-    out = torch.empty(1, width, dtype=torch.bfloat16, device="meta")
-    assert HopperGemms().column_ranges(rows, out, max_mib << 20) == want
+def test_column_ranges(rows, width, cols, max_mib, want):
+    out = torch.empty(1, cols, dtype=torch.bfloat16, device="meta")
+    assert HopperGemms().column_ranges(rows, width, out, max_mib << 20) == want
 
 
 def test_combine_of_column_ranges(device):
