@@ -19,14 +19,25 @@ BalanceRule = Literal["sign", "proportional"]
 class Momoe:
     """Mixture-of-Experts layers by momoe_titan."""
 
-    save_percent: float | list[float] = 0.0
+    save_percent: float | list[float] | Literal["auto"] = 0.0
     """
     How much of the experts' pre-activations to keep for the backward,
     in percent: 0 keeps nothing and recomputes them (least memory),
     100 keeps all (fastest). One number for all MoE layers, or one
     number per MoE layer, first layer first (TOML `[0, 50, 100]`,
     command line `0 50 100`). Changes memory and time, never the
-    result.
+    result. "auto" takes as much as fits into memory_budget: chosen
+    at the start by the plan (docs/planning.md), corrected once by
+    the memory measured in the first steps, kept in the dump folder
+    for a resumed run.
+    """
+
+    memory_budget: float = 0.9
+    """
+    How much of a GPU's memory a run may take: up to 1 a share of it,
+    above 1 GiB. For save_percent "auto" and `python -m
+    momoe_titan.plan`. What is left is for what neither foresees,
+    fragmentation above all.
     """
 
     backend: Backend = "auto"
@@ -91,7 +102,9 @@ class Momoe:
         Raises:
             ValueError: names the field as it is written in TOML, and its value.
         """
-        if isinstance(self.save_percent, (list, tuple)):
+        if self.save_percent == "auto":
+            pass
+        elif isinstance(self.save_percent, (list, tuple)):
             if not self.save_percent:
                 raise ValueError(
                     "momoe.save_percent must be a number or a list with one number "
@@ -114,6 +127,12 @@ class Momoe:
                     f"momoe.{name} must be one of {', '.join(map(repr, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
+        budget = self.memory_budget
+        if type(budget) not in (int, float) or not 0 < budget < float("inf"):
+            raise ValueError(
+                "momoe.memory_budget must be above 0 (up to 1 a share of a GPU's "
+                f"memory, above 1 GiB), got {budget!r}"
+            )
         rate = self.load_balance_rate
         # `not 0 <= rate` is also true of NaN.
         if type(rate) not in (int, float) or not 0 <= rate < float("inf"):

@@ -14,6 +14,7 @@ from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_perce
 from .activation_checkpoint import check_activation_checkpoint
 from .expert_parallel import check_expert_parallel
 
+AUTO = "auto"
 STOCK_BACKEND = "torchtitan"
 BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
 BALANCE_RULES = ("sign", "proportional")
@@ -114,6 +115,8 @@ class MomoeLlamaArgs(TransformerModelArgs):
             )
         else:
             given = momoe.save_percent
+            if given == AUTO:  # set_up_auto_save_percent sets the layers' own
+                given = 0.0
             self.save_percent = list(given) if isinstance(given, (list, tuple)) else [given]
             self.backend = momoe.backend
             self.load_balance_rate = momoe.load_balance_rate
@@ -122,6 +125,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             self.check_ids = momoe.check_ids
             self.vocab_size = momoe.vocab_size or self.vocab_size
         self.validate(section="momoe.")
+        _check_auto(job_config)
         _refuse_unsupported(job_config)
         hf_config.check_job(self, job_config)
         check_expert_parallel(self, job_config)
@@ -236,6 +240,22 @@ class MomoeLlamaArgs(TransformerModelArgs):
 def _at_least(name: str, value: int, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} is {value!r}, must be an integer of at least {minimum}")
+
+
+def _check_auto(job_config: JobConfig) -> None:
+    momoe = getattr(job_config, "momoe", None)
+    if momoe is None or momoe.save_percent != AUTO:
+        return
+    if (degree := job_config.parallelism.pipeline_parallel_degree) != 1:
+        raise ValueError(
+            f"momoe.save_percent is {AUTO!r}, which knows no pipeline stages, but "
+            f"parallelism.pipeline_parallel_degree is {degree}"
+        )
+    if momoe.backend == STOCK_BACKEND:
+        logger.warning(
+            f"momoe.save_percent has no effect with momoe.backend = {STOCK_BACKEND!r}: "
+            "TorchTitan's MoE saves what autograd saves."
+        )
 
 
 def _refuse_unsupported(job_config: JobConfig) -> None:

@@ -114,7 +114,7 @@ def build_momoe_optimizers(
     ft_manager=None,
 ) -> OptimizersContainer:
     """TorchTitan's optimizers with two step pre-hooks, which are also their attributes
-    `non_finite_guard` and `load_balancer`."""
+    `non_finite_guard` and `load_balancer`, and the models' `AutoSavePercent` as post-hooks."""
     optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     group = None if loss_mesh is None else loss_mesh.get_group()
@@ -122,4 +122,7 @@ def build_momoe_optimizers(
     optimizers.non_finite_guard = NonFiniteGuard()
     optimizers.register_step_pre_hook(optimizers.non_finite_guard)
     optimizers.register_step_pre_hook(optimizers.load_balancer)
+    for part in model_parts:
+        if (auto := getattr(part, "auto_save_percent", None)) is not None:
+            optimizers.register_step_post_hook(auto)
     return optimizers

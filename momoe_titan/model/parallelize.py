@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 
 from .activation_checkpoint import apply_activation_checkpointing, compiles_model
 from .args import STOCK_BACKEND
+from .auto_save import set_up_auto_save_percent
 from .checkpoint import allow_missing_balance_state
 from .expert_parallel import apply_expert_parallel
 
@@ -23,6 +24,7 @@ def parallelize_momoe_llama(
     Other parallelisms than data and expert parallelism are refused by `MomoeLlamaArgs.update_from_config`.
     """
     allow_missing_balance_state(model, job_config)
+    set_up_auto_save_percent(model, job_config)
 
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims)

@@ -1,0 +1,172 @@
+"""Predict the memory of a training job before anything runs, on any machine.
+
+    python -m momoe_titan.plan --job.config_file train_configs/500m.toml [--gpu_memory_gib 79] \\
+        [--world_size 8] [--json] [any other option of the job]
+
+Prints what the GPU of one rank holds in a training step, by part, at several save_percent, and the
+largest save_percent that fits. docs/planning.md says what is counted and how exact it is.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+
+from .memory import budget_bytes, context_bytes, CUBLAS_BYTES, GIB
+
+SAVE_PERCENTS = (0, 25, 50, 75, 100)
+PHASES = ("forward", "loss", "backward", "clip", "optimizer")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    # What is unknown here is the job's; abbreviations would take from that.
+    parser = argparse.ArgumentParser(
+        "python -m momoe_titan.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gpu_memory_gib",
+        type=float,
+        default=79.0,
+        help="of one GPU as PyTorch shows it: 79 for an H100 of 80 GB (default), 139 for an H200",
+    )
+    parser.add_argument("--world_size", type=int, default=1, help="ranks of the job")
+    parser.add_argument(
+        "--context_gib",
+        type=float,
+        help="memory outside of PyTorch's allocator: the CUDA context, and NCCL's buffers on several ranks "
+        "(default 0.6, 1.6 on several ranks: assumed)",
+    )
+    parser.add_argument("--capability", default="9.0", help="compute capability of the GPU, which decides the kernels")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--job_json", action="store_true", help="read the whole job as JSON from standard input, not from a file")
+    return parser
+
+
+def read_job(args: argparse.Namespace, job_args: list[str]):
+    """The job's configuration, by TorchTitan's own reader."""
+    from torchtitan.config import ConfigManager, JobConfig
+
+    if args.job_json:
+        values = json.load(sys.stdin)
+        custom = importlib.import_module(values["job"]["custom_config_module"]).JobConfig
+        merged = ConfigManager._merge_configs(JobConfig, custom)
+        return ConfigManager()._dict_to_dataclass(merged, values)
+    if not any(arg.split("=")[0].replace("-", "_") == "__job.custom_config_module" for arg in job_args):
+        job_args = [*job_args, "--job.custom_config_module=momoe_titan.job_config"]
+    return ConfigManager().parse_args(job_args)
+
+
+def predict(args: argparse.Namespace, config) -> dict:
+    """What is printed.
+
+    Raises:
+        ValueError: options or a configuration that cannot be used.
+    """
+    from torchtitan.tools.logging import logger
+
+    from .job import trace_job
+
+    for name in ("gpu_memory_gib", "world_size"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}, must be above 0")
+    logger.setLevel(logging.WARNING)
+    importlib.import_module(config.experimental.custom_import or "momoe_titan.register")
+    began = time.perf_counter()
+    capability = tuple(int(n) for n in args.capability.split("."))
+    plan = trace_job(config, args.world_size, capability)
+    given = args.context_gib
+    context = context_bytes(args.world_size) if given is None else int(given * GIB)
+    budget = budget_bytes(config.momoe.memory_budget, int(args.gpu_memory_gib * GIB))
+
+    rows = []
+    for percent in SAVE_PERCENTS:
+        moment, active, reserved = plan.peak_moment(percent), plan.active(percent), plan.reserved(percent)
+        z = sum(n for _, n in moment.z) * percent // 100
+        rows.append(
+            {
+                "save_percent": percent,
+                "kept_z": plan.kept_z(percent),
+                **{phase: plan.peak(percent, phase) for phase in PHASES},
+                "max_active": active,
+                "max_reserved": reserved,
+                "total": reserved + context,
+                "fits": reserved + context <= budget,
+                "at_peak": {**moment.parts, "experts' z": z, "cuBLAS workspaces": CUBLAS_BYTES, "phase": moment.phase},
+            }
+        )
+    choice = plan.fill(budget - context)
+    return {
+        "model": f"{config.model.name} {config.model.flavor}",
+        "num_parameters": plan.num_parameters,
+        "world_size": args.world_size,
+        "local_batch": [config.training.local_batch_size, config.training.seq_len],
+        "budget": budget,
+        "context": context,
+        "kept": plan.kept,
+        "rows": rows,
+        "fits": {"save_percent": choice, "total": plan.reserved(choice) + context},
+        "notes": plan.notes,
+        "plan": plan.to_dict(),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def text(p: dict) -> str:
+    """The prediction for people to read."""
+    batch, seq = p["local_batch"]
+    lines = [
+        f"{p['model']}: {p['num_parameters']:,} parameters, {batch} x {seq} tokens per rank and microbatch, "
+        f"{p['world_size']} rank{'s' if p['world_size'] > 1 else ''}; GiB on one GPU",
+        "",
+    ]
+    shown = [row["at_peak"] for row in p["rows"] if row["save_percent"] in (0, 100)]
+    lines += ["at the peak of the step          save_percent 0          100"]
+    names = sorted({name for row in shown for name in row if name != "phase"}, key=lambda n: -max(r.get(n, 0) for r in shown))
+    for name in names:
+        values = [row.get(name, 0) / GIB for row in shown]
+        if max(values) >= 0.005:
+            lines.append(f"  {name:<36}{values[0]:>11.2f}{values[1]:>13.2f}")
+    lines += [f"  {'(in the ' + '/'.join(dict.fromkeys(r['phase'] for r in shown)) + ')'}", ""]
+    head = ("forward", "loss", "backward", "clip", "optimizer", "allocated", "reserved", "total")
+    lines += ["save_percent" + "".join(f"{h:>11}" for h in head)]
+    for row in p["rows"]:
+        values = [row[k] for k in (*PHASES, "max_active", "max_reserved", "total")]
+        lines.append(f"{row['save_percent']:>12}" + "".join(f"{v / GIB:>11.2f}" for v in values) + ("" if row["fits"] else "  too much"))
+    lines += ["", f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; budget {p['budget'] / GIB:.1f}"]
+    choice, total = p["fits"]["save_percent"], p["fits"]["total"]
+    if not choice:
+        lines.append("no layer has a save_percent")
+    elif total > p["budget"]:
+        lines.append(f"does not fit: save_percent 0 takes {total / GIB:.1f}")
+    else:
+        mean = sum(choice) / len(choice)
+        lines.append(f"largest that fits: save_percent {mean:.0f} on average, {total / GIB:.1f} GiB in total")
+        if 0 < mean < 100:
+            lines.append(f"  by layer: {' '.join(f'{c:g}' for c in choice)}")
+    return "\n".join(lines + [f"note: {note}" for note in p["notes"]])
+
+
+def main() -> None:
+    from momoe_titan.train import describe_cpu
+
+    parser = build_parser()
+    args, job_args = parser.parse_known_args()
+    # Nothing here is for a GPU, and a busy one should not see another process.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with describe_cpu():
+        try:
+            prediction = predict(args, read_job(args, job_args))
+        except (ValueError, OSError) as e:
+            print(f"momoe_titan.plan: error: {e}", file=sys.stderr)
+            sys.exit(2)
+    print(json.dumps(prediction) if args.json else text(prediction))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Which bytes of GPU memory a computation on fake tensors would hold, and when.
+
+`MemoryTrace` sees every allocation of what runs under a FakeTensorMode: shapes, dtypes and lifetimes
+are those of the real code, and nothing is computed. The fake tensors are on the CPU, which every
+build of PyTorch knows; `as_on_gpu` takes what has other kernels on a GPU (attention, RMSNorm, the
+experts) the way it would go there.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._guards import active_fake_mode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtitan.models.moe import kernels as stock_kernels
+
+from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
+from momoe_titan.model import expert_parallel, moe
+
+from .allocator import block_bytes
+
+FORWARD = torch.ops.momoe_titan.moe_forward.default
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+# Ops whose bodies are followed, for what they hold only inside.
+_BODIES = {FORWARD: autograd._forward, torch.ops.momoe_titan.moe_backward.default: autograd._backward}
+_KERNEL_FILES = (combine, down_proj, hopper, routing, rows_gemm, up_proj, weight_grad)
+_NUM_PROCESSORS = 132  # of an H100; kernels that stand still are given a grid all the same
+
+BACKWARD = "temporary, backward"
+GRADIENTS = "gradients"
+OTHER = "other"
+
+
+class Place(NamedTuple):
+    """Where in the model an allocation is made."""
+
+    part: str
+    layer: str | None = None  # name of the MoE layer
+
+
+@dataclass
+class _Block:
+    number: int
+    num_bytes: int
+    part: str
+    z_layer: str | None = None  # the MoE layer whose z this is
+
+
+@dataclass
+class Moment:
+    """The highest memory while the same z are alive in one phase: bytes of all but z, in all and by part."""
+
+    base: int = -1
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Follows the storages of everything computed while it is entered, on fake tensors or real ones.
+
+    z, what save_percent keeps, is counted apart: a trace with save_percent 100 tells the memory at
+    any other.
+
+    Args:
+        place_of: where a module is, or None for where its parent is.
+
+    Attributes:
+        phase: name of what runs now, set by the caller; "backward" inside a backward.
+        moments: (phase, ((layer, bytes of its z alive), ..)) -> Moment, since `begin_step`.
+        events: (block, its bytes from now on, layer whose z it is or None), since the trace was entered.
+    """
+
+    def __init__(self, place_of: Callable[[nn.Module], Place | None]):
+        super().__init__()
+        self.phase = "setup"
+        self.moments: dict[tuple, Moment] = {}
+        self.events: list[tuple[int, int, str | None]] = []
+        self._place_of = place_of
+        self._places = [Place(OTHER)]
+        self._blocks: dict[int, _Block] = {}
+        self._watched: dict[int, weakref.ref] = {}
+        self._number = 0
+        self._first_number = 0
+        self._gradients: set[int] = set()
+        self._base = 0
+        self._parts: dict[str, int] = defaultdict(int)
+        self._z: dict[str, int] = {}
+        self._z_key: tuple = ()
+        self._inside: list | None = None  # moments within an op that is followed
+        self._exit = contextlib.ExitStack()
+
+    def begin_step(self) -> None:
+        """Start anew with moments. Gradients are told from other temporaries by their place in
+        the order of the step before, at whose end they were relabelled."""
+        self._gradients = {
+            block.number - self._first_number for block in self._blocks.values() if block.part == GRADIENTS
+        }
+        self._first_number = self._number
+        self.moments.clear()
+
+    def relabel(self, tensor: torch.Tensor, part: str) -> None:
+        """Count the memory of a tensor as this part from now on."""
+        tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        block = self._blocks.get(tensor.untyped_storage()._cdata)
+        if block is not None and block.z_layer is None:
+            self._parts[block.part] -= block.num_bytes
+            self._parts[part] += block.num_bytes
+            block.part = part
+
+    @contextlib.contextmanager
+    def within(self, place: Place) -> Iterator[None]:
+        """Count what is allocated outside of modules as made here."""
+        self._places.append(place)
+        try:
+            yield
+        finally:
+            self._places.pop()
+
+    def parts(self) -> dict[str, int]:
+        """Bytes alive now by part, z aside."""
+        return {part: n for part, n in self._parts.items() if n}
+
+    def __enter__(self):
+        self._fake_mode = active_fake_mode()
+        resize = torch.UntypedStorage.resize_
+
+        @functools.wraps(resize)
+        def traced_resize(storage, size):  # FSDP frees and fills its buffers so
+            result = resize(storage, size)
+            if storage._cdata in self._blocks:
+                self._resize(storage._cdata, storage.nbytes())
+            return result
+
+        self._exit.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", traced_resize))
+        hooks = nn.modules.module
+        self._exit.callback(hooks.register_module_forward_pre_hook(self._enter_module).remove)
+        self._exit.callback(hooks.register_module_forward_hook(self._leave_module, always_call=True).remove)
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        result = super().__exit__(*args)
+        self._exit.close()
+        return result
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # comes back as ops on local tensors
+        # DTensor asks for shapes under a fake mode of its own: nothing is allocated there
+        ours = active_fake_mode() is self._fake_mode
+        if ours and func in _BODIES:
+            return self._follow(func, args)
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # as the real one; its fake makes a new tensor
+        if ours and func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a step number that the optimizer reads
+        out = func(*args, **(kwargs or {}))
+        if ours:
+            if func is _ATTENTION_BACKWARD:
+                self._see(args[1].new_empty(args[1].shape, dtype=torch.float32))  # its sums for dq
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._see(leaf)
+        return out
+
+    def _follow(self, func, args):
+        self._inside = []
+        with _ReenteredTrace(self):
+            out = _BODIES[func](*args[:-1], "triton")
+        z = self._blocks.get(out[2].untyped_storage()._cdata) if func is FORWARD else None
+        if z is not None:
+            self._mark_z(z)
+        inside, self._inside = self._inside, None
+        for number, phase, z_key, base, parts in inside:
+            # z was among the rest as long as it was not known to be z
+            if z is not None and z.z_layer is not None and number >= z.number:
+                base, z_key = base - z.num_bytes, self._z_key
+                parts[z.part] -= z.num_bytes
+            self._keep(phase, z_key, base, parts)
+        return out
+
+    def _enter_module(self, module, args):
+        self._places.append(self._place_of(module) or self._places[-1])
+
+    def _leave_module(self, module, args, out):
+        self._places.pop()
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._blocks or tensor.device.type == "meta":
+            return
+        part = self._places[-1].part
+        if in_backward():
+            is_gradient = self._number - self._first_number in self._gradients
+            part = GRADIENTS if is_gradient else BACKWARD
+        self._blocks[key] = _Block(self._number, 0, part)
+        self._number += 1
+        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._resize(key, storage.nbytes())
+
+    def _forget(self, key: int) -> None:
+        self._resize(key, 0)
+        del self._blocks[key], self._watched[key]
+
+    def _resize(self, key: int, num_bytes: int) -> None:
+        block = self._blocks[key]
+        change = block_bytes(num_bytes) - block.num_bytes
+        if change:
+            block.num_bytes += change
+            self.events.append((block.number, block.num_bytes, block.z_layer))
+            self._count(block, change)
+            if change > 0:
+                self._record()
+
+    def _count(self, block: _Block, change: int) -> None:
+        if block.z_layer is None:
+            self._base += change
+            self._parts[block.part] += change
+        else:
+            self._z[block.z_layer] = self._z.get(block.z_layer, 0) + change
+            self._z_key = tuple(sorted((layer, n) for layer, n in self._z.items() if n))
+
+    def _record(self) -> None:
+        phase = "backward" if in_backward() else self.phase
+        if self._inside is not None:
+            self._inside.append((self._number - 1, phase, self._z_key, self._base, self.parts()))
+            return
+        moment = self.moments.get((phase, self._z_key))
+        if moment is None or self._base > moment.base:
+            self._keep(phase, self._z_key, self._base, self.parts())
+
+    def _keep(self, phase: str, z_key: tuple, base: int, parts: dict[str, int]) -> None:
+        moment = self.moments.setdefault((phase, z_key), Moment())
+        if base > moment.base:
+            moment.base, moment.parts = base, parts
+
+    def _mark_z(self, block: _Block) -> None:
+        layer = self._places[-1].layer
+        if layer is None:
+            return
+        self._count(block, -block.num_bytes)
+        block.z_layer = layer
+        self._count(block, block.num_bytes)
+        for i in range(len(self.events) - 1, -1, -1):
+            if self.events[i][0] == block.number:
+                self.events[i] = (block.number, block.num_bytes, layer)
+                break
+
+
+class _ReenteredTrace(TorchDispatchMode):
+    """A trace that follows the inside of an op it was called for."""
+
+    def __init__(self, trace: MemoryTrace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.trace.__torch_dispatch__(func, types, args, kwargs)
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Allocates and keeps what aten::_fused_rms_norm does, which exists for GPUs only."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        out = torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )
+        return out[0]
+    # cuDNN comes first in TorchTitan's order; FlashAttention keeps as much
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, True, dropout_p, is_causal, False, scale=scale)
+    return out[0]
+
+
+def _rms_norm(x, normalized_shape, weight=None, eps=None):
+    if weight is None or weight.dtype != x.dtype or isinstance(x, DTensor):
+        return torch.rms_norm(x, normalized_shape, weight, eps)
+    return _FusedRMSNorm.apply(x, weight)
+
+
+@contextlib.contextmanager
+def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
+    """While open, code on fake CPU tensors allocates as it would on a GPU of this compute capability.
+
+    Kernels of momoe_titan and TorchTitan's MoE are not launched.
+    """
+    fits = lambda *wanted: capability >= wanted  # noqa: E731
+    patches = [
+        *(mock.patch.object(file, "launch", lambda *args, **kwargs: None) for file in _KERNEL_FILES),
+        mock.patch.object(autograd, "_aligned", lambda tensor: tensor),
+        mock.patch.object(configs, "interpreting", lambda: False),
+        mock.patch.object(configs, "device_properties", lambda device: (capability, "GPU")),
+        mock.patch.object(hopper, "_num_programs", lambda device: _NUM_PROCESSORS),
+        *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
+        mock.patch.object(moe, "has_cuda_capability", fits),
+        mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
+        mock.patch.object(expert_parallel.Dispatcher, "send", _send_evenly),
+        mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(F, "rms_norm", _rms_norm),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+_send = expert_parallel.Dispatcher.send
+
+
+def _send_evenly(self, x_TD, ids_TK, scores_TK):
+    """`Dispatcher.send` where every rank gets its fair share: nobody knows what fake tokens choose."""
+    (num_tokens, num_chosen), ranks = ids_TK.shape, self.group.size()
+    # a token goes once to each rank that has one of its experts
+    tokens = round(num_tokens * (1 - (1 - 1 / ranks) ** num_chosen))
+    counts = [[tokens, num_tokens * num_chosen // ranks]] * ranks
+    exchanged = SimpleNamespace(tolist=lambda: [counts, counts])
+    with mock.patch.object(torch.ops.momoe_titan, "exchange_counts", lambda *args: exchanged):
+        return _send(self, x_TD, ids_TK, scores_TK)
+
+
+def _fill_indices(counts, start, write_offsets, experts_per_rank, num_ranks, max_len, *args, **kwargs):
+    return torch.empty(max_len, dtype=torch.int32, device=counts.device)

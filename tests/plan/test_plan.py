@@ -1,0 +1,166 @@
+"""The plan of a whole job: against the built model, and by its own rules."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchtitan.config import JobConfig
+
+import momoe_titan.register  # noqa: F401
+from momoe_titan.job_config import Momoe
+from momoe_titan.kernels import num_saved_rows
+from momoe_titan.model import flavors, MomoeLlama
+from momoe_titan.model.auto_save import plan_in_child
+from momoe_titan.plan.allocator import block_bytes
+from momoe_titan.plan.job import OPTIMIZER, PARAMETERS, trace_training
+from momoe_titan.plan.memory import budget_bytes, CUBLAS_BYTES, GIB, MemoryPlan, Moment
+
+BATCH, SEQ = 4, 128
+NO_MESH = SimpleNamespace(
+    get_optional_mesh=lambda name: None,
+    dp_replicate=1,
+    dp_shard=1,
+    **{f"{name}_enabled": False for name in ("fsdp", "dp", "dp_cp", "dp_replicate", "tp", "pp", "cp", "ep")},
+)
+
+
+def job(ac: str = "none", **momoe) -> JobConfig:
+    config = JobConfig()
+    config.momoe = Momoe(**momoe)
+    config.model.name, config.model.flavor = "momoe_llama", "debugmodel"
+    config.training.local_batch_size, config.training.seq_len = BATCH, SEQ
+    config.activation_checkpoint.mode = ac
+    return config
+
+
+@pytest.fixture(scope="module")
+def plan() -> MemoryPlan:
+    return trace_training(job(save_percent=100.0), NO_MESH, (9, 0))
+
+
+@pytest.fixture(scope="module")
+def model() -> MomoeLlama:
+    args = flavors["debugmodel"]
+    args.update_from_config(job())
+    with torch.device("meta"):
+        return MomoeLlama(args)
+
+
+def test_parameters_and_optimizer_state_are_the_models(plan, model):
+    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
+    parameters = [block_bytes(p.nbytes) for p in model.parameters()]
+    buffers = [block_bytes(b.nbytes) for b in model.buffers()]
+    # fused AdamW: two moments and a step number each
+    for moment in plan.moments:
+        assert moment.parts[PARAMETERS] == sum(parameters) + sum(buffers)
+        assert moment.parts[OPTIMIZER] == 2 * sum(parameters) + block_bytes(4) * len(parameters)
+    assert plan.peak(0, "optimizer") == plan.peak(100, "optimizer")
+
+
+@pytest.mark.parametrize("save_percent", [[0.0], [37.0], [100.0], [0.0, 100.0, 12.5]])
+def test_kept_z_is_what_the_op_keeps(plan, model, save_percent):
+    args = model.model_args
+    rows, row_bytes = BATCH * SEQ * args.moe_args.top_k, 2 * args.moe_hidden_dim * 2
+    percents = save_percent * 3 if len(save_percent) == 1 else save_percent
+    exact = sum(num_saved_rows(rows, p) * row_bytes for p in percents)
+    assert exact <= plan.kept_z(save_percent) < exact + 3 * (row_bytes + 512)
+
+
+def test_traced_at_any_save_percent_the_plan_is_the_same(plan):
+    """One trace tells all: at 50 it foresees what a trace at 50 finds."""
+    at_50 = trace_training(job(save_percent=50.0), NO_MESH, (9, 0))
+    assert at_50.active(100) == plan.active(50)
+    assert at_50.reserved(100) == plan.reserved(50)
+
+
+@pytest.mark.parametrize("ac", ["none", "full", "selective"])
+def test_memory_grows_with_save_percent(ac):
+    plan = trace_training(job(ac, save_percent=100.0), NO_MESH, (9, 0))
+    active = [plan.active(p) for p in range(0, 101, 10)]
+    assert active == sorted(active)
+    assert active[0] + plan.kept_z(100) >= active[-1]
+    assert all(plan.reserved(p) >= plan.active(p) for p in (0, 50, 100))
+    assert plan.reserved(100, plan.reserved(100)) is not None
+    assert plan.reserved(100, plan.active(100) // 2) is None
+
+
+def test_checkpointing_keeps_less():
+    none, full = (trace_training(job(ac, save_percent=0.0), NO_MESH, (9, 0)) for ac in ("none", "full"))
+    for part in ("attention", "norms", "shared experts"):
+        assert full.kept[part] < none.kept[part] / 2
+
+
+def made_up(base=1000, after=1020) -> MemoryPlan:
+    """Four layers whose z is 100 blocks each: a percent of one layer is one block. The step peaks
+    with all z alive, or when the last layer's are gone."""
+    z = [(str(i), 100 * 512) for i in range(4)]
+    moments = [Moment("loss", z, base * 512, {}), Moment("backward", z[:-1], after * 512, {})]
+    return MemoryPlan([layer for layer, _ in z], moments, kept={}, num_parameters=1, slack=7 * 512)
+
+
+def blocks(num_bytes: int) -> int:
+    return (num_bytes - CUBLAS_BYTES) // 512
+
+
+def test_the_peak_is_the_highest_moment():
+    plan = made_up()
+    assert [blocks(plan.active(p)) for p in (0, 50, [0, 0, 0, 10], 100)] == [1020, 1200, 1020, 1400]
+    assert plan.peak_moment(0).phase == "backward" and plan.peak_moment(100).phase == "loss"
+    with pytest.raises(ValueError, match="save_percent has 2 numbers, must have 1 or one per MoE layer, 4"):
+        plan.active([1, 2])
+
+
+@pytest.mark.parametrize("room", [1026, 1027, 1028, 1100, 1107, 1108, 1300, 1406])
+def test_fill_is_the_largest_that_fits(room):
+    plan, budget = made_up(after=1020), room * 512 + CUBLAS_BYTES
+    choice = plan.fill(budget)
+    assert choice == sorted(choice) and sum(0 < c < 100 for c in choice) <= 1  # the last layers first
+    taken = blocks(plan.active(choice) + plan.slack)
+    assert taken == max(room, 1027)  # to the block; 0 takes 1027
+
+
+def test_nothing_is_kept_where_nothing_fits():
+    assert made_up().fill(0) == [0.0] * 4
+    assert made_up().fill(10**9) == [100.0] * 4
+
+
+def test_a_plan_survives_json(plan):
+    again = MemoryPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again.active([0, 50, 100]) == plan.active([0, 50, 100])
+    budget = plan.active(50) + plan.slack
+    assert again.fill(budget) == plan.fill(budget)
+
+
+def test_budget():
+    assert budget_bytes(0.5, 80 * GIB) == 40 * GIB
+    assert budget_bytes(1, 80 * GIB) == 80 * GIB
+    assert budget_bytes(70.0, 80 * GIB) == 70 * GIB
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "momoe_titan.plan", "--job.config_file", "train_configs/debug_model.toml", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_command_line_and_shards():
+    out = run("--world_size", "2", "--json", "--momoe.save_percent", "auto")
+    assert out.returncode == 0, out.stderr
+    p = json.loads(out.stdout)
+    assert [row["save_percent"] for row in p["rows"]] == [0, 25, 50, 75, 100]
+    parameters = p["num_parameters"] * 4
+    sharded = p["rows"][0]["at_peak"][PARAMETERS]
+    assert parameters / 2 <= sharded < parameters / 2 * 1.1  # padding, buffers
+    assert all(row["total"] == row["max_reserved"] + p["context"] for row in p["rows"])
+    assert p["fits"]["save_percent"] == [100.0] * 3
+
+
+@pytest.mark.slow
+def test_a_plan_made_in_a_child_is_the_plan(plan):
+    config = job(save_percent="auto")
+    config.job.custom_config_module = "momoe_titan.job_config"
+    config.experimental.custom_import = "momoe_titan.register"
+    assert plan_in_child(config) == json.loads(json.dumps(plan.to_dict()))

@@ -1,0 +1,104 @@
+"""The trace against what real tensors take."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from momoe_titan.kernels import momoe_mlp
+from momoe_titan.model import MomoeLlama
+from momoe_titan.plan.allocator import block_bytes
+from momoe_titan.plan.trace import as_on_gpu, MemoryTrace, Place
+from tests.model.tiny import batch, build, loss_of, tiny_args
+
+
+def alive(trace):
+    return sum(trace.parts().values())
+
+
+@pytest.mark.parametrize("save_percent", [[0.0, 0.0], [0.0, 37.0], [100.0, 100.0]])
+def test_kept_bytes_are_those_of_the_saved_tensors(save_percent, monkeypatch):
+    monkeypatch.setattr("momoe_titan.plan.trace._BODIES", {})  # the op as on a CPU, by its fakes
+    model = build(tiny_args(save_percent=save_percent))
+    tokens, labels = (t.contiguous() for t in batch(0))
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), tokens, labels]}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # kept alive, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, tokens, labels)
+    expected = sum(block_bytes(storage.nbytes()) for storage in saved.values())
+
+    with FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+        fake = MomoeLlama(tiny_args(save_percent=save_percent))
+        inputs = torch.empty(tokens.shape, dtype=torch.int64), torch.empty(labels.shape, dtype=torch.int64)
+        before = alive(trace)
+        fake_loss = loss_of(fake, *inputs)
+        after = alive(trace)
+    loss_bytes = block_bytes(fake_loss.untyped_storage().nbytes())
+    assert loss.untyped_storage().nbytes() == fake_loss.untyped_storage().nbytes()
+    assert after - before - loss_bytes == expected
+
+
+def test_the_op_takes_the_same_memory_whatever_the_routing(monkeypatch):
+    """Balanced, and all tokens on the same experts: every allocation, those inside included."""
+    t, d, f, e, k = 16, 16, 16, 4, 2
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(s, generator=generator).requires_grad_() for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+    balanced = torch.arange(t * k).view(t, k) % e
+    skewed = torch.tensor([[3, 1]]).expand(t, k).contiguous()
+
+    def events(ids):
+        scores = torch.full((t, k), 0.5, requires_grad=True)
+        with MemoryTrace(lambda module: None) as trace:
+            out, counts = momoe_mlp(x, w1, w2, ids, scores, 50)
+            out.sum().backward()
+        assert counts.max() == (t if ids is skewed else t * k // e)
+        x.grad = w1.grad = w2.grad = None
+        first = {}
+        return [(first.setdefault(number, len(first)), n) for number, n, _ in trace.events]
+
+    assert Counter(n for _, n in events(balanced)) == Counter(n for _, n in events(skewed))
+    assert events(balanced) == events(skewed)
+
+
+def test_the_inside_of_the_op_is_counted():
+    t, d, f, e, k = 4096, 128, 64, 8, 2
+    place = Place("experts", "0")
+    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
+        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+        before = alive(trace)
+        trace.begin_step()
+        trace.phase = "forward"
+        out, _ = momoe_mlp(x, w1, w2, ids, scores, 100)
+        held = alive(trace) - before
+        peak = {phase: max(m.base for (p, _), m in trace.moments.items() if p == phase) for phase in ("forward",)}
+        out.backward(torch.empty_like(out))
+        backward = max((m.base + sum(n for _, n in z) for (p, z), m in trace.moments.items() if p == "backward"))
+    r, out_bytes = t * k, t * d * 2
+    assert out_bytes + 12 * r <= held < out_bytes + 13 * r  # the routing: 12 bytes a row, and a little per expert
+    assert {n for (_, z), _ in trace.moments.items() for _, n in z} == {r * 2 * f * 2}
+    # act (R, F) and y (R, D) in the forward
+    assert peak["forward"] - before == pytest.approx(held + r * f * 2 + r * d * 2, rel=0.01)
+    # of the backward: dz (R, 2F), and dx rows (R, D) that come when act is gone
+    at_least = held + r * 2 * f * 2 * 2 + r * d * 2 + out_bytes
+    assert at_least < backward - before < at_least + 2 * (r * f * 2)
+
+
+def test_gradients_are_known_by_their_place_in_the_step_before():
+    with FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+        weight = torch.empty(1000, 1000, requires_grad=True)
+        for _ in range(2):
+            trace.begin_step()
+            weight.grad = None
+            (torch.empty(10, 1000) @ weight).sum().backward()
+            trace.relabel(weight.grad, "gradients")
+    highest = max(trace.moments.values(), key=lambda m: m.base)
+    assert highest.parts["gradients"] == block_bytes(4_000_000)
