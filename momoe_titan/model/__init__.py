@@ -3,10 +3,8 @@
 import copy
 from collections import UserDict
 
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.validate import build_validator
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.moe import MoEArgs
 from torchtitan.protocols.train_spec import TrainSpec
 
@@ -14,10 +12,12 @@ from momoe_titan.data import build_dataloader, build_tokenizer
 
 from .args import MomoeLlamaArgs
 from .load_balancing import build_momoe_optimizers, expert_bias_delta, ExpertLoadBalancer
+from .loss import build_loss
 from .metrics import build_momoe_metrics_processor
 from .model import MomoeLlama
 from .moe import MomoeExperts, MomoeMoE, MomoeRouter, StockMoE
 from .parallelize import parallelize_momoe_llama
+from .pipeline import pipeline_momoe_llama
 from .state_dict_adapter import MomoeStateDictAdapter
 
 __all__ = [
@@ -151,12 +151,12 @@ def get_train_spec() -> TrainSpec:
         model_cls=MomoeLlama,
         model_args=flavors,
         parallelize_fn=parallelize_momoe_llama,
-        pipelining_fn=pipeline_llm,
+        pipelining_fn=pipeline_momoe_llama,
         build_optimizers_fn=build_momoe_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_momoe_metrics_processor,
         state_dict_adapter=MomoeStateDictAdapter,

@@ -13,6 +13,7 @@ from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_perce
 
 from .activation_checkpoint import check_activation_checkpoint
 from .expert_parallel import check_expert_parallel
+from .refusals import check_parallelism
 
 AUTO = "auto"
 STOCK_BACKEND = "torchtitan"
@@ -20,12 +21,7 @@ BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
 BALANCE_RULES = ("sign", "proportional")
 QK_NORMS = ("none", "per_head", "full")
 # Degrees above 1 of these are refused: the experts' weights have no sharding for them yet.
-UNSUPPORTED_DEGREES = (
-    "tensor_parallel_degree",
-    "pipeline_parallel_degree",
-    "context_parallel_degree",
-    "expert_tensor_parallel_degree",
-)
+UNSUPPORTED_DEGREES = ("expert_tensor_parallel_degree",)
 
 
 @dataclass
@@ -129,6 +125,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         _refuse_unsupported(job_config)
         hf_config.check_job(self, job_config)
         check_expert_parallel(self, job_config)
+        check_parallelism(self, job_config)
 
     def validate(self, section: str = "") -> None:
         """Check the fields against each other.

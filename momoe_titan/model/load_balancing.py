@@ -52,10 +52,11 @@ class ExpertLoadBalancer:
     with balancing off keep their bias and are counted all the same. A step that the optimizer is
     told to skip (its `found_inf` is 1, see `non_finite`) moves no bias: NaN activations choose any
     experts. A loop that skips the call of the optimizer carries its counts over into the next.
+    The ranks of tensor parallelism count the same tokens and are not summed over.
 
     Args:
         model_parts: modules to search for MoE layers.
-        process_group: the data-parallel ranks, or None for one process.
+        process_group: the data- and context-parallel ranks, or None for one.
 
     Attributes:
         counts_LE: (MoE layers, E) int64, tokens per expert of the last step over all ranks, on

@@ -236,6 +236,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
     ) -> None:
         """Log one validation: its loss, throughput and memory."""
         self.steps_since_last_log = 0
+        # TorchTitan 0.2.2 adds up the mean losses of the context-parallel ranks.
+        loss /= self.parallel_dims.cp
         if self.on_gpu:
             super().log_validation(loss, step, extra_metrics)
             return

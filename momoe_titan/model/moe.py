@@ -4,9 +4,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torchtitan.models.moe import MoE, MoEArgs
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torchtitan.models.moe import FeedForward, MoE, MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter, TokenReorderer
 from torchtitan.models.utils import trunc_normal_
 from torchtitan.tools.logging import logger
@@ -21,6 +23,8 @@ from momoe_titan.counting import (
 from momoe_titan.kernels import momoe_mlp
 from momoe_titan.kernels.router import float32_product, route, runs_here
 
+from .tensor_parallel import gather_rows, local_weight, sum_and_scatter_rows
+
 if TYPE_CHECKING:
     from .expert_parallel import Dispatcher
 
@@ -34,8 +38,8 @@ class Float32Linear(nn.Linear):
     """
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        out_TE = float32_product(x_TD, self.weight)
-        return out_TE if self.bias is None else out_TE + self.bias.float()
+        out_TE = float32_product(x_TD, local_weight(self.weight))
+        return out_TE if self.bias is None else out_TE + local_weight(self.bias).float()
 
 
 # An op of its own, so that activation checkpointing can keep the choice (a K-th of an E-th of the
@@ -169,7 +173,7 @@ class MomoeExperts(nn.Module):
         num_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
-        w1, w2 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2))
+        w1, w2 = local_weight(self.w1), local_weight(self.w2)
         return momoe_mlp(
             x_TD,
             w1.flatten(2),
@@ -196,8 +200,18 @@ class MomoeExperts(nn.Module):
             target_EIO.copy_(drawn_EOI.transpose(1, 2))
 
 
+class SharedExperts(FeedForward):
+    """TorchTitan's feed-forward, which under tensor parallelism computes a rank's columns of the
+    hidden dimension: x (T, D) -> its share of the sum that is the output (T, D)."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        w1, w2, w3 = (local_weight(w.weight) for w in (self.w1, self.w2, self.w3))
+        return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)
+
+
 class BalancedMoE(MoE):
-    """What both MoE layers share: the router, and the state of loss-free load balancing.
+    """What both MoE layers share: router, shared experts, and the state of loss-free load
+    balancing.
 
     Args:
         moe_args: TorchTitan's arguments; its `load_balance_coeff` is not read.
@@ -205,6 +219,10 @@ class BalancedMoE(MoE):
         hidden_dim: F.
         balance_rate: how far an optimizer step moves `expert_bias`; 0 leaves it as it is.
         balance_rule: "sign" or "proportional", see `load_balancing.expert_bias_delta`.
+
+    Attributes:
+        tp_mesh: the ranks of tensor parallelism, where x is a rank's part of the sequence, or None.
+        experts_tp_placements: how tensor parallelism shards the experts' weights, by name.
 
     Buffers, both in the state dict, both changed in place by an optimizer step:
         expert_bias: (E) float32, whatever dtype the module is cast to.
@@ -229,6 +247,9 @@ class BalancedMoE(MoE):
         self.load_balance_coeff = balance_rate or None
         self.load_balance_rule = balance_rule
         self.router = self.router_class(dim, moe_args)
+        if self.shared_experts is not None:
+            self.shared_experts = SharedExperts(dim, hidden_dim * moe_args.num_shared_experts)
+        self.tp_mesh: DeviceMesh | None = None
         counts_E = torch.zeros(moe_args.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts_E, persistent=True)
         self.register_load_state_dict_pre_hook(_start_missing_state_at_zero)
@@ -273,6 +294,8 @@ class MomoeMoE(BalancedMoE):
         dispatcher: what expert parallelism sends tokens to their experts with, or None.
     """
 
+    experts_tp_placements = {"w1": Shard(3), "w2": Shard(1)}
+
     def __init__(
         self,
         moe_args: MoEArgs,
@@ -295,9 +318,12 @@ class MomoeMoE(BalancedMoE):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> out (B, L, D), without waiting for the device but for the sizes of what
-        expert parallelism exchanges."""
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        scores_TK, ids_TK = self.router(x_TD, self.expert_bias)
+        expert parallelism exchanges. t of the T tokens are the rank's own: all, but for tensor
+        parallelism."""
+        x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        x_TD = gather_rows(x_tD, self.tp_mesh)
+        scores_tK, ids_tK = self.router(x_tD, self.expert_bias)
+        scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
         if self.dispatcher is not None:
             exchange, counts_E = self.dispatcher.send(x_TD, ids_TK, scores_TK)
         else:
@@ -310,7 +336,7 @@ class MomoeMoE(BalancedMoE):
             out_TD = exchange.give_back(y_MD)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
-        return out_TD.view(x_BLD.shape)
+        return sum_and_scatter_rows(out_TD, self.tp_mesh).view(x_BLD.shape)
 
 
 class _StockRouter(MomoeRouter):
@@ -343,10 +369,13 @@ class StockMoE(BalancedMoE):
     """TorchTitan's own forward and experts, for comparison with `MomoeMoE`.
 
     Differs from TorchTitan's MoE in what would make the comparison unfair or stop it on a CPU:
-    the router is ours, and tokens are counted as in `BalancedMoE`.
+    the router is ours, and tokens are counted as in `BalancedMoE`. Under tensor parallelism
+    TorchTitan 0.2.2 takes each rank's share of the scores' gradient for the whole; here it is
+    summed.
     """
 
     router_class = _StockRouter
+    experts_tp_placements = {"w1": Shard(1), "w2": Shard(2), "w3": Shard(1)}
 
     def __init__(
         self,
@@ -366,6 +395,12 @@ class StockMoE(BalancedMoE):
             balance_rule=balance_rule,
         )
         self.reorderer = _StockReorderer(moe_args.num_experts, moe_args.top_k)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """x (B, L, D) -> out (B, L, D)."""
+        x_TD = gather_rows(x_BLD.flatten(0, 1), self.tp_mesh)
+        out_TD = super().forward(x_TD[None])[0]
+        return sum_and_scatter_rows(out_TD, self.tp_mesh).view(x_BLD.shape)
 
 
 def _start_missing_state_at_zero(

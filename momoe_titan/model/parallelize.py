@@ -1,10 +1,12 @@
-"""Activation checkpointing, torch.compile and parallelism, by TorchTitan's pieces."""
+"""Parallelism, activation checkpointing and torch.compile, by TorchTitan's pieces."""
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import JobConfig, TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
+from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import apply_compile as compile_whole_blocks, apply_ddp
 from torchtitan.models.llama4.infra.parallelize import apply_compile, apply_fsdp
 from torchtitan.tools.logging import logger
@@ -14,20 +16,30 @@ from .args import STOCK_BACKEND
 from .auto_save import set_up_auto_save_percent
 from .checkpoint import allow_missing_balance_state
 from .expert_parallel import apply_expert_parallel
+from .tensor_parallel import apply_tp
 
 
 def parallelize_momoe_llama(
     model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
 ) -> nn.Module:
-    """Apply what the job asks for, in TorchTitan's order, to a model on the meta device.
-
-    Other parallelisms than data and expert parallelism are refused by `MomoeLlamaArgs.update_from_config`.
+    """Apply what the job asks for, in TorchTitan's order, to a model on the meta device, or to a
+    pipeline stage of it. What cannot work is refused by `MomoeLlamaArgs.update_from_config`.
     """
     allow_missing_balance_state(model, job_config)
     set_up_auto_save_percent(model, job_config)
 
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims)
+    if parallel_dims.tp_enabled:
+        tp_mesh = parallel_dims.get_mesh("tp")
+        apply_tp(model, tp_mesh, not job_config.parallelism.disable_loss_parallel)
+        maybe_enable_async_tp(job_config, tp_mesh)
+    if parallel_dims.cp_enabled:
+        apply_cp_to_attention_module(
+            [block.attention.inner_attention for block in model.layers.values()],
+            parallel_dims.get_mesh("cp"),
+            model.model_args.attn_type,
+        )
 
     compiled = compiles_model(job_config)
     whole = compiled and not parallel_dims.ep_enabled
@@ -43,7 +55,7 @@ def parallelize_momoe_llama(
             mesh,
             param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
             reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
-            pp_enabled=False,
+            pp_enabled=parallel_dims.pp_enabled,
             cpu_offload=job_config.training.enable_cpu_offload,
             reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
             ep_degree=parallel_dims.ep,

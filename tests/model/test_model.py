@@ -280,7 +280,7 @@ class TestUpdateFromConfig:
         with pytest.raises(ValueError, match=message):
             MomoeLlama(args)
 
-    @pytest.mark.parametrize("kind", ["tensor", "pipeline", "context", "expert", "expert_tensor"])
+    @pytest.mark.parametrize("kind", ["expert", "expert_tensor"])
     def test_refuses_other_parallelisms(self, kind):
         config = job_config()
         setattr(config.parallelism, f"{kind}_parallel_degree", 2)
