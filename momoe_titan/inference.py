@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, Parallelism
 
 from momoe_titan.data import build_tokenizer
 from momoe_titan.model import flavors, MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter
@@ -63,7 +63,8 @@ def read_job(options: list[str]) -> tuple[MomoeLlamaArgs, str]:
         raise ValueError(f"model.name is {config.model.name!r}, must be 'momoe_llama'")
     if config.model.flavor not in flavors:
         raise ValueError(f"model.flavor {config.model.flavor!r} is none of {', '.join(flavors)}")
-    config.checkpoint.enable = False  # what the job loads or saves is not asked for here
+    # What the job loads or saves, and over how many ranks, is not asked for here.
+    config.checkpoint.enable, config.parallelism = False, Parallelism()
     args = flavors[config.model.flavor]
     args.update_from_config(config)
     build_tokenizer(config)

@@ -163,6 +163,27 @@ def test_logits_are_equal_both_ways(name, backend, tmp_path):
     assert saved(tmp_path / "ours").keys() == saved(tmp_path / "theirs").keys()
 
 
+def test_pipeline_stages_convert_alone():
+    args = tiny_args()
+    model = build(args)
+    randomise(model, 0)
+    adapter = MomoeStateDictAdapter(args, None)
+    state_dict = model.state_dict()
+    converted = adapter.to_hf(state_dict)
+    first = {key for key in state_dict if key.startswith(("tok", "layers.0.", "layers.1."))}
+    stages = [
+        {key: value for key, value in state_dict.items() if (key in first) == is_first}
+        for is_first in (True, False)
+    ]
+    for stage in stages:
+        part = adapter.to_hf(stage)
+        assert part and all(torch.equal(converted.pop(key), value) for key, value in part.items())
+        back = adapter.from_hf(part)
+        assert back.keys() == stage.keys()
+        assert all(torch.equal(back[key], value) for key, value in stage.items())
+    assert not converted
+
+
 def saved(folder) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in Path(folder).glob("model*.safetensors"):
