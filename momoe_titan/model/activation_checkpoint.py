@@ -2,22 +2,23 @@
 
 TorchTitan's modes decide which blocks are recomputed in the backward. Inside a recomputed block an
 MoE layer of ours keeps what its backward needs of routing and experts, and runs neither again:
-`save_percent` alone says what is computed twice of the experts, so that full checkpointing at
-save_percent 0 costs 2 extra units of 2*R*D*F in the op's backward, not 6 in another forward. The
+`save_percent` alone says what is computed twice of the experts. In units of 2*R*D*F, full
+checkpointing at save_percent 0 costs 9 + 2, where another forward would make it 9 + 3 + 2. The
 routing of forward and backward is one and the same object: it cannot differ.
 
 Kept per token of a recomputed block, in bytes, for 2-byte activations:
 
     x, the block's input                          2 D
-    the chosen experts, int64                     8 K     for the gradient of the router's scores
+    the chosen experts, int64                     8 K     for the gradient of the router's logits
+    their scores, float32                         4 K     on a GPU; recomputed elsewhere
     the routing, 3 int32 per row                 12 K     and some hundred bytes per layer
     save_percent's share p of z                   4 F K p/100
 
 and nothing else. h = x + attention(x) and norm(h), which feeds router, experts and shared experts,
 are recomputed with the attention (another 2 D bytes each if the checkpoint ended before the MoE),
-and so are the router's scores (one product with D x E, elementwise functions) and the shared
-experts. The experts' output is needed by no backward. Checkpointing by a list of saved ops would
-keep it, since it is one of the outputs of the op (another 2 D).
+and so are the router's logits (one product with D x E) and the shared experts. The experts' output
+is needed by no backward. Checkpointing by a list of saved ops would keep it, since it is one of the
+outputs of the op (another 2 D).
 
 Under expert parallelism the sizes of the exchange are kept too: the backward does not wait for the
 device to learn them. Tokens are sent once more, except in mode "selective" with "op".
@@ -33,7 +34,6 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -59,7 +59,8 @@ from .moe import MomoeMoE
 ops = torch.ops.momoe_titan
 # The ops that a recomputed block does not run again, and which of their outputs a backward reads.
 KEPT_OUTPUTS: dict[torch._ops.OpOverload, tuple[bool, ...]] = {
-    ops.choose_experts.default: (True,),
+    ops.route.default: (True, True),  # scores and chosen experts, on a GPU
+    ops.choose_experts.default: (True,),  # elsewhere
     ops.moe_forward.default: (False, False, True, True),  # out, counts, z, routing
     ops.exchange_counts.default: (True,),
 }
