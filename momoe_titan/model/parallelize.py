@@ -78,8 +78,8 @@ def _compile(model: nn.Module, job_config: JobConfig, ep_enabled: bool) -> None:
     hold: what is around them is compiled in parts, and the MoE, whose token counts differ from
     step to step, is not. Stock MoE layers get what TorchTitan does.
     """
-    config, args = job_config.compile, model.model_args
-    if args.backend == STOCK_BACKEND:
+    config = job_config.compile
+    if model.model_args.backend == STOCK_BACKEND:
         apply_compile(model, config, ep_enabled)
     elif ep_enabled:
         for block in model.layers.values():
@@ -92,7 +92,8 @@ def _compile(model: nn.Module, job_config: JobConfig, ep_enabled: bool) -> None:
         # Else the second save_percent that a layer comes with would turn into a run-time value.
         dynamo.specialize_float = True
         # Each has graphs for training and validation, and for another number of tokens in each.
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (1 + len(set(args.save_percent))))
+        differ = {b.moe.experts.save_percent for b in model.layers.values() if b.moe_enabled}
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (1 + len(differ)))
         compile_whole_blocks(model, config)
 
 

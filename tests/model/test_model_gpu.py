@@ -63,9 +63,11 @@ def test_stock_moe_gives_nearly_the_same_losses(plain):
     torch.testing.assert_close(stock["losses"], plain["losses"], rtol=0.01, atol=0)
 
 
-def test_torch_compile(plain):
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_torch_compile(plain, mode):
     config = job_config()
     config.compile.enable = True
+    config.activation_checkpoint.mode = mode
     torch._dynamo.reset()
     compiled = run(config, save_percent=[37.0])
     torch.testing.assert_close(compiled["losses"], plain["losses"], rtol=0.01, atol=0)
