@@ -309,7 +309,8 @@ def check_job(args: MomoeLlamaArgs, job_config: JobConfig) -> None:
                 "load balancing moves: set momoe.load_balance_rate to 0, or convert the "
                 "checkpoint with scripts/export_hf.py, which writes the bias beside the weights"
             )
-    if checkpoint.initial_load_in_hf:
+    resumes = os.path.exists(os.path.join(job_config.job.dump_folder, checkpoint.folder))
+    if checkpoint.initial_load_in_hf and not resumes:
         folder = folder_to_load(job_config)
         theirs, ours = _computed(read_hf_args(folder)), _computed(args)
         for field, value in ours.items():

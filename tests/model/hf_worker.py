@@ -22,9 +22,9 @@ from momoe_titan.model import MomoeStateDictAdapter, parallelize_momoe_llama
 from tests.model.tiny import build, job_config, tiny_args
 
 
-def data_parallel(replicate: int, shard: int, ep: int = 1):
+def parallel(replicate: int, shard: int, ep: int = 1, tp: int = 1):
     dims = ParallelDims(
-        dp_replicate=replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=ep, etp=1, world_size=4
+        dp_replicate=replicate, dp_shard=shard, cp=1, tp=tp, pp=1, ep=ep, etp=1, world_size=4
     )
     dims.build_mesh()
     return build(
@@ -95,9 +95,10 @@ def main(folder: str) -> None:
     )
     read = plain.state_dict()
     # 5 experts over 4 ranks: shards of different size and an empty one; and half a head of keys
-    check("fsdp", folder, ModelWrapper(data_parallel(1, 4)), read)
-    check("hsdp", folder, ModelWrapper(data_parallel(2, 2)), read)
-    check("expert parallelism", folder, ModelWrapper(data_parallel(1, 4, ep=2)), read)
+    check("fsdp", folder, ModelWrapper(parallel(1, 4)), read)
+    check("hsdp", folder, ModelWrapper(parallel(2, 2)), read)
+    check("expert parallelism", folder, ModelWrapper(parallel(1, 4, ep=2)), read)
+    check("tensor parallelism", folder, ModelWrapper(parallel(1, 2, tp=2)), read)
     for case, names, placements_of in (
         ("experts and their columns", ("ep", "etp"), experts_and_columns),
         ("experts and their rows", ("ep", "efsdp"), experts_and_rows),

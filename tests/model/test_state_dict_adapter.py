@@ -338,6 +338,7 @@ def test_every_flavor_has_a_format_with_as_many_weights(flavor):
 
 def hf_job(folder, **checkpoint):
     config = job_config()
+    config.job.dump_folder = "no such folder"
     config.model.hf_assets_path = str(folder)
     config.checkpoint.enable = True
     for field, value in checkpoint.items():
@@ -368,6 +369,11 @@ def test_jobs_that_the_formats_cannot_serve_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has moe_args\.top_k 2 and this one 3"):
         moe = replace(right.moe_args, top_k=3)
         replace(right, moe_args=moe).update_from_config(job)
+    job.job.dump_folder, job.checkpoint.initial_load_path = str(tmp_path / "run"), "gone"
+    with pytest.raises(ValueError, match="gone/config.json"):
+        right.update_from_config(job)
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    right.update_from_config(job)  # resumes, and needs the folder no more
 
     last = hf_job(tmp_path, last_save_in_hf=True)
     with pytest.raises(ValueError, match="last_save_in_hf.*momoe.load_balance_rate"):
@@ -397,7 +403,7 @@ def test_sharded_models_load_and_save_as_whole_ones_do(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     expected = saved(tmp_path / "whole")
     cases = [folder.name for folder in tmp_path.iterdir() if folder.name != "whole"]
-    assert len(cases) == 6
+    assert len(cases) == 7
     for case in cases:
         tensors = saved(tmp_path / case)
         assert tensors.keys() == expected.keys()
