@@ -151,12 +151,14 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
     def should_log(self, step: int) -> bool:
         """Whether this step is logged; the trainer asks once after every step."""
         self.steps_since_last_log += 1
+        logs = super().should_log(step)
         if self.first_step is None:
             self.first_step = step
             self.resumes = self._count_resumes()
-        logs = super().should_log(step)
-        # The step before a log step makes the routers record; a log step's own record is read
-        # and cleared by `log`.
+            if not logs:
+                # The routers have recorded this step, whose number was not known.
+                self._restart_entropy()
+        # Routers record the steps that will be logged; `log` reads and clears the record.
         want_entropy(super().should_log(step + 1))
         return logs
 
@@ -286,10 +288,12 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         here = self._rank_state(memory, list(layers.values()))
         device = torch.device("cuda" if self.on_gpu else "cpu")
         state = gather(counted, layer_ids, num_experts, here, device)
-        # The next record of the routers' entropy begins.
-        if layers:
-            torch._foreach_zero_([layer.router.entropy_and_tokens for layer in layers.values()])
+        self._restart_entropy()
         return state
+
+    def _restart_entropy(self) -> None:
+        if layers := self._layers():
+            torch._foreach_zero_([layer.router.entropy_and_tokens for layer in layers.values()])
 
     def _rank_state(self, memory: NamedTuple, layers: list[BalancedMoE]) -> RankState:
         if self.on_gpu:

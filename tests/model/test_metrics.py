@@ -164,6 +164,15 @@ def test_router_entropy_is_recorded_at_log_steps(processor):
     assert processor.logger.steps[4]["moe/router_entropy_min"] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_first_step_that_is_not_logged_leaves_no_entropy(processor):
+    """As after a resume: what the routers recorded of step 41 is not mixed into step 50's."""
+    model = with_model(processor)
+    loss_of(model, *batch(0)).backward()
+    assert all(moe.router.entropy_and_tokens[1] > 0 for moe in moes(model))
+    assert not processor.should_log(41)
+    assert not any(moe.router.entropy_and_tokens.any() for moe in moes(model))
+
+
 def test_non_finite_steps_and_resumes_are_counted(processor, tmp_path):
     processor.job_config.job.dump_folder = str(tmp_path)
     for start in ("20260101-0000", "20260102-0000", "20260103-0000"):
