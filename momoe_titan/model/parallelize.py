@@ -84,7 +84,8 @@ def _compile(model: nn.Module, job_config: JobConfig, ep_enabled: bool) -> None:
     elif ep_enabled:
         for block in model.layers.values():
             ffn = block.moe.shared_experts if block.moe_enabled else block.feed_forward
-            for part in (block.attention_norm, block.attention, block.ffn_norm, ffn):
+            # not the norms, whose forward is torch's own, which dynamo does not compile by itself
+            for part in (block.attention, ffn):
                 if part is not None:
                     part.compile(backend=config.backend, fullgraph=True)
     else:
