@@ -190,9 +190,15 @@ def check_config(config: "JobConfig") -> None:
             raise ValueError(
                 f"checkpoint.folder {checkpoints!r} cannot be written: {e}"
             ) from e
-        if config.checkpoint.keep_latest_k == 1:
+        if config.checkpoint.interval < 1:
             raise ValueError(
-                "checkpoint.keep_latest_k is 1, must be 0 (all) or at least 2"
+                f"checkpoint.interval is {config.checkpoint.interval}, must be at least 1"
+            )
+        # One may be in the writing.
+        if config.checkpoint.keep_latest_k == 1 or config.checkpoint.keep_latest_k < 0:
+            raise ValueError(
+                f"checkpoint.keep_latest_k is {config.checkpoint.keep_latest_k}, must be "
+                "0 (all) or at least 2"
             )
 
     try:

@@ -91,6 +91,20 @@ def test_dump_folder_that_is_a_file_is_refused(read, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "option", ["--checkpoint.interval=0", "--checkpoint.keep_latest_k=1", "--checkpoint.folder=/proc/no"]
+)
+def test_checkpoints_that_could_not_be_written_are_refused(read, option):
+    with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
+        train.check_config(read("--checkpoint.enable", option))
+    train.check_config(read(option))
+
+
+def test_pinned_memory_is_refused_on_the_cpu(read):
+    with pytest.raises(ValueError, match="checkpoint.async_mode"):
+        train.prepare_cpu_job(read("--checkpoint.async_mode=async_with_pinned_mem"), [])
+
+
+@pytest.mark.parametrize(
     "option", ["--training.enable_cpu_offload", "--profiling.enable_memory_snapshot"]
 )
 def test_gpu_options_are_refused_on_the_cpu(read, option):

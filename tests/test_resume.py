@@ -234,9 +234,16 @@ def test_run_goes_on_behind_an_export(jobs, whole, tmp_path):
     for name in ("expert_bias", "tokens_per_expert"):
         key = f".layers.2.moe.{name}"
         assert torch.equal(state[key], want[key]) and state[key].dtype == want[key].dtype
+    in_hf = jobs.run(tmp_path, "--training.steps=10", *export, "--checkpoint.last_save_in_hf")
+    assert in_hf.status == [0], in_hf.log[-3000:]
     resumed = jobs.run(tmp_path)
-    assert f"PASSED OVER the checkpoint {step_folder(tmp_path, 8)}: it holds only" in resumed.log
-    assert_goes_on(resumed, whole(), tmp_path, after=4)
+    assert_goes_on(resumed, whole(), tmp_path, after=8)  # which the last one wrote again
+    for step, run, reason in (
+        (8, in_hf, "it holds only weights"),
+        (10, resumed, "it is in Hugging Face's format"),
+    ):
+        passed = f"PASSED OVER the checkpoint {step_folder(tmp_path, step)}: {reason}"
+        assert passed in run.log
 
 
 def test_initial_checkpoint_is_not_forgotten_in_a_kill(jobs, whole, tmp_path):
@@ -259,13 +266,6 @@ def test_unusable_checkpoint_is_named(jobs, whole, tmp_path):
     assert "error: momoe.backend must not be 'torchtitan'" in refused.log.splitlines()[-1]
 
 
-@pytest.mark.parametrize("folder", ["file", "/proc/momoe"])
-def test_checkpoint_folder_that_cannot_be_written(jobs, tmp_path, folder):
-    (tmp_path / "file").write_text("")
-    refused = jobs.run(tmp_path, "--checkpoint.folder", folder)
-    assert refused.status == [2] and "error: checkpoint.folder '" in refused.log.splitlines()[-1]
-
-
 @pytest.fixture
 def one_document(jobs):
     """Options by which every sequence is the same, and so the batch on any number of ranks."""
@@ -279,18 +279,51 @@ def one_document(jobs):
     return ["--training.dataset_path", str(file), "--training.global_batch_size", "4"]
 
 
-def test_other_numbers_of_ranks(jobs, tmp_path, one_document):
+EXPERT_PARALLEL = "--parallelism.expert_parallel_degree=2"
+
+
+def test_other_layouts(jobs, tmp_path, one_document):
+    """One process, FSDP, expert parallelism, and back."""
     straight = jobs.run(tmp_path / "straight", *one_document)
     assert straight.status == [0] and straight.losses[STEPS] < straight.losses[1] - 0.5
-    for ranks, steps in ((1, 4), (2, 8), (1, STEPS)):
+    layouts = ((1, 3), (2, 5), (2, 7, EXPERT_PARALLEL), (2, 9), (1, STEPS))
+    for ranks, last, *options in layouts:
         part = jobs.run(
-            tmp_path / "parts", *one_document, f"--training.steps={steps}", ranks=ranks
+            tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks
         )
         assert part.status == [0] * ranks, part.log[-3000:]
-        assert max(part.losses) == steps
+        assert max(part.losses) == last and (" ep=2" in part.log) == bool(options)
         for step, loss in part.losses.items():
             assert loss == pytest.approx(straight.losses[step], rel=1e-5)
     want, got = (contents(tmp_path / name, STEPS) for name in ("straight", "parts"))
     for key in want:
         if key.endswith(("expert_bias", "tokens_per_expert")) or key.startswith(".train_state"):
             assert torch.equal(torch.as_tensor(got[key]), torch.as_tensor(want[key])), key
+
+
+@pytest.mark.gpu
+def test_asynchronous_checkpoints_on_the_gpu(jobs, tmp_path):
+    """What they hold, and that a run resumed from one is the uninterrupted one."""
+    env = {name: value for name, value in jobs.env.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if devices := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        env["CUDA_VISIBLE_DEVICES"] = devices
+    states = {}
+    for mode in ("disabled", "async", "async_with_pinned_mem"):
+        out = tmp_path / mode
+        for last in (STEPS,) if mode == "disabled" else (6, STEPS):
+            done = subprocess.run(
+                [sys.executable, "-m", "momoe_titan.train", *jobs.options(out)]
+                + ["--model.flavor=debugmodel", "--debug.deterministic", "--debug.seed=0"]
+                + [f"--training.steps={last}", f"--checkpoint.async_mode={mode}"],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stdout[-5000:]
+        states[mode] = [contents(out, step) for step in (4, STEPS)]
+    for mode in ("async", "async_with_pinned_mem"):
+        for got, want in zip(states[mode], states["disabled"]):
+            assert_same_contents(got, want)

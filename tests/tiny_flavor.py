@@ -4,4 +4,5 @@ import momoe_titan.register  # noqa: F401
 from momoe_titan.model import flavors
 from tests.model.tiny import tiny_args
 
-flavors["tiny"] = tiny_args(vocab_size=2048)
+# 6 experts: 2 ranks can share them
+flavors["tiny"] = tiny_args(vocab_size=2048, moe={"num_experts": 6})

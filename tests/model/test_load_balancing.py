@@ -122,14 +122,16 @@ def state_after(model, optimizers) -> list[torch.Tensor]:
     return [*model.state_dict().values(), *moments]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_step_with_a_non_finite_gradient_is_not_taken(value):
+def test_step_with_a_non_finite_gradient_is_not_taken(value, device):
     states = []
     for bad_step in (None, 1):
-        model = build(tiny_args())
+        model = build(tiny_args(backend="torch"), device=device)
         optimizers = optimizers_for(model, implementation="fused")
         for step in (0, 1, 2, 3) if bad_step else (0, 2, 3):
-            loss_of(model, *batch(step)).backward()
+            tokens, labels = (t.to(device) for t in batch(step))
+            loss_of(model, tokens, labels).backward()
             if step == bad_step:
                 model.layers["2"].moe.experts.w2.grad[-1, -1, -1] = value
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
