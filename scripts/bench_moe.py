@@ -1,26 +1,32 @@
 """One MoE layer alone: speed, memory and error of ours and of other implementations.
 
     python scripts/bench_moe.py --shapes 7B-n256,30B-n1024,seed-64e --save_percent 0,50,100 \
-        --out bench.json
+        --routing balanced,skewed --out bench.json --charts charts
+    python scripts/bench_moe.py --from bench.json --charts charts   # draw only
     python scripts/bench_moe.py --device cpu --shapes tiny      # checks the script, not the speed
 
 What is measured, in bfloat16:
-    The router is outside: every implementation gets the same expert ids and scores, the top K of
-    random logits (nearly balanced; --skew S makes expert number i about i^-S times as popular).
+    The router is outside: every implementation gets the same expert ids and scores.
+    routing   balanced: the top K of random logits, nearly balanced. skewed: 30% of the tokens choose
+              expert 0 and nobody any of the last quarter of the experts.
     ms        medians over many runs; implementations take turns within one process, so that a
               change of the clock hits all of them. bwd is the time between the end of the forward
-              and the end of the backward.
+              and the end of the backward; inf is the forward under no_grad.
     TFLOPS    6*T*K*D*F forward and 12*T*K*D*F backward, whatever is recomputed.
+    of limit  TFLOPS of forward and backward over those of an 8192^3 product in the same run.
     held MiB  still allocated between forward and backward, beyond inputs, weights and output.
     peak MiB  highest during forward and backward beyond the same, gradients included.
     errors    norm(result - reference) / norm(reference), against momoe_mlp_ref in float32.
 Implementations that are not installed, or do not fit, are rows that say so. Results are written
-after every shape, so that a run that is cut short keeps what it has.
+after every shape, so that a run that is cut short keeps what it has. --charts draws forward and
+backward, forward, and peak memory as one bar chart each (PNG); it needs matplotlib: pip install
+"momoe_titan[plot]".
 """
 
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -59,19 +65,28 @@ SHAPES = {
     "seed-64e-odd": (7680, 2176, 1152, 64, 6),
     "seed-128e": (32768, 2048, 1024, 128, 8),
     "seed-128e-long": (65536, 2048, 1024, 128, 8),
+    # models, 16384 tokens
+    "mixtral-8x7b": (16384, 4096, 14336, 8, 2),
+    "qwen3-30b-a3b": (16384, 2048, 768, 128, 8),
+    "olmoe-1b-7b": (16384, 2048, 1024, 64, 8),
+    "deepseek-v2-lite": (16384, 2048, 1408, 64, 6),
+    "deepseek-v3": (16384, 7168, 2048, 256, 8),
+    "gpt-oss-20b": (16384, 2880, 2880, 32, 4),
     # for a CPU
     "tiny": (256, 64, 48, 8, 2),
 }
 SHAPE_SETS = {
     "sonic": [name for name in SHAPES if name[0].isdigit()],
     "seed": [name for name in SHAPES if name.startswith("seed")],
+    "models": ["mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b", "deepseek-v2-lite", "deepseek-v3", "gpt-oss-20b"],
 }
+ROUTINGS = ("balanced", "skewed")
 
 
 class Case:
     """Inputs of one shape: tokens, weights (first F columns up, last F gate), choice, gradient."""
 
-    def __init__(self, name: str, device: torch.device, skew: float, seed: int):
+    def __init__(self, name: str, device: torch.device, routing: str, seed: int):
         self.name, self.device = name, device
         self.T, self.D, self.F, self.E, self.K = SHAPES[name]
         g = torch.Generator(device=device).manual_seed(seed)
@@ -88,10 +103,13 @@ class Case:
         self.w2 = normal(self.E, self.F, self.D, scale=self.F**-0.5).requires_grad_()
         self.dout = normal(self.T, self.D)
         logits = torch.randn(self.T, self.E, device=device, generator=g)
-        logits -= skew * torch.arange(1, self.E + 1, device=device).log()
+        if routing == "skewed":
+            used = max(self.E - self.E // 4, self.K + 1)
+            logits[:, used:] = -torch.inf
+            logits[:, 0] = torch.where(torch.arange(self.T, device=device) % 10 < 3, 100.0, -100.0)
         chosen, ids = logits.topk(self.K)
         self.ids, order = ids.sort(dim=1)
-        self.scores = chosen.gather(1, order).softmax(1).requires_grad_()
+        self.scores = chosen.clamp(-3, 3).gather(1, order).softmax(1).requires_grad_()
         self.counts = torch.bincount(self.ids.flatten(), minlength=self.E)
         self.flops = 6 * self.T * self.K * self.D * self.F
 
@@ -248,6 +266,7 @@ class SonicMoE:
             self.case.E,
             torch.cuda.current_stream().cuda_stream,
             self.swiglu,
+            not torch.is_grad_enabled(),  # its inference mode
         )[0]
 
     def gradients(self, grads):
@@ -370,24 +389,29 @@ def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str,
                 grads = torch.autograd.grad(y, implementation.leaves, case.dout)
                 end = clock.stamp()
                 del y, grads
+                with torch.no_grad():
+                    implementation.forward()
                 # The first run of a turn finds the caches filled by another implementation.
                 if run:
-                    stamps[label].append((start, middle, end))
+                    stamps[label].append((start, middle, end, clock.stamp()))
             # Within a turn the host runs ahead of the device, so that launches are not timed.
             clock.wait()
         rounds += 1
     table = {}
     for label, runs in stamps.items():
-        forward = statistics.median(clock.ms(a, b) for a, b, _ in runs)
-        backward = statistics.median(clock.ms(b, c) for _, b, c in runs)
-        both = statistics.median(clock.ms(a, c) for a, _, c in runs)
+        forward = statistics.median(clock.ms(a, b) for a, b, _, _ in runs)
+        backward = statistics.median(clock.ms(b, c) for _, b, c, _ in runs)
+        both = statistics.median(clock.ms(a, c) for a, _, c, _ in runs)
+        inference = statistics.median(clock.ms(c, d) for _, _, c, d in runs)
         table[label] = {
             "fwd_ms": forward,
             "bwd_ms": backward,
             "fwd_bwd_ms": both,
+            "inf_ms": inference,
             "fwd_tflops": case.flops / forward / 1e9,
             "bwd_tflops": 2 * case.flops / backward / 1e9,
             "fwd_bwd_tflops": 3 * case.flops / both / 1e9,
+            "inf_tflops": case.flops / inference / 1e9,
             "runs": len(runs),
         }
     return table
@@ -407,12 +431,12 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def measure(name: str, table: dict, args: argparse.Namespace) -> list[dict]:
-    """Rows of one shape."""
+def measure(name: str, routing: str, table: dict, limits: dict, args: argparse.Namespace) -> list[dict]:
+    """Rows of one shape and routing."""
     device = torch.device(args.device)
-    rows = {label: {"shape": name, "implementation": label} for label in table}
+    rows = {label: {"shape": name, "routing": routing, "implementation": label} for label in table}
     try:
-        case = Case(name, device, args.skew, args.seed)
+        case = Case(name, device, routing, args.seed)
         reference = None if args.no_errors else case.reference()
     except torch.OutOfMemoryError as error:
         for row in rows.values():
@@ -422,7 +446,7 @@ def measure(name: str, table: dict, args: argparse.Namespace) -> list[dict]:
     ready = {}
     for label, build in table.items():
         row = rows[label]
-        row.update(T=case.T, D=case.D, F=case.F, E=case.E, K=case.K, skew=args.skew, max_load=load)
+        row.update(T=case.T, D=case.D, F=case.F, E=case.E, K=case.K, max_load=load)
         compiles = compile_count()
         try:
             implementation = build(case)
@@ -445,7 +469,8 @@ def measure(name: str, table: dict, args: argparse.Namespace) -> list[dict]:
     free_memory()
     try:
         for label, times in time_in_turn(case, ready, args.seconds_per_case).items():
-            rows[label].update(times)
+            of_limit = times["fwd_bwd_tflops"] / limits["matmul_tflops"]
+            rows[label].update(times, of_limit=of_limit)
     except torch.OutOfMemoryError as error:
         for label in ready:
             rows[label]["failed"] = why_not(error)
@@ -483,23 +508,64 @@ def markdown(rows: list[dict]) -> str:
         ("fwd TFLOPS", "fwd_tflops", "{:.0f}"),
         ("bwd TFLOPS", "bwd_tflops", "{:.0f}"),
         ("fwd+bwd TFLOPS", "fwd_bwd_tflops", "{:.0f}"),
+        ("inf TFLOPS", "inf_tflops", "{:.0f}"),
+        ("of limit", "of_limit", "{:.0%}"),
         ("held MiB", "held_mib", "{:.1f}"),
         ("bound MiB", "held_bound_mib", "{:.1f}"),
         ("peak MiB", "peak_mib", "{:.0f}"),
         ("first call s", "first_call_s", "{:.1f}"),
     ]
     errors = ["y", "dx", "dscore", "dw1", "dw2"]
-    heads = ["shape", "implementation", *(c[0] for c in columns), *(f"err {e}" for e in errors)]
+    heads = ["shape", "routing", "implementation", *(c[0] for c in columns), *(f"err {e}" for e in errors)]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for row in rows:
-        cells = [row["shape"], row["implementation"]]
+        cells = [row["shape"], row["routing"], row["implementation"]]
         if "failed" in row:
-            cells += [row["failed"]] + [""] * (len(heads) - 3)
+            cells += [row["failed"]] + [""] * (len(heads) - 4)
         else:
             cells += [f.format(row[key]) if key in row else "" for _, key, f in columns]
             cells += [f"{row['errors'][e]:.4f}" if "errors" in row else "" for e in errors]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+CHARTS = {  # file name: (key of a row, title, unit)
+    "fwd_bwd": ("fwd_bwd_tflops", "forward + backward", "TFLOPS"),
+    "fwd": ("fwd_tflops", "forward", "TFLOPS"),
+    "memory": ("peak_mib", "peak memory, gradients included", "MiB"),
+}
+
+
+def draw(result: dict, folder: Path) -> None:
+    """The charts as PNG files, one group of bars per shape and routing.
+
+    Raises:
+        SystemExit: no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        sys.exit('charts need matplotlib: pip install "momoe_titan[plot]"')
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {(r["shape"], r["routing"], r["implementation"]): r for r in result["rows"]}
+    groups = list(dict.fromkeys(key[:2] for key in rows))
+    labels = list(dict.fromkeys(key[2] for key in rows))
+    width = 0.8 / len(labels)
+    for name, (key, title, unit) in CHARTS.items():
+        figure = Figure(figsize=(max(6, 1 + 0.35 * len(groups) * len(labels)), 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for i, label in enumerate(labels):
+            heights = [rows.get((*group, label), {}).get(key, 0) for group in groups]
+            places = [g + (i - (len(labels) - 1) / 2) * width for g in range(len(groups))]
+            bars = axes.bar(places, heights, width, label=label)
+            axes.bar_label(bars, [f"{h:.0f}" if h else "none" for h in heights], fontsize=6, rotation=90, padding=2)
+        names = [shape if routing == "balanced" else f"{shape}\n{routing}" for shape, routing in groups]
+        axes.set_xticks(range(len(groups)), names, fontsize=8)
+        axes.set_ylabel(unit)
+        axes.margins(y=0.15)
+        axes.set_title(f"One MoE layer, {title}: {result['device']}")
+        axes.legend(fontsize=7, ncols=min(len(labels), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        figure.savefig(folder / f"{name}.png", dpi=150)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -518,7 +584,7 @@ def parse_arguments() -> argparse.Namespace:
         help="comma-separated; also torchtitan_compiled",
     )
     parser.add_argument("--backend", default="auto", help="of ours: auto, triton or torch")
-    parser.add_argument("--skew", type=float, default=0.0)
+    parser.add_argument("--routing", default="balanced", help=f"comma-separated, of {', '.join(ROUTINGS)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds_per_case", type=float, default=10.0, help="of timed runs, per shape")
     parser.add_argument(
@@ -527,17 +593,28 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no_errors", action="store_true", help="leave out the float32 reference")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default=None, help="JSON file to write")
+    parser.add_argument("--charts", default=None, help="folder for the charts")
+    parser.add_argument("--from", dest="source", default=None, help="JSON file to draw, in place of measuring")
     args = parser.parse_args()
     args.shapes = [s for name in args.shapes.split(",") for s in SHAPE_SETS.get(name, [name])]
     for name in args.shapes:
         if name not in SHAPES:
             parser.error(f"--shapes: {name!r} is none of {', '.join([*SHAPES, *SHAPE_SETS])}")
+    args.routing = args.routing.split(",")
+    for routing in args.routing:
+        if routing not in ROUTINGS:
+            parser.error(f"--routing: {routing!r} is none of {', '.join(ROUTINGS)}")
+    if args.source and not args.charts:
+        parser.error("--from needs --charts")
     args.save_percent = [float(p) for p in args.save_percent.split(",")]
     return args
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.source:
+        draw(json.loads(Path(args.source).read_text()), Path(args.charts))
+        return
     begin = time.perf_counter()
     table = builders(args.implementations.split(","), args.save_percent, args.backend)
     device = torch.device(args.device)
@@ -555,18 +632,21 @@ def main() -> None:
         "rows": [],
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}), flush=True)
-    for name in args.shapes:
+    for name, routing in itertools.product(args.shapes, args.routing):
         if time.perf_counter() - begin > args.seconds_total:
-            rows = [{"shape": name, "implementation": label, "failed": "no time left"} for label in table]
+            where = {"shape": name, "routing": routing, "failed": "no time left"}
+            rows = [{**where, "implementation": label} for label in table]
         else:
-            rows = measure(name, table, args)
+            rows = measure(name, routing, table, result["limits"], args)
         free_memory()
         result["rows"] += rows
         print(markdown(rows) + "\n", flush=True)
         if args.out:
             Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    if len(args.shapes) > 1:
+    if len(args.shapes) * len(args.routing) > 1:
         print(markdown(result["rows"]))
+    if args.charts:
+        draw(result, Path(args.charts))
 
 
 if __name__ == "__main__":
