@@ -141,6 +141,7 @@ def convert(path, out, args, dtype, shard_bytes) -> tuple[bool, torch.dtype]:
         if len(files) > 1:
             name = f"model-{i:05}-of-{len(files):05}.safetensors"
         os.rename(os.path.join(out, f"{i}.part"), os.path.join(out, name))
+        os.chmod(os.path.join(out, name), 0o644)  # safetensors lets nobody else read them
         weight_map.update(dict.fromkeys(keys, name))
         size += sum(keys.values())
     if len(files) > 1:
