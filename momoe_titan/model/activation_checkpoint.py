@@ -31,7 +31,6 @@ backward reads.
 
 import dataclasses
 import functools
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -73,7 +72,7 @@ Contexts = tuple[AbstractContextManager, AbstractContextManager]
 class _Keep(TorchDispatchMode):
     """Runs everything, and appends what the listed ops return to `kept`."""
 
-    def __init__(self, kept: deque):
+    def __init__(self, kept: list):
         super().__init__()
         self.kept = kept
 
@@ -94,18 +93,17 @@ class _Keep(TorchDispatchMode):
 
 
 class _Replay(_Keep):
-    """Hands out what `_Keep` kept, in its order, and runs everything else."""
+    """Hands out what `_Keep` kept, in its order, and runs everything else. Another backward of the
+    same forward, as some pipeline schedules have, starts from the first again."""
+
+    def __enter__(self) -> "_Replay":
+        self.rest = iter(self.kept)
+        return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in KEPT_OUTPUTS:
             return func(*args, **(kwargs or {}))
-        if not self.kept:
-            raise RuntimeError(
-                f"{func}: what the forward kept is used up. A checkpointed block can run one "
-                "backward only."
-            )
-        # Dropped here, so that z is freed with the op's backward.
-        kept_func, kept = self.kept.popleft()
+        kept_func, kept = next(self.rest)
         assert kept_func is func, f"the forward ran {kept_func} where the recomputation runs {func}"
         outputs = tuple(t if isinstance(t, torch.Tensor) else t() for t in kept)
         return outputs if len(outputs) > 1 else outputs[0]
@@ -139,7 +137,7 @@ def _eager_contexts(inner_fn: Callable[[], Contexts]) -> Contexts:
     Ours are the outer ones, which see an op after the inner ones have let it pass: a saved-op list
     inside must not name the ops of KEPT_OUTPUTS.
     """
-    kept = deque()
+    kept = []
     forward, recompute = inner_fn()
     return _Both(_Keep(kept), forward), _Both(_Replay(kept), recompute)
 
@@ -201,6 +199,7 @@ def apply_activation_checkpointing(
 
 
 def compiles_model(job_config: JobConfig) -> bool:
+    """Whether `[compile]` asks for the model, not only for the loss."""
     return job_config.compile.enable and "model" in job_config.compile.components
 
 
