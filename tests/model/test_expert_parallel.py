@@ -72,7 +72,7 @@ def two(folder):
             "full": {"mode": "full"},
             "selective": {"mode": "selective"},
             "bfloat16": {"param_dtype": "bfloat16"},
-            "compiled": {"compile": True},
+            "compiled": {"compile": True, "mode": "full"},
             "triton": {"backend": "triton"},
             "starved": {"starve": True},
         },
