@@ -20,8 +20,6 @@ STOCK_BACKEND = "torchtitan"
 BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
 BALANCE_RULES = ("sign", "proportional")
 QK_NORMS = ("none", "per_head", "full")
-# Degrees above 1 of these are refused: the experts' weights have no sharding for them yet.
-UNSUPPORTED_DEGREES = ("expert_tensor_parallel_degree",)
 
 
 @dataclass
@@ -257,11 +255,6 @@ def _check_auto(job_config: JobConfig) -> None:
 
 def _refuse_unsupported(job_config: JobConfig) -> None:
     check_activation_checkpoint(job_config)
-    for name in UNSUPPORTED_DEGREES:
-        if (degree := getattr(job_config.parallelism, name)) != 1:
-            raise ValueError(
-                f"parallelism.{name} is {degree}, must be 1: momoe_llama does not support it yet"
-            )
     # TorchTitan's converters swap modules by type; float8 experts would need kernels of their own.
     if job_config.model.converters:
         raise ValueError(

@@ -15,6 +15,11 @@ collectives of a layer: counts (2 integers per pair of ranks), ids and scores, x
 dy; dx, and the gradient of the scores. What runs between `Dispatcher.send` and `Exchange.receive`,
 the shared experts, overlaps with the all-to-all, and so does its backward.
 
+With tensor parallelism, `expert_tensor_parallel_degree` 1 borrows its ranks: they own whole experts
+too, and each sends the tokens of its part of the sequence. With the degree of tensor parallelism,
+its ranks share each expert's hidden dimension, and all of them send all tokens, to the ranks that
+have the same columns; what comes back is a share of the sum.
+
 Letters: T a rank's own tokens, N rows it sends, M rows it receives, P ranks, E experts, K experts
 chosen per token.
 """
@@ -27,11 +32,12 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import distribute_module, distribute_tensor, Shard
+from torch.distributed.tensor import distribute_module, distribute_tensor, Placement, Shard
 from torch.distributed.tensor.parallel import parallelize_module, ParallelStyle
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel as TitanExpertParallel
+from torchtitan.tools.logging import logger
 
 from momoe_titan.kernels import (
     BACKENDS as KERNEL_BACKENDS,
@@ -233,15 +239,23 @@ class Dispatcher:
 
 
 class ExpertParallel(ParallelStyle):
-    """For `MomoeExperts`: a rank owns E/P experts, whole, and is called as (x_MD, ReceivedChoice)."""
+    """For `MomoeExperts`, which is then called as (x_MD, ReceivedChoice): a rank owns E/P experts.
+
+    Args:
+        tp_placements: how each weight is sharded over the second dimension of the mesh, if it has
+            two: the ranks of tensor parallelism that share an expert.
+    """
+
+    def __init__(self, tp_placements: dict[str, Placement]):
+        self.tp_placements = tp_placements
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, self._partition, self._unpack)
 
-    @staticmethod
-    def _partition(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            sharded = distribute_tensor(parameter, mesh, [Shard(0)])
+            placements = [Shard(0), self.tp_placements[name]][: mesh.ndim]
+            sharded = distribute_tensor(parameter, mesh, placements)
             module.register_parameter(name, nn.Parameter(sharded))
 
     @staticmethod
@@ -256,6 +270,7 @@ def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None
     TorchTitan's own layer gets TorchTitan's own expert parallelism.
     """
     mesh = parallel_dims.get_mesh("ep")
+    experts_mesh = parallel_dims.get_optional_mesh(["ep", "etp"]) or mesh
     for block in model.layers.values():
         if not block.moe_enabled:
             continue
@@ -264,7 +279,7 @@ def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None
             moe.dispatcher = Dispatcher(
                 mesh.get_group(), moe.experts.num_experts, moe.experts.backend
             )
-            parallelize_module(moe.experts, mesh, ExpertParallel())
+            parallelize_module(moe.experts, experts_mesh, ExpertParallel(moe.experts_tp_placements))
         else:
             parallelize_module(moe.experts, mesh, TitanExpertParallel())
 
@@ -282,7 +297,22 @@ def check_expert_parallel(model_args: "MomoeLlamaArgs", job_config: JobConfig) -
     if ep < 1:
         raise ValueError(f"{section}expert_parallel_degree is {ep}, must be at least 1")
     if ep == 1:
+        if etp != 1:
+            logger.warning(
+                f"{section}expert_tensor_parallel_degree = {etp} has no effect with "
+                f"{section}expert_parallel_degree = 1"
+            )
         return
+    if etp not in (1, tp):
+        raise ValueError(
+            f"{section}expert_tensor_parallel_degree is {etp}, must be 1 or "
+            f"{section}tensor_parallel_degree, {tp}"
+        )
+    if model_args.backend not in KERNEL_BACKENDS and tp > 1:
+        raise ValueError(
+            f"{section}expert_parallel_degree is {ep}, must be 1 for momoe.backend = "
+            f"{model_args.backend!r} with {section}tensor_parallel_degree above 1"
+        )
     if num_experts % ep:
         raise ValueError(
             f"{section}expert_parallel_degree is {ep}, must divide the number of experts, "

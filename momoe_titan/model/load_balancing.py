@@ -47,16 +47,17 @@ class ExpertLoadBalancer:
     """Optimizer step pre-hook: reduces the counts of all MoE layers and moves their biases.
 
     Counts accumulate in the layers, over all microbatches of a step. The hook sums them over the
-    data-parallel ranks in one all-reduce, so that every rank moves its biases alike whatever its
+    ranks that route different tokens, so that every rank moves its biases alike whatever its
     own gradients are, then starts the counts again at 0. It never waits for the device. Layers
     with balancing off keep their bias and are counted all the same. A step that the optimizer is
     told to skip (its `found_inf` is 1, see `non_finite`) moves no bias: NaN activations choose any
     experts. A loop that skips the call of the optimizer carries its counts over into the next.
-    The ranks of tensor parallelism count the same tokens and are not summed over.
 
     Args:
         model_parts: modules to search for MoE layers.
         process_group: the data- and context-parallel ranks, or None for one.
+        tp_group: the tensor-parallel ranks where each counts tokens of its own, as it does where
+            expert parallelism borrows them; None where all count the same.
 
     Attributes:
         counts_LE: (MoE layers, E) int64, tokens per expert of the last step over all ranks, on
@@ -66,14 +67,19 @@ class ExpertLoadBalancer:
         ValueError: layers that differ in number of experts or rule, or, where on, in rate.
     """
 
-    def __init__(self, model_parts: list[nn.Module], process_group: ProcessGroup | None = None):
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        process_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+    ):
         self.layers = [
             module
             for part in model_parts
             for module in part.modules()
             if isinstance(module, BalancedMoE)
         ]
-        self.process_group = process_group
+        self.groups = [group for group in (process_group, tp_group) if group is not None]
         self.counts_LE: torch.Tensor | None = None
         self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_coeff]
         rates = {self.layers[i].load_balance_coeff for i in self.balanced}
@@ -93,8 +99,8 @@ class ExpertLoadBalancer:
         if not self.layers:
             return
         counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
-        if self.process_group is not None:
-            torch.distributed.all_reduce(counts_LE, group=self.process_group)
+        for group in self.groups:
+            torch.distributed.all_reduce(counts_LE, group=group)
         if self.balanced:
             delta_LE = expert_bias_delta(counts_LE, self.rate, self.rule)
             if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
@@ -119,7 +125,10 @@ def build_momoe_optimizers(
     optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     group = None if loss_mesh is None else loss_mesh.get_group()
-    optimizers.load_balancer = ExpertLoadBalancer(model_parts, group)
+    tp_group = None
+    if parallel_dims.tp_enabled and parallel_dims.ep_enabled and not parallel_dims.etp_enabled:
+        tp_group = parallel_dims.get_mesh("tp").get_group()
+    optimizers.load_balancer = ExpertLoadBalancer(model_parts, group, tp_group)
     optimizers.non_finite_guard = NonFiniteGuard()
     optimizers.register_step_pre_hook(optimizers.non_finite_guard)
     optimizers.register_step_pre_hook(optimizers.load_balancer)

@@ -31,9 +31,8 @@ def parallelize_momoe_llama(
     if parallel_dims.ep_enabled:
         apply_expert_parallel(model, parallel_dims)
     if parallel_dims.tp_enabled:
-        tp_mesh = parallel_dims.get_mesh("tp")
-        apply_tp(model, tp_mesh, not job_config.parallelism.disable_loss_parallel)
-        maybe_enable_async_tp(job_config, tp_mesh)
+        apply_tp(model, parallel_dims, not job_config.parallelism.disable_loss_parallel)
+        maybe_enable_async_tp(job_config, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
         apply_cp_to_attention_module(
             [block.attention.inner_attention for block in model.layers.values()],

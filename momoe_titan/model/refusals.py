@@ -74,11 +74,6 @@ def _check_tensor_parallel(args: "MomoeLlamaArgs", job_config: JobConfig) -> Non
             f"parallelism.tensor_parallel_degree is {tp}, must be 1 with qk_norm 'full': it "
             "normalises over all heads, of which each rank has some"
         )
-    if (ep := parallelism.expert_parallel_degree) > 1:
-        raise ValueError(
-            f"parallelism.tensor_parallel_degree is {tp}, must be 1 with expert_parallel_degree "
-            f"{ep}: not supported yet"
-        )
     compiled = job_config.compile.enable and "model" in job_config.compile.components
     if parallelism.enable_async_tensor_parallel and not compiled:
         raise ValueError(

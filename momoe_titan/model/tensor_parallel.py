@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInput,
     SequenceParallel,
 )
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama4.infra.parallelize import apply_non_moe_tp
 
 
@@ -62,8 +63,12 @@ def local_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local(grad_placements=grads)
 
 
-def apply_tp(model: nn.Module, mesh: DeviceMesh, loss_parallel: bool) -> None:
-    """Apply tensor and sequence parallelism to a model, or to a pipeline stage of it."""
+def apply_tp(model: nn.Module, parallel_dims: ParallelDims, loss_parallel: bool) -> None:
+    """Apply tensor and sequence parallelism to a model, or to a pipeline stage of it.
+
+    Expert parallelism, which comes first, shards the experts' weights itself.
+    """
+    mesh = parallel_dims.get_mesh("tp")
     apply_non_moe_tp(model, mesh, loss_parallel, enable_float8_tensorwise_tp=False)
     for block in model.layers.values():
         if block.attention.q_norm is not None:
@@ -72,10 +77,10 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh, loss_parallel: bool) -> None:
             per_head = SequenceParallel(sequence_dim=2, use_local_output=True)
             parallelize_module(block.attention, mesh, {"q_norm": per_head, "k_norm": per_head})
         if block.moe_enabled:
-            _apply_moe_tp(block.moe, mesh)
+            _apply_moe_tp(block.moe, mesh, parallel_dims)
 
 
-def _apply_moe_tp(moe: nn.Module, mesh: DeviceMesh) -> None:
+def _apply_moe_tp(moe: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims) -> None:
     # ffn_norm hands over a DTensor
     parallelize_module(
         moe,
@@ -84,12 +89,17 @@ def _apply_moe_tp(moe: nn.Module, mesh: DeviceMesh) -> None:
             input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=True
         ),
     )
-    moe.tp_mesh = mesh
     shard(moe.router.gate, mesh, {"weight": Replicate(), "bias": Replicate()})
-    shard(moe.experts, mesh, moe.experts_tp_placements)
+    if not parallel_dims.ep_enabled:
+        shard(moe.experts, mesh, moe.experts_tp_placements)
+    # Where expert parallelism borrows these ranks, each sends the tokens of its own part of the
+    # sequence: nothing is gathered, and the shared experts work on this part too.
+    borrowed = parallel_dims.ep_enabled and not parallel_dims.etp_enabled
+    moe.tp_mesh = None if borrowed else mesh
     if moe.shared_experts is not None:
         for name, dim in (("w1", 0), ("w3", 0), ("w2", 1)):
-            shard(getattr(moe.shared_experts, name), mesh, {"weight": Shard(dim)})
+            placement = Replicate() if borrowed else Shard(dim)
+            shard(getattr(moe.shared_experts, name), mesh, {"weight": placement})
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:

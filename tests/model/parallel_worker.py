@@ -201,6 +201,7 @@ def main(folder: str, runs: str) -> None:
         spec.model_args = {
             "tiny": tiny_args(),
             "6 experts": tiny_args(moe={"num_experts": 6}),
+            "8 experts": tiny_args(moe={"num_experts": 8}),
             "normalised": tiny_args(qk_norm="per_head"),
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None

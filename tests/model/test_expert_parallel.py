@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load
 
-from momoe_titan.model import MomoeLlamaArgs
 from tests.model import ep_worker
 from tests.model.tiny import (
     assert_same_run,
@@ -207,18 +206,30 @@ REFUSED = {
     "must be 1 without FSDP": {"data_parallel_shard_degree": 1},
     "must divide the 3 ranks": {"data_parallel_shard_degree": 3},
     "8 must divide all of": {"data_parallel_shard_degree": 16},
+    "expert_tensor_parallel_degree is 2, must be 1 or": {"expert_tensor_parallel_degree": 2},
+    "pipeline_parallel_expert_parallel_overlap is True": {
+        "pipeline_parallel_degree": 2,
+        "pipeline_parallel_schedule": "DualPipeV",
+    },
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refused_when_the_configuration_is_read(message, monkeypatch):
-    args: MomoeLlamaArgs = tiny_args(moe={"num_experts": 4})
+def test_refused_when_the_configuration_is_read(message):
+    args = tiny_args(moe={"num_experts": 4})
     config = job_config()
     fields = {"expert_parallel_degree": 2, "data_parallel_shard_degree": 4, **REFUSED[message]}
     for name, value in fields.items():
         setattr(config.parallelism, name, value)
     with pytest.raises(ValueError, match=message):
         args.update_from_config(config)
+
+
+def test_expert_tp_without_ep_has_no_effect(caplog):
+    config = job_config()
+    config.parallelism.expert_tensor_parallel_degree = 2
+    tiny_args().update_from_config(config)
+    assert "expert_tensor_parallel_degree = 2 has no effect" in caplog.text
 
 
 def test_degree_left_to_the_number_of_processes(monkeypatch):

@@ -280,13 +280,6 @@ class TestUpdateFromConfig:
         with pytest.raises(ValueError, match=message):
             MomoeLlama(args)
 
-    @pytest.mark.parametrize("kind", ["expert", "expert_tensor"])
-    def test_refuses_other_parallelisms(self, kind):
-        config = job_config()
-        setattr(config.parallelism, f"{kind}_parallel_degree", 2)
-        with pytest.raises(ValueError, match=f"parallelism.{kind}_parallel_degree is 2"):
-            tiny_args().update_from_config(config)
-
     def test_refuses_converters(self):
         config = job_config()
         config.model.converters = ["float8"]

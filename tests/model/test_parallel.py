@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def mesh(**degrees) -> dict:
     names = {"replicate": "data_parallel_replicate", "shard": "data_parallel_shard"}
     names |= {"tp": "tensor_parallel", "pp": "pipeline_parallel", "cp": "context_parallel"}
-    names |= {"ep": "expert_parallel"}
+    names |= {"ep": "expert_parallel", "etp": "expert_tensor_parallel"}
     degrees = {"shard": 1, **degrees}
     settings = {f"parallelism.{names[k]}_degree": v for k, v in degrees.items()}
     data_ranks = degrees.get("replicate", 1) * degrees["shard"]
@@ -36,6 +36,8 @@ LOCAL_LOSS = {
 }
 STOCK = {"momoe.backend": "torchtitan"}
 SIX_EXPERTS = {"model.flavor": "6 experts"}
+EIGHT_EXPERTS = {"model.flavor": "8 experts"}
+RECOMPUTED = {"activation_checkpoint.mode": "full"}
 QK_NORM = {"model.flavor": "normalised"}
 # the first stage has no MoE layer
 DENSE_STAGE = {
@@ -55,6 +57,7 @@ ONE_PROCESS = {
     "one": mesh(),
     "one, stock": mesh() | STOCK,
     "one, 6 experts": mesh() | SIX_EXPERTS,
+    "one, 8 experts": mesh() | EIGHT_EXPERTS,
     "one, QK-norm": mesh() | QK_NORM,
     "one, accumulated": mesh() | ACCUMULATED,
 }
@@ -79,6 +82,9 @@ FOUR_PROCESSES = {
     "cp + pp": mesh(cp=2, pp=2),
     "ep + pp, 6 experts": mesh(ep=2, shard=2, pp=2) | SIX_EXPERTS,
     "ep + cp, 6 experts": mesh(ep=2, shard=2, cp=2) | SIX_EXPERTS,
+    "ep that borrows tp, 6 experts": mesh(ep=2, shard=2, tp=2) | SIX_EXPERTS,
+    "ep that borrows tp, recomputed, 8 experts": mesh(ep=4, shard=2, tp=2) | RECOMPUTED | EIGHT_EXPERTS,
+    "ep + expert tp, 6 experts": mesh(ep=2, shard=2, tp=2, etp=2) | SIX_EXPERTS,
 }
 RUNS = [
     (1, ONE_PROCESS | {"saved by one until step 1": mesh() | SAVED | {"stop": 1}}),
