@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import combine, configs
+from . import combine, configs, decode
 from .gemms import select_gemms
 from .reference import torch_backward, torch_forward
 from .routing import MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
@@ -16,7 +16,7 @@ _REFERENCE_TILE_ROWS = 128
 _lib = torch.library.Library("momoe_titan", "DEF")
 _lib.define(
     "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
-    " str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+    " bool inference, str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
 _lib.define(
     "moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, Tensor z, Tensor routing, SymInt num_rows,"
@@ -52,7 +52,7 @@ def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
         combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
 
 
-def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, backend):
+def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
     num_experts, ffn, _ = w2_EFD.shape
     tile_rows = _tile_rows(x_TD, w2_EFD, backend)
     num_saved = num_saved_rows(num_rows, save_percent)
@@ -63,9 +63,12 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, b
         routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
-        return out_TD, counts_E, z_S2F, packed
+        return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
     x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
+    if inference and decode.supported(x_TD.dtype, *ids_TK.shape):
+        out_TD, counts_E = decode.forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
+        return out_TD, counts_E, x_TD.new_empty(0, 2 * ffn), ids_TK.new_empty(0, dtype=torch.int32)
     gemms = select_gemms(x_TD, ffn)
     packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
     routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
@@ -76,7 +79,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, b
     # The backward ends with dz, twice the size of act, and all gradients: y beside act may take as much.
     room = act_RF.nbytes + x_TD.nbytes + w1_ED2F.nbytes + w2_EFD.nbytes
     _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room)
-    return out_TD, counts_E, z_S2F, packed
+    return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
 def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
@@ -118,9 +121,9 @@ _lib.impl("moe_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
-def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, backend):
+def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
     num_experts, ffn, _ = w2_EFD.shape
-    packed = packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend), num_rows)
+    packed = 0 if inference else packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend), num_rows)
     return (
         torch.empty_like(x_TD),
         ids_TK.new_empty(num_experts, dtype=torch.int64),
@@ -136,7 +139,7 @@ def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num
 
 
 def _setup_context(ctx, inputs, output):
-    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, _, ctx.backend = inputs
+    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, _, _, ctx.backend = inputs
     _, counts_E, z_S2F, packed = output
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
@@ -150,7 +153,7 @@ def _autograd_backward(ctx, dout_TD, *_):
         dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, needs, ctx.backend
     )
     dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))
-    return dx, dw1, dw2, None, dscores, None, None, None
+    return dx, dw1, dw2, None, dscores, None, None, None, None
 
 
 torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
@@ -286,6 +289,7 @@ def momoe_mlp(
         scores_TK.contiguous(),
         ids_TK.numel() if num_rows is None else num_rows,
         save_percent if wants_grad else 0.0,
+        not wants_grad,
         backend,
     )
     return out_TD, counts_E

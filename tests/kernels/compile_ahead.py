@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import autograd, configs, hopper, router, tiling
+from momoe_titan.kernels import autograd, configs, decode, hopper, router, tiling
 
 CAPABILITY = {"sm80": 80, "sm90": 90, "sm100": 100}
 SHAPES = {  # (T, D, F, E, K)
@@ -88,12 +88,15 @@ def main(arch: str, shapes: list[str]) -> None:
             new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
             x, w1, w2 = new(tokens, d_model), new(experts, d_model, 2 * ffn), new(experts, ffn, d_model)
             ids, scores = new(tokens, chosen, dtype=torch.int64), new(tokens, chosen, dtype=torch.float32)
-            _, _, z, routing = autograd._forward(x, w1, w2, ids, scores, tokens * chosen, 50.0, "triton")
+            _, _, z, routing = autograd._forward(x, w1, w2, ids, scores, tokens * chosen, 50.0, False, "triton")
             for func in ("sigmoid", "softmax_of_chosen") if dtype == torch.bfloat16 else ():
                 logits, bias = new(tokens, experts, dtype=torch.float32), new(experts, dtype=torch.float32)
                 _, ids64 = router._route(logits, bias, chosen, func, True, 1.0)
                 router._route_backward(scores, logits, ids64, func, True, 1.0)
                 router._bfloat16_parts(logits, False)
+            if dtype == torch.bfloat16:
+                for few in (1, 64):  # the smallest and the largest bucket
+                    decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
             autograd._backward(new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, [True] * 4, "triton")
 
 

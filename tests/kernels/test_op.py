@@ -127,7 +127,7 @@ def test_room_for_used_slots_only(spare, device, backend):
             else:
                 assert torch.equal(g, w), name
         assert counts.tolist() == counts_want.tolist()
-        _, _, z, _ = torch.ops.momoe_titan.moe_forward(x, w1, w2, ids, scores, rows, 50.0, backend)
+        _, _, z, _ = torch.ops.momoe_titan.moe_forward(x, w1, w2, ids, scores, rows, 50.0, False, backend)
         assert z.shape[0] == rows // 2
         with pytest.raises(ValueError, match="num_rows must be at least"):
             momoe_mlp(x, w1, w2, torch.zeros_like(ids), scores, num_rows=rows, **kwargs)
@@ -284,7 +284,7 @@ def test_aot_autograd_traces_both_ways(device, backend):
 def test_fake_implementations(device, backend):
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
-    args = (*leaves[:3], ids, leaves[3], ids.numel(), 37.0, backend)
+    args = (*leaves[:3], ids, leaves[3], ids.numel(), 37.0, False, backend)
     torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)

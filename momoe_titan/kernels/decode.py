@@ -1,0 +1,291 @@
+"""The forward for a handful of tokens, without gradients: bound by reading the experts' weights, once.
+
+Three launches, and no sorting: a row keeps the number of its slot, ``t * K + k``. Programs find the
+rows of their expert among all slots by themselves, own a stripe of its columns and stream it through
+shared memory. Plain Triton.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .routing import _load_ids
+from .tiling import cdiv, dot, launch, load_block, next_power_of_2
+
+MAX_TOKENS = 64
+_MAX_SLOTS = 1024
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """What a program owns of an expert's columns, and how it reads them; split: programs that share a column's sum."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+
+    def options(self, dtype: torch.dtype) -> dict:
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "UPCAST": configs.interpreting() and dtype == torch.bfloat16,
+        }
+
+
+# Widest first: the first that makes enough programs is taken. 99 KiB of shared memory suffice.
+_UP = (Stripe(64, 64, 4, 4), Stripe(32, 64, 4, 6), Stripe(16, 256, 4, 3))
+_DOWN = (Stripe(64, 64, 4, 6), Stripe(64, 64, 4, 6, split=2), Stripe(64, 64, 4, 6, split=4))
+_ENOUGH_PROGRAMS = 256  # two for each of an H100's 132 multiprocessors, nearly
+
+
+def stripes(block_m: int, num_experts: int, num_chosen: int, d_model: int, ffn: int) -> tuple[Stripe, Stripe]:
+    """Of the up and of the down projection; a bucket of token counts shares them."""
+    # of the fewest tokens of the bucket, whose experts may all differ
+    experts = min(num_experts, num_chosen * (1 if block_m == 16 else block_m // 2))
+    enough = lambda stripe, width: experts * cdiv(width, stripe.block_n) * stripe.split >= _ENOUGH_PROGRAMS
+    ups = _UP if block_m == 16 else _UP[:2]  # with more rows the third does not fit
+    up = next((s for s in ups if enough(s, ffn)), ups[-1])
+    down = next((s for s in _DOWN if enough(s, d_model)), _DOWN[-1])
+    return up, down
+
+
+def supported(dtype: torch.dtype, num_tokens: int, num_chosen: int) -> bool:
+    """Whether there are few enough tokens; float32 keeps to the kernels that are exact to its last digits."""
+    return 0 < num_tokens <= MAX_TOKENS and num_tokens * num_chosen <= _MAX_SLOTS and dtype != torch.float32
+
+
+@triton.jit
+def _expert_of_group(ids_ptr, group, num_slots, by_slot, E: tl.constexpr, SLOTS: tl.constexpr):
+    """Expert of a group of rows and how many there are: that of slot `group`, if no slot before names it, or expert `group`."""
+    slots = tl.arange(0, SLOTS)
+    ids = _load_ids(ids_ptr, slots, num_slots, E)
+    expert = group
+    if by_slot:
+        expert = tl.sum(tl.where(slots == group, ids, 0))
+    mine = (ids == expert) & (expert >= 0)
+    before = tl.sum((mine & (slots < group)).to(tl.int32))
+    count = tl.sum(mine.to(tl.int32))
+    if by_slot:
+        count = tl.where(before > 0, 0, count)
+    return expert, count
+
+
+@triton.jit
+def _slots_of_rows(ids_ptr, expert, first, num_slots, E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Slots of the expert's rows first to first + BLOCK_M; num_slots where there is no such row."""
+    CHUNK: tl.constexpr = 64
+    rows = first + tl.arange(0, BLOCK_M)
+    found = tl.zeros((BLOCK_M,), tl.int32)
+    seen = tl.zeros((), tl.int32)
+    for start in range(0, num_slots, CHUNK):
+        slots = start + tl.arange(0, CHUNK)
+        mine = (_load_ids(ids_ptr, slots, num_slots, E) == expert).to(tl.int32)
+        rank = seen + tl.cumsum(mine, 0) - mine
+        is_row = (mine != 0)[None, :] & (rank[None, :] == rows[:, None])
+        found += tl.sum(tl.where(is_row, slots[None, :] - num_slots, 0), axis=1)
+        seen += tl.sum(mine)
+    return found + num_slots
+
+
+@triton.jit(do_not_specialize=["num_slots", "by_slot"])
+def _up_kernel(
+    x_ptr,
+    w1_ptr,
+    act_ptr,
+    ids_ptr,
+    num_slots,
+    by_slot,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (groups * cdiv(F, BLOCK_N),). act (T * K, F) at slot s = up * silu(gate) of x[s // K] @ w1[ids[s]]."""
+    NUM_N: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    EVEN_K: tl.constexpr = D % BLOCK_K == 0
+    EVEN_N: tl.constexpr = F % BLOCK_N == 0
+    expert, count = _expert_of_group(ids_ptr, tl.program_id(0) // NUM_N, num_slots, by_slot, E, SLOTS)
+    cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < F
+    k = tl.arange(0, BLOCK_K)
+    for first in range(0, count, BLOCK_M):  # once, unless tokens name an expert twice
+        slots = _slots_of_rows(ids_ptr, expert, first, num_slots, E, BLOCK_M)
+        live = slots < num_slots
+        token = tl.where(live, slots // K, 0).to(tl.int64)
+        x_ptrs = x_ptr + token[:, None] * D + k[None, :]
+        w_ptrs = w1_ptr + expert.to(tl.int64) * (2 * D * F) + k[:, None] * (2 * F) + cols[None, :]
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, D, BLOCK_K):
+            x = load_block(x_ptrs, live, k0 + k < D, True, EVEN_K)
+            w_up = load_block(w_ptrs, k0 + k < D, col_mask, EVEN_K, EVEN_N)
+            w_gate = load_block(w_ptrs + F, k0 + k < D, col_mask, EVEN_K, EVEN_N)
+            up = dot(x, w_up, up, "tf32", UPCAST)
+            gate = dot(x, w_gate, gate, "tf32", UPCAST)
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K * 2 * F
+        act = up * gate * tl.sigmoid(gate)
+        act_ptrs = act_ptr + slots.to(tl.int64)[:, None] * F + cols[None, :]
+        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=live[:, None] & col_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["num_slots", "by_slot"])
+def _down_kernel(
+    act_ptr,
+    w2_ptr,
+    y_ptr,
+    ids_ptr,
+    num_slots,
+    by_slot,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (groups * cdiv(D, BLOCK_N) * SPLIT,). y (SPLIT, T * K, D) float32: sums over parts of F of act[s] @ w2[ids[s]]."""
+    NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    PART: tl.constexpr = ((F + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
+    EVEN_K: tl.constexpr = F % PART == 0
+    EVEN_N: tl.constexpr = D % BLOCK_N == 0
+    pid = tl.program_id(0)
+    expert, count = _expert_of_group(ids_ptr, pid // (NUM_N * SPLIT), num_slots, by_slot, E, SLOTS)
+    split = pid // NUM_N % SPLIT
+    cols = pid % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = cols < D
+    k = split * PART + tl.arange(0, BLOCK_K)
+    for first in range(0, count, BLOCK_M):
+        slots = _slots_of_rows(ids_ptr, expert, first, num_slots, E, BLOCK_M)
+        live = slots < num_slots
+        rows = slots.to(tl.int64)
+        a_ptrs = act_ptr + tl.where(live, rows, 0)[:, None] * F + k[None, :]
+        w_ptrs = w2_ptr + expert.to(tl.int64) * (D * F) + k[:, None] * D + cols[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, PART, BLOCK_K):
+            a = load_block(a_ptrs, live, k0 + k < F, False, EVEN_K)
+            w = load_block(w_ptrs, k0 + k < F, col_mask, EVEN_K, EVEN_N)
+            acc = dot(a, w, acc, "tf32", UPCAST)
+            a_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K * D
+        y_ptrs = y_ptr + (split.to(tl.int64) * num_slots + rows)[:, None] * D + cols[None, :]
+        tl.store(y_ptrs, acc, mask=live[:, None] & col_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _sum_kernel(
+    y_ptr,
+    ids_ptr,
+    scores_ptr,
+    out_ptr,
+    counts_ptr,
+    num_slots,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T, cdiv(D, BLOCK)). out[t] = sum over its used slots of score * y, parts and slots in order; counts (E) int64."""
+    token = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        expert = tl.load(ids_ptr + slot)
+        used = (expert >= 0) & (expert < E)
+        score = tl.load(scores_ptr + slot).to(tl.float32)
+        row = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.static_range(SPLIT):
+            ptrs = y_ptr + (split * num_slots + slot).to(tl.int64) * D + cols
+            row += tl.load(ptrs, mask=(cols < D) & (cols < tl.where(used, D, 0)), other=0.0)
+        acc += tl.where(used, score, 0.0) * row
+    tl.store(out_ptr + token.to(tl.int64) * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
+    if (token == 0) & (tl.program_id(1) == 0):
+        ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E)
+        experts = tl.arange(0, E_POW2)
+        counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
+        tl.store(counts_ptr + experts, counts.to(tl.int64), mask=experts < E)
+
+
+def forward(
+    x_TD: torch.Tensor, w1_ED2F: torch.Tensor, w2_EFD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`. All contiguous, `supported`."""
+    num_tokens, num_chosen = ids_TK.shape
+    num_experts, ffn, d_model = w2_EFD.shape
+    num_slots = num_tokens * num_chosen
+    block_m = max(16, next_power_of_2(num_tokens))  # 16, 32 or 64: all tokens of an expert, and three buckets
+    up, down = stripes(block_m, num_experts, num_chosen, d_model, ffn)
+    by_slot = int(num_slots < num_experts)
+    groups = min(num_slots, num_experts)
+    slots = max(64, next_power_of_2(block_m * num_chosen))
+    shape = {"D": d_model, "E": num_experts, "SLOTS": slots}
+    act = x_TD.new_empty(num_slots, ffn)
+    y = x_TD.new_empty(down.split, num_slots, d_model, dtype=torch.float32)
+    out_TD = torch.empty_like(x_TD)
+    counts_E = ids_TK.new_empty(num_experts, dtype=torch.int64)
+    launch(
+        _up_kernel,
+        (groups * cdiv(ffn, up.block_n),),
+        x_TD,
+        w1_ED2F,
+        act,
+        ids_TK,
+        num_slots,
+        by_slot,
+        F=ffn,
+        K=num_chosen,
+        BLOCK_M=block_m,
+        **shape,
+        **up.options(x_TD.dtype),
+    )
+    launch(
+        _down_kernel,
+        (groups * cdiv(d_model, down.block_n) * down.split,),
+        act,
+        w2_EFD,
+        y,
+        ids_TK,
+        num_slots,
+        by_slot,
+        F=ffn,
+        SPLIT=down.split,
+        BLOCK_M=block_m,
+        **shape,
+        **down.options(x_TD.dtype),
+    )
+    launch(
+        _sum_kernel,
+        (num_tokens, cdiv(d_model, 512)),
+        y,
+        ids_TK,
+        scores_TK,
+        out_TD,
+        counts_E,
+        num_slots,
+        K=num_chosen,
+        SPLIT=down.split,
+        E_POW2=max(2, next_power_of_2(num_experts)),
+        BLOCK=512,
+        num_warps=4,
+        **shape,
+    )
+    return out_TD, counts_E
