@@ -204,6 +204,7 @@ def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path,
     assert_same_contents(contents(tmp_path, 8), contents(whole()[0], 8))
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_killed_in_a_save(jobs, whole, tmp_path):
     assert jobs.run(tmp_path, ranks=2, die=[8, "__1"]).status == [-signal.SIGKILL] * 2
     assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=4)
@@ -279,20 +280,28 @@ def one_document(jobs):
     return ["--training.dataset_path", str(file), "--training.global_batch_size", "4"]
 
 
-EXPERT_PARALLEL = "--parallelism.expert_parallel_degree=2"
+def degree(kind: str) -> str:
+    return f"--parallelism.{kind}_parallel_degree=2"
 
 
+@pytest.mark.slow
 def test_other_layouts(jobs, tmp_path, one_document):
-    """One process, FSDP, expert parallelism, and back."""
+    """One process, FSDP, expert parallelism, tensor parallelism, and back."""
     straight = jobs.run(tmp_path / "straight", *one_document)
     assert straight.status == [0] and straight.losses[STEPS] < straight.losses[1] - 0.5
-    layouts = ((1, 3), (2, 5), (2, 7, EXPERT_PARALLEL), (2, 9), (1, STEPS))
-    for ranks, last, *options in layouts:
+    for ranks, last, shown, *options in (
+        (1, 2, "ep=1"),
+        (2, 4, "dp_shard=2"),
+        (2, 6, "ep=2", degree("expert")),
+        (2, 8, "tp=2", degree("tensor")),
+        (2, 10, "dp_shard=2"),
+        (1, STEPS, "ep=1"),
+    ):
         part = jobs.run(
             tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks
         )
         assert part.status == [0] * ranks, part.log[-3000:]
-        assert max(part.losses) == last and (" ep=2" in part.log) == bool(options)
+        assert max(part.losses) == last and f" {shown}," in part.log
         for step, loss in part.losses.items():
             assert loss == pytest.approx(straight.losses[step], rel=1e-5)
     want, got = (contents(tmp_path / name, STEPS) for name in ("straight", "parts"))
