@@ -132,9 +132,18 @@ def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
             "profiling.enable_memory_snapshot",
             config.profiling.enable_memory_snapshot,
         ),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            config.parallelism.enable_async_tensor_parallel,
+        ),
     ):
         if given:
             raise ValueError(f"{field} is true, but this machine has no GPU")
+    if (degree := config.parallelism.context_parallel_degree) > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree is {degree}, but this machine has no GPU: "
+            "torch's ring attention has no kernel for a CPU"
+        )
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
             "checkpoint.async_mode is 'async_with_pinned_mem', but this machine has no "

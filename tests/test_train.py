@@ -110,3 +110,17 @@ def test_loss_falls_on_the_gpu(tmp_path):
     logged = losses(output)
     assert logged[25] < logged[1] - 0.6
     assert torch.cuda.get_device_name() in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["context", "tensor"])
+def test_two_gpus_share_the_sequence(tmp_path, kind):
+    """Both GPUs see the data of the one, whose ring attention and sums are rounded elsewhere."""
+    job = ["--training.steps=8", "--debug.seed=42", "--training.mixed_precision_param=bfloat16"]
+    if kind == "tensor":  # without FSDP, TorchTitan computes in the dtype of the weights
+        job[-1] = "--training.mixed_precision_param=float32"
+    one = losses(train(tmp_path / "one", *job, on_gpu=True))
+    degree = f"--parallelism.{kind}_parallel_degree=2"
+    two = losses(train(tmp_path / "two", *job, degree, processes=2, on_gpu=True))
+    assert two == pytest.approx(one, rel=1e-2)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from momoe_titan.train import describe_cpu, prepare_cpu_job
+from momoe_titan.train import describe_cpu
 
 STEPS, BATCH = 3, 8
 
@@ -120,7 +120,6 @@ def run(settings: dict, folder: str) -> dict:
 
     last_step = settings.pop("stop", STEPS)
     config = config_of(settings, folder)
-    prepare_cpu_job(config, ["--training.mixed_precision_param=float32"])
     trainer = Trainer(config)
     parts = trainer.model_parts
     set_weights(parts, dict(build(trainer.model_args).named_parameters()))
