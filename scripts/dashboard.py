@@ -24,7 +24,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -398,8 +397,14 @@ def find_runs(arguments: list[str]) -> list[Run]:
     return runs
 
 
-def page(runs: list[Run], live: float = 0) -> str:
-    """The whole page.
+def page_json(runs: list[Run], live: float = 0) -> str:
+    """What the page's script draws; `live`: seconds between refreshes, or 0."""
+    shown = [run.page_data() for run in runs]
+    return json.dumps({"written": time.time(), "live": live, "runs": shown}, allow_nan=False)
+
+
+def page(data: str) -> str:
+    """The whole page, of what `page_json` gives.
 
     Raises:
         ModuleNotFoundError: plotly is not installed.
@@ -407,15 +412,8 @@ def page(runs: list[Run], live: float = 0) -> str:
     from plotly.offline import get_plotlyjs
 
     # No "</script>" may come from a name.
-    data = page_json(runs, live).replace("</", "<\\/")
-    title = escape(", ".join(run.name for run in runs))
-    parts = {"@TITLE@": title, "@DATA@": data, "@PLOTLY@": get_plotlyjs()}
-    return re.sub("@TITLE@|@DATA@|@PLOTLY@", lambda mark: parts[mark[0]], TEMPLATE.read_text())
-
-
-def page_json(runs: list[Run], live: float = 0) -> str:
-    shown = [run.page_data() for run in runs]
-    return json.dumps({"written": time.time(), "live": live, "runs": shown}, allow_nan=False)
+    parts = {"@DATA@": data.replace("</", "<\\/"), "@PLOTLY@": get_plotlyjs()}
+    return re.sub("@DATA@|@PLOTLY@", lambda mark: parts[mark[0]], TEMPLATE.read_text())
 
 
 def write(path: Path, text: str) -> None:
@@ -435,9 +433,9 @@ class Live:
     def refresh(self, force: bool = False) -> None:
         """Read the runs again; write the page if they have changed."""
         if any([run.read() for run in self.runs]) or force:
-            self.data = page_json(self.runs, self.seconds).encode()
-            text = page(self.runs, self.seconds)
-            self.page = text.encode()
+            data = page_json(self.runs, self.seconds)
+            text = page(data)
+            self.data, self.page = data.encode(), text.encode()
             write(self.out, text)
 
     def serve(self, port: int) -> ThreadingHTTPServer:
@@ -483,7 +481,7 @@ def main() -> None:
         if not args.live:
             for run in runs:
                 run.read()
-            write(args.out, page(runs))
+            write(args.out, page(page_json(runs)))
             print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, {len(runs)} run{'s'[: len(runs) > 1]}")
             return
         live = Live(runs, args.out, args.live)

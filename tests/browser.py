@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -73,6 +74,13 @@ class Browser:
     def run(self, script: str, *args: Any) -> Any:
         """What a script's `return` gives; a promise is waited for."""
         return self._post("/execute/sync", {"script": script, "args": args})
+
+    def wait(self, script: str, seconds: float = 20) -> Any:
+        """What a script gives as soon as that is neither false nor empty, and at last whatever it gives."""
+        deadline = time.monotonic() + seconds
+        while not (value := self.run(script)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return value
 
     def devtools(self, command: str, **params: Any) -> Any:
         return self._post("/goog/cdp/execute", {"cmd": command, "params": params})

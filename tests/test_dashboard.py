@@ -225,7 +225,7 @@ def page(runs, tmp_path_factory):
             writer.add_scalar("loss_metrics/global_avg_loss", 9 - step / 50, step)
     path = tmp_path_factory.mktemp("page") / "dashboard.html"
     found = read(runs / "whole", runs / "resumed", f"<i>plain</i></script>={runs.parent / 'plain'}")
-    path.write_text(dashboard.page(found))
+    path.write_text(dashboard.page(dashboard.page_json(found)))
     return path.as_uri()
 
 
@@ -290,12 +290,10 @@ def test_hover_slider_zoom_and_choice_of_runs(browser, page):
     browser.run(SETTLED)
     # hovering names step, value and run
     browser.hover("#plot-loss .nsewdrag", right=0.6)
-    browser.run(SETTLED)
-    said = browser.run("return document.querySelector('#plot-loss .hoverlayer').textContent")
+    said = browser.wait("return document.querySelector('#plot-loss .hoverlayer').textContent")
     assert "whole" in said and "resumed" in said and "mean over ranks" in said and re.search(r"5\.|3\.|2\.", said)
     browser.hover("#heat .nsewdrag", right=(5 + 0.5) / EXPERTS, down=0.5 / len(LAYERS))
-    browser.run(SETTLED)
-    said = browser.run("return document.querySelector('#heat .hoverlayer').textContent")
+    said = browser.wait("return document.querySelector('#heat .hoverlayer').textContent")
     found = re.search(r"layer 1, expert 5([\d.]+) times the fair share", said)
     assert found and float(found[1]) == pytest.approx(2.5, rel=0.02)
 
@@ -306,7 +304,8 @@ def test_hover_slider_zoom_and_choice_of_runs(browser, page):
     last = browser.run(picture)
     browser.press("#heat-step", "\ue012")  # left
     browser.run(SETTLED)
-    assert browser.run(label) == "step 98" and browser.run(picture) != last
+    assert browser.run(label) == "step 98"
+    assert browser.wait(picture.replace("return ", "const now = ") + f"; return now !== {json.dumps(last)} && now") != last
     browser.press("#heat-step", "\ue011")  # home
     browser.run(SETTLED)
     assert browser.run(label) == "step 2"
@@ -316,14 +315,15 @@ def test_hover_slider_zoom_and_choice_of_runs(browser, page):
 
     # dragging in one chart zooms all, and back
     axis = "return document.querySelector('#plot-tps .canvas').layout.xaxis.range"
+    full = browser.run(axis)
     browser.drag("#plot-loss .nsewdrag", 0.25, 0.5)
-    browser.run(SETTLED)
+    browser.wait(f"{axis}[0] !== {full[0]}")
     low, high = browser.run(axis)
     assert 20 < low < 32 and 45 < high < 55
     assert browser.run(axis.replace("tps", "loss")) == [low, high]
     browser.run("document.getElementById('reset').click()")
-    browser.run(SETTLED)
-    assert browser.run(axis)[1] > 100
+    browser.wait(f"{axis}[0] === {full[0]}")
+    assert browser.run(axis) == full
 
     # hiding runs
     chips = "[...document.querySelectorAll('#chips .chip')]"
@@ -356,8 +356,8 @@ def test_live_page_keeps_zoom_and_slider(browser, tmp_path):
         browser.run(SETTLED)
         browser.press("#heat-step", "\ue011\ue014")  # home, right
         browser.drag("#plot-loss .nsewdrag", 0.25, 0.5)
-        browser.run(SETTLED)
         axes = "return ['loss', 'tps'].map(p => document.querySelector(`#plot-${p} .canvas`).layout.xaxis.range)"
+        browser.wait(f"{axes.replace('return', 'const now =')}; return now[0][0] > 2 && now[1][0] === now[0][0]")
         before = browser.run(axes)
         assert before[0] == before[1] and 5 < before[0][0] < 8
         time.sleep(0.01)
@@ -379,5 +379,4 @@ def test_live_page_keeps_zoom_and_slider(browser, tmp_path):
     finally:
         server.shutdown()
         server.server_close()
-    browser.run("return new Promise(done => setTimeout(done, 600))")
-    assert "has ended" in browser.run("return document.getElementById('written').textContent")
+    assert browser.wait("return document.getElementById('written').textContent.includes('has ended')")
