@@ -1,16 +1,17 @@
-"""One rank of short training runs with expert parallelism on the CPU; test_expert_parallel.py
-starts it with torchrun.
+"""Short training runs with expert parallelism on the CPU, on 2 and 4 processes.
 
-Usage: ep_worker.py OUT JSON, where JSON is a list of runs: replicate, shard, ep (degrees), mode
+Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
+are forks of this one, because importing torch takes longer than training does. A run has replicate, shard, ep (degrees), mode
 (activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
 last of `ep` ranks gets no token), save (folder of a checkpoint to write). Every rank trains on its part of the same
-batches; rank 0 writes what came of it to OUT.
+batches; what came of the runs is written to FOLDER/PROCESSES.pt.
 """
 
 import gc
 import json
 import os
 import sys
+import traceback
 from unittest import mock
 
 import torch
@@ -111,14 +112,32 @@ def run(settings) -> dict:
     return result
 
 
-def main(out: str, settings: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = [run(s) for s in json.loads(settings)]
-    if dist.get_rank() == 0:
-        torch.save(results, out + ".part")
-        os.rename(out + ".part", out)
+def worker(rank: int, world: int, runs: list[dict], folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", f"file://{folder}/store{world}", rank=rank, world_size=world)
+    results = [run(settings) for settings in runs]
+    if rank == 0:
+        torch.save(results, f"{folder}/{world}.pt")
     dist.destroy_process_group()
+
+
+def main(folder: str, runs: str) -> None:
+    torch.set_num_threads(1)
+    failed = []
+    for world, its_runs in json.loads(runs):
+        children = []
+        for rank in range(world):
+            if not (pid := os.fork()):
+                try:
+                    worker(rank, world, its_runs, folder)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    sys.stderr.flush()
+                    os._exit(1)
+            children.append(pid)
+        failed += [pid for pid in children if os.waitpid(pid, 0)[1]]
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

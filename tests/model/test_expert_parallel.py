@@ -35,62 +35,49 @@ DEFAULTS = {
     "starve": False,
     "save": "",
 }
-
-
-def launch(folder, processes, runs):
-    """Results of these runs, one after the other in the same processes."""
-    runs = {name: {**DEFAULTS, "shard": processes, **run} for name, run in runs.items()}
-    out = folder / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "tests.model.ep_worker"]
-    done = subprocess.run(
-        [*command, str(out), json.dumps(list(runs.values()))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(runs, torch.load(out), strict=True))
+TWO = {
+    "ep": {},
+    "save 50": {"save_percent": 50},
+    "save 100": {"save_percent": 100},
+    "full": {"mode": "full"},
+    "selective": {"mode": "selective"},
+    "bfloat16": {"param_dtype": "bfloat16"},
+    "compiled": {"compile": True, "mode": "full"},
+    "triton": {"backend": "triton"},
+    "starved": {"starve": True},
+}
+FOUR = {
+    "fsdp": {"num_experts": 8},
+    "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2},
+    "one expert each": {"num_experts": 4, "ep": 4},
+    "starved": {"num_experts": 8, "ep": 4, "starve": True},
+    "more ranks than experts": {"num_experts": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ep")
+    """Where the results of all runs are, and the checkpoint of the first."""
+    folder = tmp_path_factory.mktemp("ep")
+    TWO["ep"]["save"] = str(folder / "checkpoint")
+    runs = [
+        (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()])
+        for world, runs in ((2, TWO), (4, FOUR))
+    ]
+    command = [sys.executable, "-m", "tests.model.ep_worker", str(folder), json.dumps(runs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    return launch(
-        folder,
-        2,
-        {
-            "ep": {"save": str(folder / "checkpoint")},
-            "save 50": {"save_percent": 50},
-            "save 100": {"save_percent": 100},
-            "full": {"mode": "full"},
-            "selective": {"mode": "selective"},
-            "bfloat16": {"param_dtype": "bfloat16"},
-            "compiled": {"compile": True, "mode": "full"},
-            "triton": {"backend": "triton"},
-            "starved": {"starve": True},
-        },
-    )
+    return dict(zip(TWO, torch.load(folder / "2.pt"), strict=True))
 
 
 @pytest.fixture(scope="module")
 def four(folder):
-    return launch(
-        folder,
-        4,
-        {
-            "fsdp": {"num_experts": 8},
-            "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2},
-            "one expert each": {"num_experts": 4, "ep": 4},
-            "starved": {"num_experts": 8, "ep": 4, "starve": True},
-            "more ranks than experts": {"num_experts": 2},
-        },
-    )
+    return dict(zip(FOUR, torch.load(folder / "4.pt"), strict=True))
 
 
 @functools.cache
