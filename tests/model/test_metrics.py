@@ -164,6 +164,19 @@ def test_router_entropy_is_recorded_at_log_steps(processor):
     assert processor.logger.steps[4]["moe/router_entropy_min"] == pytest.approx(1, abs=1e-6)
 
 
+def test_recording_entropy_compiles_nothing_anew():
+    (layer, _) = moes(build(tiny_args()))
+    router, x_TD = layer.router, torch.randn(6, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(router, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for wanted, tokens in ((False, 0), (True, 6), (False, 6), (True, 12)):  # in all so far
+            want_entropy(wanted)
+            compiled(x_TD)[0].sum().backward()
+            assert router.entropy_and_tokens[1] == tokens
+    want_entropy(False)
+
+
 def test_a_first_step_that_is_not_logged_leaves_no_entropy(processor):
     """As after a resume: what the routers recorded of step 41 is not mixed into step 50's."""
     model = with_model(processor)
