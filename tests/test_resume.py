@@ -191,8 +191,9 @@ def test_killed_at_any_moment(jobs, whole, tmp_path):
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=last)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-@pytest.mark.parametrize("file", ["__", ".metadata"])
+@pytest.mark.parametrize(
+    "mode, file", [("disabled", "__"), ("disabled", ".metadata"), ("async", "__")]
+)
 def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path, mode, file):
     option = f"--checkpoint.async_mode={mode}"
     assert jobs.run(tmp_path, option, die=[8, file]).status == [-signal.SIGKILL]
