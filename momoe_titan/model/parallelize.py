@@ -44,6 +44,10 @@ def parallelize_momoe_llama(
     whole = compiled and not parallel_dims.ep_enabled
     apply_activation_checkpointing(model, job_config, blocks_compiled=whole)
     if compiled:
+        if parallel_dims.tp_enabled and model.tok_embeddings is not None:
+            # A compiled block given a tensor that is still under way loses its gradient's layout
+            # (torch 2.13); a copy is waited for.
+            model.tok_embeddings.register_forward_hook(lambda module, args, out: out.clone())
         _compile(model, job_config, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:

@@ -34,6 +34,11 @@ LOCAL_LOSS = {
     "activation_checkpoint.mode": "full",
     **ACCUMULATED,
 }
+COMPILED = {
+    "compile.enable": True,
+    "compile.backend": "aot_eager",
+    "compile.components": ["model"],
+}
 STOCK = {"momoe.backend": "torchtitan"}
 SIX_EXPERTS = {"model.flavor": "6 experts"}
 EIGHT_EXPERTS = {"model.flavor": "8 experts"}
@@ -59,16 +64,15 @@ ONE_PROCESS = {
     "one, 6 experts": mesh() | SIX_EXPERTS,
     "one, 8 experts": mesh() | EIGHT_EXPERTS,
     "one, QK-norm": mesh() | QK_NORM,
-    "one, accumulated": mesh() | ACCUMULATED,
 }
 TWO_PROCESSES = {
     "fsdp, accumulated": mesh(shard=2) | ACCUMULATED,
     "ddp, accumulated": mesh(replicate=2) | ACCUMULATED,
     "tp": mesh(tp=2),
     "tp, stock": mesh(tp=2) | STOCK,
+    "tp, compiled": mesh(tp=2) | COMPILED,
     "tp, QK-norm": mesh(tp=2) | QK_NORM,
     "tp, whole logits, accumulated, recomputed": mesh(tp=2) | LOCAL_LOSS,
-    "pp": mesh(pp=2),
     "pp, a stage without MoE, accumulated": mesh(pp=2) | DENSE_STAGE,
     "pp, interleaved": mesh(pp=2) | INTERLEAVED,
 }
