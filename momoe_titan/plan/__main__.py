@@ -43,6 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
         "(default 0.6, 1.6 on several ranks: assumed)",
     )
     parser.add_argument("--capability", default="9.0", help="compute capability of the GPU, which decides the kernels")
+    parser.add_argument("--time", action="store_true", help="also predict the time of a step (docs/scaling.md)")
+    parser.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="whose rates --time takes")
+    parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s a GPU sends within its node")
+    parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")
+    parser.add_argument("--node_size", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--overlap", type=float, default=0.9, help="share of the compute time that can hide FSDP's traffic")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--job_json", action="store_true", help="read the whole job as JSON from standard input, not from a file")
     return parser
@@ -70,16 +76,26 @@ def predict(args: argparse.Namespace, config) -> dict:
     """
     from torchtitan.tools.logging import logger
 
+    from .cost import GPUS, Network, step_time, StepCost
     from .job import trace_job
 
-    for name in ("gpu_memory_gib", "world_size"):
+    for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be above 0")
     logger.setLevel(logging.WARNING)
     importlib.import_module(config.experimental.custom_import or "momoe_titan.register")
     began = time.perf_counter()
     capability = tuple(int(n) for n in args.capability.split("."))
-    plan = trace_job(config, args.world_size, capability)
+    stages, world_size = config.parallelism.pipeline_parallel_degree, args.world_size
+    cost = StepCost(args.node_size) if args.time else None
+    if args.time and stages > 1:  # one stage's ranks with all layers, whose time is then divided
+        if world_size % stages:
+            raise ValueError(f"parallelism.pipeline_parallel_degree is {stages}, must divide --world_size {world_size}")
+        world_size //= stages
+        config.parallelism.pipeline_parallel_degree = 1
+    plan = trace_job(config, world_size, capability, cost)
+    if args.time and stages > 1:
+        plan.notes.append(f"memory is as without pipeline stages; one of {stages} stages has about 1/{stages} of it")
     given = args.context_gib
     context = context_bytes(args.world_size) if given is None else int(given * GIB)
     budget = budget_bytes(config.momoe.memory_budget, int(args.gpu_memory_gib * GIB))
@@ -101,6 +117,19 @@ def predict(args: argparse.Namespace, config) -> dict:
             }
         )
     choice = plan.fill(budget - context)
+    timed = {}
+    if cost is not None:
+        training = config.training
+        replicas = world_size // (
+            config.parallelism.tensor_parallel_degree * config.parallelism.context_parallel_degree
+        )
+        tokens = training.local_batch_size * training.seq_len * replicas
+        repeats = max(1, training.global_batch_size // (training.local_batch_size * replicas))
+        waves = max(1, training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size)
+        network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
+        for percent in SAVE_PERCENTS:
+            t = step_time(cost, GPUS[args.gpu], network, percent, repeats, (stages, waves))
+            timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}
     return {
         "model": f"{config.model.name} {config.model.flavor}",
         "num_parameters": plan.num_parameters,
@@ -111,6 +140,7 @@ def predict(args: argparse.Namespace, config) -> dict:
         "kept": plan.kept,
         "rows": rows,
         "fits": {"save_percent": choice, "total": plan.reserved(choice) + context},
+        "time": timed,
         "notes": plan.notes,
         "plan": plan.to_dict(),
         "seconds": round(time.perf_counter() - began, 2),
@@ -149,7 +179,26 @@ def text(p: dict) -> str:
         lines.append(f"largest that fits: save_percent {mean:.0f} on average, {total / GIB:.1f} GiB in total")
         if 0 < mean < 100:
             lines.append(f"  by layer: {' '.join(f'{c:g}' for c in choice)}")
+    if p["time"]:
+        lines += ["", *time_text(p["time"])]
     return "\n".join(lines + [f"note: {note}" for note in p["notes"]])
+
+
+def time_text(timed: dict[int, dict]) -> list[str]:
+    """Lines on the time of a step."""
+    one = timed[100]
+    lines = ["one step at save_percent 100, milliseconds of a GPU"]
+    for name, value in sorted(one["by_kind"].items(), key=lambda kv: -kv[1]):
+        if value >= 5e-5:
+            lines.append(f"  {name:<36}{1e3 * value:>11.1f}")
+    for name, value in one["collectives"].items():
+        if value >= 5e-5:
+            lines.append(f"  {name + ', on the wire':<36}{1e3 * value:>11.1f}")
+    lines += ["", "save_percent    compute       host    exposed     bubble       step   tokens/s per GPU"]
+    for percent, t in timed.items():
+        values = [1e3 * t[name] for name in ("compute", "host", "exposed", "bubble", "step")]
+        lines.append(f"{percent:>12}" + "".join(f"{v:>11.1f}" for v in values) + f"{t['tokens_per_s_per_gpu']:>19,.0f}")
+    return lines
 
 
 def main() -> None:

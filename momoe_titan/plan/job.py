@@ -16,6 +16,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from momoe_titan.model.moe import MomoeExperts
 
+from .cost import StepCost
 from .memory import MemoryPlan, Moment
 from .trace import as_on_gpu, GRADIENTS, MemoryTrace, Place
 
@@ -86,8 +87,10 @@ class FakeTrainer(titan.Trainer):
             yield {"input": torch.empty(shape, dtype=torch.int64)}, torch.empty(shape, dtype=torch.int64)
 
 
-def trace_job(config: JobConfig, world_size: int = 1, capability: tuple[int, int] = H100) -> MemoryPlan:
-    """The memory of this job's steps on the first of `world_size` ranks.
+def trace_job(
+    config: JobConfig, world_size: int = 1, capability: tuple[int, int] = H100, cost: StepCost | None = None
+) -> MemoryPlan:
+    """The memory of this job's steps on the first of `world_size` ranks; `cost` takes their work.
 
     Whatever the job's save_percent is, the plan knows the memory at all. Needs TorchTitan to have
     been imported as for a machine without GPU (`momoe_titan.train.describe_cpu`). Starts a process
@@ -109,17 +112,19 @@ def trace_job(config: JobConfig, world_size: int = 1, capability: tuple[int, int
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
-    plan = trace_training(config, _parallel_dims(config, world_size), capability)
+    plan = trace_training(config, _parallel_dims(config, world_size), capability, cost)
     return dataclasses.replace(plan, notes=notes)
 
 
-def trace_training(config: JobConfig, dims: ParallelDims, capability: tuple[int, int]) -> MemoryPlan:
+def trace_training(
+    config: JobConfig, dims: ParallelDims, capability: tuple[int, int], cost: StepCost | None = None
+) -> MemoryPlan:
     """The memory of a training step of this job as it is configured."""
     with as_on_gpu(capability):
         trainer = FakeTrainer(config, dims)
         model = trainer.model_parts[0]
         places = _places(model)
-        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get) as trace:
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace:
             trainer.allocate()
             for tensor in [*model.parameters(), *model.buffers()]:
                 trace.relabel(tensor, PARAMETERS)
@@ -127,6 +132,9 @@ def trace_training(config: JobConfig, dims: ParallelDims, capability: tuple[int,
             batches = trainer.batches()
             for _ in range(2):  # the first makes the optimizer state
                 trace.begin_step()
+                if cost is not None:
+                    cost.clear()
+                    cost.num_microbatches = trainer.gradient_accumulation_steps
                 trainer.train_step(batches)
                 for parameter in model.parameters():
                     if parameter.grad is not None:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes, TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.models.moe import kernels as stock_kernels
 
@@ -73,6 +74,8 @@ class MemoryTrace(TorchDispatchMode):
 
     Args:
         place_of: where a module is, or None for where its parent is.
+        observer: called after each op with (func, args, kwargs, out, phase); not for ops inside
+            of ours.
 
     Attributes:
         phase: name of what runs now, set by the caller; "backward" inside a backward.
@@ -80,8 +83,9 @@ class MemoryTrace(TorchDispatchMode):
         events: (block, its bytes from now on, layer whose z it is or None), since the trace was entered.
     """
 
-    def __init__(self, place_of: Callable[[nn.Module], Place | None]):
+    def __init__(self, place_of: Callable[[nn.Module], Place | None], observer: Callable | None = None):
         super().__init__()
+        self._observer = observer
         self.phase = "setup"
         self.moments: dict[tuple, Moment] = {}
         self.events: list[tuple[int, int, str | None]] = []
@@ -142,6 +146,7 @@ class MemoryTrace(TorchDispatchMode):
             return result
 
         self._exit.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", traced_resize))
+        self._exit.enter_context(mock.patch.object(ShardingPropagator, _SHAPES, _propagate_unseen))
         hooks = nn.modules.module
         self._exit.callback(hooks.register_module_forward_pre_hook(self._enter_module).remove)
         self._exit.callback(hooks.register_module_forward_hook(self._leave_module, always_call=True).remove)
@@ -155,22 +160,28 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # comes back as ops on local tensors
-        # DTensor asks for shapes under a fake mode of its own: nothing is allocated there
         ours = active_fake_mode() is self._fake_mode
         if ours and func in _BODIES:
-            return self._follow(func, args)
+            out = self._follow(func, args)
+            self._observe(func, args, kwargs, out)
+            return out
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as the real one; its fake makes a new tensor
         if ours and func is torch.ops.aten._local_scalar_dense.default:
             return 1  # a step number that the optimizer reads
         out = func(*args, **(kwargs or {}))
         if ours:
+            self._observe(func, args, kwargs, out)
             if func is _ATTENTION_BACKWARD:
                 self._see(args[1].new_empty(args[1].shape, dtype=torch.float32))  # its sums for dq
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf)
         return out
+
+    def _observe(self, func, args, kwargs, out) -> None:
+        if self._observer is not None and self._inside is None:
+            self._observer(func, args, kwargs or {}, out, "backward" if in_backward() else self.phase)
 
     def _follow(self, func, args):
         self._inside = []
@@ -255,6 +266,16 @@ class MemoryTrace(TorchDispatchMode):
             if self.events[i][0] == block.number:
                 self.events[i] = (block.number, block.num_bytes, layer)
                 break
+
+
+_SHAPES = "_propagate_tensor_meta_non_cached"
+_propagate = getattr(ShardingPropagator, _SHAPES)
+
+
+def _propagate_unseen(self, op_schema):
+    """DTensor asks an op for its shapes on fake tensors as large as the whole: nothing is allocated."""
+    with _disable_current_modes():
+        return _propagate(self, op_schema)
 
 
 class _ReenteredTrace(TorchDispatchMode):

@@ -1,0 +1,256 @@
+"""How long a training step takes on N GPUs: the work that the trace of a job shows, by rates.
+
+The trace names every op and collective of a rank's step with its sizes. Products are counted in
+FLOPs, everything else in bytes moved, collectives in bytes sent. docs/scaling.md has the formulas
+and says which rates are measured and which are assumed.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import log2
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils.flop_counter import flop_registry
+
+from momoe_titan.model import expert_parallel  # noqa: F401 - registers the ops below
+
+ops = torch.ops
+_FORWARD, _BACKWARD = ops.momoe_titan.moe_forward, ops.momoe_titan.moe_backward
+_ATTENTION = "scaled_dot_product"
+# Packets of collectives, and how often a rank sends (n - 1)/n of the tensor with this index.
+_COLLECTIVES = {
+    ops.c10d._allgather_base_: ("all-gather", 0, 1),
+    ops.c10d._reduce_scatter_base_: ("reduce-scatter", 1, 1),
+    ops.c10d.allreduce_: ("all-reduce", 0, 2),
+    ops._c10d_functional.all_gather_into_tensor: ("all-gather", None, 1),
+    ops._c10d_functional.reduce_scatter_tensor: ("reduce-scatter", 0, 1),
+    ops._c10d_functional.all_reduce: ("all-reduce", 0, 2),
+    ops._c10d_functional.all_to_all_single: ("all-to-all", 0, 1),
+    ops.momoe_titan.send_rows: ("all-to-all", 0, 1),
+}
+# FSDP's, which run beside the compute of the neighbouring blocks
+_FSDP = (ops.c10d._allgather_base_, ops.c10d._reduce_scatter_base_)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU in bfloat16.
+
+    Attributes:
+        matmul, attention: TFLOPS reached by cuBLAS and by attention (causal FLOPs).
+        float32: TFLOPS of float32 products.
+        grouped: TFLOPS of torch._grouped_mm, which TorchTitan's MoE uses.
+        memory: TB/s that ops reach which only move data.
+        experts: F -> TFLOPS of a MoE layer, forward and backward at save_percent 100.
+        launch: microseconds of the host per op; a step takes at least its ops times this.
+    """
+
+    matmul: float
+    attention: float
+    float32: float
+    grouped: float
+    memory: float
+    experts: dict[int, tuple[float, float]]
+    launch: float = 10.0
+
+
+GPUS = {
+    # The experts' are measured: F = 256 is 7B-n256, F = 1024 the mean of 30B-n1024 and seed-64e.
+    # memory is such that two measured runs of the 500M flavor come out within 10%; others are assumed.
+    "h200": Gpu(550, 350, 45, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
+    # as the H200, with memory by the ratio of the data sheets: assumed
+    "h100": Gpu(550, 350, 45, 300, memory=1.9, experts={256: (380, 435), 1024: (559, 535)}),
+}
+
+
+@dataclass
+class Network:
+    """GB/s that one GPU sends, in one direction, and how much of FSDP's traffic hides behind compute.
+
+    Attributes:
+        nvlink: within a node of `node_size` GPUs.
+        ib: between nodes.
+        overlap: share of the compute time that FSDP's collectives can use.
+    """
+
+    nvlink: float = 450.0
+    ib: float = 50.0
+    node_size: int = 8
+    overlap: float = 0.9
+
+
+@dataclass
+class Work:
+    """Of one kind, in one step or microbatch."""
+
+    flops: float = 0.0
+    num_bytes: float = 0.0
+    count: int = 0
+
+
+@dataclass
+class StepCost:
+    """An observer of MemoryTrace that adds up the work of a step.
+
+    Attributes:
+        work: (True in a microbatch, False outside; kind of op) -> Work. Kinds: "matmul",
+            "float32 matmul", "grouped matmul", "attention", "experts forward F", "experts backward F",
+            "experts again F" (z at save_percent 0), "elementwise", "optimizer".
+        sent: (True in a microbatch; collective; True for FSDP's; True between nodes) -> Work.
+        num_microbatches: that were traced.
+    """
+
+    node_size: int
+    num_microbatches: int = 1
+    work: dict[tuple, Work] = field(default_factory=lambda: defaultdict(Work))
+    sent: dict[tuple, Work] = field(default_factory=lambda: defaultdict(Work))
+
+    def clear(self) -> None:
+        self.work.clear()
+        self.sent.clear()
+
+    def __call__(self, func, args, kwargs, out, phase: str) -> None:
+        packet, micro = func._overloadpacket, phase in ("forward", "loss", "backward")
+        if packet in _COLLECTIVES:
+            self._collective(packet, args, out, micro)
+        elif packet in (_FORWARD, _BACKWARD):
+            self._experts(func, args, micro, packet is _FORWARD)
+        elif packet is ops.aten._grouped_mm:
+            left, right = args[:2]
+            self._add(micro, "grouped matmul", 2 * left.shape[-2] * left.shape[-1] * right.shape[-1])
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            name = str(packet)
+            if _ATTENTION in name:
+                self._add(micro, "attention", flops / 2)  # causal
+            else:
+                single = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args)
+                self._add(micro, "float32 matmul" if single else "matmul", flops)
+        elif _moves_data(func):
+            moved = sum(map(_num_bytes, (*_tensors(args), *_tensors(kwargs.values()), *_tensors([out]))))
+            self._add(micro, "optimizer" if phase == "optimizer" else "elementwise", num_bytes=moved)
+
+    def _add(self, micro: bool, kind: str, flops: float = 0.0, num_bytes: float = 0.0) -> None:
+        work = self.work[micro, kind]
+        work.flops += flops
+        work.num_bytes += num_bytes
+        work.count += 1
+
+    def _experts(self, func, args, micro: bool, forward: bool) -> None:
+        given = dict(zip((a.name for a in func._schema.arguments), args))
+        _, ffn, d_model = given["w2"].shape
+        unit = 2 * given["num_rows"] * d_model * ffn
+        self._add(micro, f"experts {'forward' if forward else 'backward'} {ffn}", (3 if forward else 6) * unit)
+        if not forward:
+            self._add(micro, f"experts again {ffn}", 2 * unit)
+
+    def _collective(self, packet, args, out, micro: bool) -> None:
+        name, index, times = _COLLECTIVES[packet]
+        group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+        if group is not None:
+            group = dist.ProcessGroup.unbox(group)
+        else:
+            group = _resolve_process_group(next(a for a in reversed(args) if isinstance(a, str)))
+        ranks = dist.get_process_group_ranks(group)
+        tensors = _tensors([out if index is None else args[index]])
+        between = len({rank // self.node_size for rank in ranks}) > 1
+        work = self.sent[micro, name, packet in _FSDP, between]
+        work.num_bytes += times * sum(map(_num_bytes, tensors)) * (len(ranks) - 1) / len(ranks)
+        work.count += 1
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_tensors(value))
+    return found
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """Of its elements, those of an expanded tensor once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _moves_data(func) -> bool:
+    name = func._schema.name.split("::")[1]
+    if name.startswith(("empty", "new_empty", "wait_tensor", "detach", "device", "_wrap")):
+        return False
+    return not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
+    """Forward and backward at this F: between measured widths by the logarithm, beyond them the nearest."""
+    widths = sorted(gpu.experts)
+    low = max((w for w in widths if w <= ffn), default=widths[0])
+    high = min((w for w in widths if w >= ffn), default=widths[-1])
+    if low == high:
+        return gpu.experts[low]
+    share = (log2(ffn) - log2(low)) / (log2(high) - log2(low))
+    return tuple(a + share * (b - a) for a, b in zip(gpu.experts[low], gpu.experts[high]))
+
+
+def seconds(kind: str, work: Work, gpu: Gpu) -> float:
+    """On the GPU, for one kind of work."""
+    if kind.startswith("experts"):
+        _, which, ffn = kind.split()
+        forward, backward = expert_tflops(gpu, int(ffn))
+        # a repeated product is one of the forward's
+        return work.flops / 1e12 / (backward if which == "backward" else forward)
+    rates = {
+        "matmul": gpu.matmul,
+        "attention": gpu.attention,
+        "float32 matmul": gpu.float32,
+        "grouped matmul": gpu.grouped,
+    }
+    rate = rates.get(kind)
+    return work.num_bytes / 1e12 / gpu.memory if rate is None else work.flops / 1e12 / rate
+
+
+def step_time(
+    cost: StepCost, gpu: Gpu, network: Network, save_percent: float, num_microbatches: int, pipeline: tuple[int, int] = (1, 1)
+) -> dict:
+    """Seconds of a step and what they are made of.
+
+    Args:
+        cost: of the trace.
+        save_percent: mean over the MoE layers.
+        num_microbatches: of gradient accumulation.
+        pipeline: stages, and microbatches that go through them one after another.
+
+    Returns:
+        "by_kind": seconds on the GPU; "collectives": seconds by collective; "compute", "host",
+        "exposed": what of the collectives nothing hides; "step".
+    """
+    stages, waves = pipeline
+    repeated = num_microbatches / cost.num_microbatches
+    by_kind: dict[str, float] = defaultdict(float)
+    count = 0.0
+    for (micro, kind), work in cost.work.items():
+        times = (repeated if micro else 1) / stages
+        if " again " in kind:
+            times *= 1 - save_percent / 100
+        by_kind[kind] += seconds(kind, work, gpu) * times
+        count += work.count * times
+    collectives: dict[str, float] = defaultdict(float)
+    hideable = open_ = 0.0
+    for (micro, name, fsdp, between), work in cost.sent.items():
+        taken = work.num_bytes / 1e9 / (network.ib if between else network.nvlink) * (repeated if micro else 1) / stages
+        collectives[f"{name}{', FSDP' if fsdp else ''}{', between nodes' if between else ''}"] += taken
+        hideable, open_ = hideable + taken * fsdp, open_ + taken * (not fsdp)
+    compute, host = sum(by_kind.values()), count * gpu.launch / 1e6
+    busy = max(compute, host)
+    exposed = max(0.0, hideable - network.overlap * busy) + open_
+    return {
+        "by_kind": dict(by_kind),
+        "collectives": dict(collectives),
+        "compute": compute,
+        "host": host,
+        "exposed": exposed,
+        "bubble": (busy + exposed) * (stages - 1) / waves,
+        "step": (busy + exposed) * (1 + (stages - 1) / waves),
+    }

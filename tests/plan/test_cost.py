@@ -1,0 +1,71 @@
+"""The time model by hand-made work, and the work that a trace counts."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from momoe_titan.kernels import momoe_mlp
+from momoe_titan.plan.cost import expert_tflops, Gpu, GPUS, Network, step_time, StepCost, Work
+from momoe_titan.plan.trace import as_on_gpu, MemoryTrace
+
+GPU = Gpu(matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0)
+
+
+def cost(**sent) -> StepCost:
+    c = StepCost(8)
+    c.work[True, "matmul"] = Work(flops=10e12, count=5)  # 100 ms
+    c.work[True, "experts forward 256"] = Work(flops=3e12, count=1)  # 30 ms
+    c.work[True, "experts again 256"] = Work(flops=2e12, count=1)  # 20 ms at save_percent 0
+    c.work[False, "optimizer"] = Work(num_bytes=50e9, count=4)  # 50 ms
+    return c
+
+
+def test_compute():
+    assert step_time(cost(), GPU, Network(), 100, 1)["step"] == pytest.approx(0.18)
+    assert step_time(cost(), GPU, Network(), 0, 1)["step"] == pytest.approx(0.20)
+    assert step_time(cost(), GPU, Network(), 50, 3)["step"] == pytest.approx(3 * 0.14 + 0.05)
+    slow_host = Gpu(**{**GPU.__dict__, "launch": 1e5})
+    assert step_time(cost(), slow_host, Network(), 100, 1)["step"] == pytest.approx(0.1 * 10)
+
+
+def test_communication_hides_behind_compute_or_not():
+    network = Network(nvlink=100, ib=10, overlap=0.5)
+    c = cost()
+    c.sent[True, "all-gather", True, False] = Work(num_bytes=8e9)  # 80 ms of the 90 that can hide
+    assert step_time(c, GPU, network, 100, 1)["exposed"] == 0
+    c.sent[True, "all-gather", True, True] = Work(num_bytes=1e9)  # 100 ms between nodes
+    assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.09)
+    c.sent[True, "all-to-all", False, False] = Work(num_bytes=2e9)  # 20 ms, always seen
+    assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.11)
+
+
+def test_pipeline_bubble():
+    t = step_time(cost(), GPU, Network(), 100, 1, pipeline=(4, 8))
+    assert t["step"] == pytest.approx(0.18 / 4 * (1 + 3 / 8)) and t["bubble"] == pytest.approx(0.18 / 4 * 3 / 8)
+
+
+def test_rates_between_widths():
+    assert expert_tflops(GPU, 64) == (100, 200) and expert_tflops(GPU, 4096) == (300, 400)
+    assert expert_tflops(GPU, 512) == pytest.approx((200, 300))
+    assert expert_tflops(GPUS["h200"], 256) == (380, 435)
+
+
+def test_work_of_ops():
+    c = StepCost(8)
+    t, d, f, e, k = 256, 128, 64, 4, 2
+    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None, c) as trace:
+        trace.phase = "forward"
+        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+        out, _ = momoe_mlp(x, w1, w2, ids, scores, 0)
+        out.backward(torch.empty_like(out))
+        trace.phase = "optimizer"
+        weight = torch.empty(d, d)
+        weight @ weight
+        weight.view(-1)  # no work
+        weight.add_(1.0)
+    unit = 2 * t * k * d * f
+    flops = {kind: w.flops for (micro, kind), w in c.work.items() if "experts" in kind}
+    assert flops == {"experts forward 64": 3 * unit, "experts backward 64": 6 * unit, "experts again 64": 2 * unit}
+    assert c.work[False, "float32 matmul"] == Work(flops=2 * d**3, count=1)
+    assert c.work[False, "optimizer"] == Work(num_bytes=2 * d * d * 4, count=1)
