@@ -95,8 +95,7 @@ def main(arch: str, shapes: list[str]) -> None:
                 router._route_backward(scores, logits, ids64, func, True, 1.0)
                 router._bfloat16_parts(logits, False)
             if dtype == torch.bfloat16:
-                for few in (1, 64):  # the smallest and the largest bucket
-                    decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
+                decode.forward(x[:1], w1, w2, ids[:1], scores[:1])
             autograd._backward(new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, [True] * 4, "triton")
 
 
