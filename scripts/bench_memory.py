@@ -127,6 +127,7 @@ def build(trainer) -> None:
 
 def discard_model(trainer) -> None:
     trainer.model_parts = trainer.optimizers = trainer.lr_schedulers = trainer.loss = None
+    trainer.checkpointer.states.clear()  # else it would keep the first model
     trainer.metrics_processor.optimizers = trainer.metrics_processor.model_parts = None
     torch._dynamo.reset()
     torch._functorch.config.activation_memory_budget = 1.0
