@@ -16,3 +16,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def freed_gpu_memory():
+    """What a test's process keeps in PyTorch's cache, tests in other processes can't have."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
