@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import sys
-import traceback
 from unittest import mock
 
 import torch
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.expert_parallel import Flight
+from tests.forks import in_forks
 from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 STEPS = 3
@@ -123,21 +123,11 @@ def worker(rank: int, world: int, runs: list[dict], folder: str) -> None:
 
 def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
-    failed = []
-    for world, its_runs in json.loads(runs):
-        children = []
-        for rank in range(world):
-            if not (pid := os.fork()):
-                try:
-                    worker(rank, world, its_runs, folder)
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-            children.append(pid)
-        failed += [pid for pid in children if os.waitpid(pid, 0)[1]]
-    sys.exit(bool(failed))
+    ended_well = [
+        in_forks(world, lambda rank: worker(rank, world, its_runs, folder))
+        for world, its_runs in json.loads(runs)
+    ]
+    sys.exit(not all(ended_well))
 
 
 if __name__ == "__main__":

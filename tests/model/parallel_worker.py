@@ -10,7 +10,6 @@ runs is written to FOLDER/INDEX.pt.
 import json
 import os
 import sys
-import traceback
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from momoe_titan.train import describe_cpu
+from tests.forks import in_forks
 
 STEPS, BATCH = 3, 8
 
@@ -205,21 +205,11 @@ def main(folder: str, runs: str) -> None:
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
         register_train_spec("momoe_llama", spec)
-        failed = []
-        for index, (world, its_runs) in enumerate(json.loads(runs)):
-            children = []
-            for rank in range(world):
-                if not (pid := os.fork()):
-                    try:
-                        worker(rank, world, its_runs, folder, index)
-                        os._exit(0)
-                    except BaseException:
-                        traceback.print_exc()
-                        sys.stderr.flush()
-                        os._exit(1)
-                children.append(pid)
-            failed += [pid for pid in children if os.waitpid(pid, 0)[1]]
-    sys.exit(bool(failed))
+        ended_well = [
+            in_forks(world, lambda rank: worker(rank, world, its_runs, folder, index))
+            for index, (world, its_runs) in enumerate(json.loads(runs))
+        ]
+    sys.exit(not all(ended_well))
 
 
 if __name__ == "__main__":
