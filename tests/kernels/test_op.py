@@ -122,7 +122,7 @@ def test_room_for_used_slots_only(spare, device, backend):
         want, counts_want = run(momoe_mlp, x, w1, w2, ids, scores, dout, 0, backend=backend)
         got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 37, num_rows=rows, **kwargs)
         for name, g, w in zip(NAMES, got, want):
-            if backend == "torch" and x.is_cuda:  # adds rows up in any order
+            if backend == "torch":  # its products of fewer rows may differ in the last bit
                 torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, msg=name)
             else:
                 assert torch.equal(g, w), name
