@@ -113,7 +113,7 @@ def test_unused_slots_add_nothing(device, backend):
 
 @pytest.mark.parametrize("spare", [0, 7])
 def test_room_for_used_slots_only(spare, device, backend):
-    """R = used slots: the same bits from less memory, also where no slot is used at all."""
+    """R = used slots: the same from less memory (of Triton to the bit), also where no slot is used at all."""
     x, w1, w2, ids, scores, dout = make_inputs((45, 32, 48, 5, 4), torch.float32, device)
     for unused in (ids % 2 == 0, ids >= 0):
         ids[unused] = -1
