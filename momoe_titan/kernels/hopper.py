@@ -37,8 +37,6 @@ BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the
 BK = gl.constexpr(64)  # contraction of one stage
 CHUNK = gl.constexpr(64)  # columns of one TMA store
 STAGES = gl.constexpr(4)
-# Where results leave through buffers of their own alone, a stage's room holds the two more that they want.
-SHORT_STAGES = gl.constexpr(3)
 
 # 504 registers are to be had for one thread of each of the three warpgroups: the second consumer and
 # the producer ask for these, the first consumer is left with as many as the second.
@@ -48,10 +46,8 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 # Contraction from which on `rows_kernel` lends a stage: of a short one, it takes too much of the ring.
 LENDING_WIDTH = 1024
 
-# Steps after which the programs of a kernel over routed rows end and others take their place. A program
-# that lags behind its neighbours, with whom it shares operands, finds them gone from the L2: by itself
-# it would lag more and more. Ending costs a program the time of about five steps.
-ROUND_STEPS = 512
+# Contraction from which on the programs that gather rows are kept in step: see `_commit`.
+IN_STEP_WIDTH = 4096
 
 # A weight gradient's tiles go by groups of this many row tiles, so that those at work at a time share operands.
 GROUP = gl.constexpr(8)
@@ -85,11 +81,11 @@ class Ring:
     LHS_IS_KM: gl.constexpr  # the contraction runs along the rows of lhs
     RHS_IS_NK: gl.constexpr  # the contraction runs along the columns of rhs
     GATHERS: gl.constexpr  # one operand arrives by cp.async
+    IN_STEP: gl.constexpr  # the producer itself waits for its copies
     LENDS: gl.constexpr  # results wait in a stage until their stores have read them
-    STAGES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS, STAGES):
+    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, IN_STEP, LENDS):
         self.lhs = lhs
         self.rhs = rhs
         self.ready = ready
@@ -97,14 +93,14 @@ class Ring:
         self.LHS_IS_KM = gl.constexpr(LHS_IS_KM)
         self.RHS_IS_NK = gl.constexpr(RHS_IS_NK)
         self.GATHERS = gl.constexpr(GATHERS)
+        self.IN_STEP = gl.constexpr(IN_STEP)
         self.LENDS = gl.constexpr(LENDS)
-        self.STAGES = gl.constexpr(STAGES)
 
 
 @gluon.jit
 def _make_ring(
-    dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr, GATHERS: gl.constexpr, LENDS: gl.constexpr,
-    STAGES: gl.constexpr,
+    dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr,
+    GATHERS: gl.constexpr, IN_STEP: gl.constexpr, LENDS: gl.constexpr,
 ):  # fmt: skip
     lhs = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], TILE_SMEM)
     if RHS_IS_NK:
@@ -114,22 +110,55 @@ def _make_ring(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
     for i in gl.static_range(STAGES):
-        # one arrival for the TMA bytes, and one of each producer thread for its own copies
-        mbarrier.init(ready.index(i), count=129 if GATHERS else 1)
+        # one arrival for the TMA bytes, and for the copies one of the producer, or one of each of its threads
+        mbarrier.init(ready.index(i), count=(2 if IN_STEP else 129) if GATHERS else 1)
         mbarrier.init(empty.index(i), count=2)
-    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS, STAGES)
+    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, IN_STEP, LENDS)
 
 
 @gluon.jit
-def _advance(ring, stage, phase):
+def _advance(stage, phase):
     stage += 1
-    phase = gl.where(stage == ring.STAGES, phase ^ 1, phase)
-    stage = gl.where(stage == ring.STAGES, 0, stage)
+    phase = gl.where(stage == STAGES, phase ^ 1, phase)
+    stage = gl.where(stage == STAGES, 0, stage)
     return stage, phase
 
 
 @gluon.jit
-def _fill(ring, tile, lhs, rhs, stage, phase):
+def _commit(ring, stage, pending):
+    """Has the copies into a stage reported when they are there; returns the stage whose copies are pending.
+
+    IN_STEP, the producer waits for the copies into the stage before this one and reports them. A
+    program whose rows come from DRAM, because it is ahead of those that share them, is slowed by that,
+    while one that finds them in the L2 is not. Otherwise wide rows drift apart until every program
+    fetches for itself: up_proj of 30B-n1024 read 10.5 GB in place of about 3.
+    """
+    if ring.IN_STEP:
+        async_copy.commit_group()
+        async_copy.wait_group(1)
+        _report(ring, pending)
+    else:
+        async_copy.mbarrier_arrive(ring.ready.index(stage), increment_count=False)
+    return stage
+
+
+@gluon.jit
+def _report(ring, pending):
+    """The producer's copies into the stage, if there is one, have arrived."""
+    fence_async_shared()  # cp.async writes through the generic proxy
+    mbarrier.arrive(ring.ready.index(gl.maximum(pending, 0)), pred=pending >= 0)
+
+
+@gluon.jit
+def _report_last(ring, pending):
+    """At the producer's end."""
+    if ring.IN_STEP:
+        async_copy.wait_group(0)
+        _report(ring, pending)
+
+
+@gluon.jit
+def _fill(ring, tile, lhs, rhs, stage, phase, pending):
     """Fills the ring with the steps of one tile. Tokens are fetched two steps before their rows."""
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
@@ -140,22 +169,23 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
         rhs.load(tile, k, ready, ring.rhs.index(stage))
         lhs.load(tile, k, tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
         if ring.GATHERS:
-            async_copy.mbarrier_arrive(ready, increment_count=False)
+            pending = _commit(ring, stage, pending)
         tokens = next_tokens
         next_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
-        stage, phase = _advance(ring, stage, phase)
-    return stage, phase
+        stage, phase = _advance(stage, phase)
+    return stage, phase, pending
 
 
 @gluon.jit
-def _lend(ring, stage, phase):
+def _lend(ring, stage, phase, pending):
     """Gives the consumers a stage as it is: their results stay there until the stores have read them."""
     ready = ring.ready.index(stage)
     mbarrier.wait(ring.empty.index(stage), phase)
     mbarrier.arrive(ready)
     if ring.GATHERS:
-        async_copy.mbarrier_arrive(ready, increment_count=False)
-    return _advance(ring, stage, phase)
+        pending = _commit(ring, stage, pending)
+    stage, phase = _advance(stage, phase)
+    return stage, phase, pending
 
 
 @gluon.jit
@@ -163,13 +193,15 @@ def _producer(ring, tiles, lhs, rhs):
     """Fills the ring, tile by tile, and if it LENDS adds one more stage after each."""
     stage = 0
     phase = 1
+    pending = -1
     word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), tiles.step()):
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
-        word = tiles.word(t + tiles.step())
-        stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
+        word = tiles.word(t + gl.num_programs(0))
+        stage, phase, pending = _fill(ring, tile, lhs, rhs, stage, phase, pending)
         if ring.LENDS:
-            stage, phase = _lend(ring, stage, phase)
+            stage, phase, pending = _lend(ring, stage, phase, pending)
+    _report_last(ring, pending)
 
 
 @gluon.jit
@@ -190,7 +222,7 @@ def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
     last = held
     for k in range(tile.k_begin, tile.k_stop(), BK):
         mbarrier.wait(ring.ready.index(stage), phase)
-        if ring.GATHERS:
+        if ring.GATHERS and not ring.IN_STEP:
             fence_async_shared()  # cp.async wrote through the generic proxy
         lhs = ring.lhs.index(2 * stage + W)
         rhs = ring.rhs.index(stage)
@@ -202,7 +234,7 @@ def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
         acc = warpgroup_mma_wait(1, deps=[acc])
         _give_back(ring, last)
         last = stage
-        stage, phase = _advance(ring, stage, phase)
+        stage, phase = _advance(stage, phase)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _give_back(ring, last)
     return acc, stage, phase
@@ -215,7 +247,7 @@ def _hand_back(ring, steps, stage, phase, held):
     for _ in range(steps):
         mbarrier.wait(ring.ready.index(stage), phase)
         mbarrier.arrive(ring.empty.index(stage))
-        stage, phase = _advance(ring, stage, phase)
+        stage, phase = _advance(stage, phase)
     return stage, phase
 
 
@@ -251,10 +283,7 @@ class Tile:
 
 @aggregate
 class RowTiles:
-    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert.
-
-    The programs of one round take turns over width * turns consecutive tiles.
-    """
+    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert."""
 
     tiles_ptr: gl.tensor
     offsets_ptr: gl.tensor
@@ -262,37 +291,25 @@ class RowTiles:
     first_tile: gl.tensor
     num_cols: gl.tensor  # column tiles
     k_end: gl.tensor
-    width: gl.tensor  # programs at work at a time, a round
-    turns: gl.tensor  # tiles of one program
     COLS: gl.constexpr  # columns of a tile in each output
 
     @gluon.constexpr_function
-    def __init__(self, tiles_ptr, offsets_ptr, num_tiles, first_tile, num_cols, k_end, width, turns, COLS):
+    def __init__(self, tiles_ptr, offsets_ptr, num_tiles, first_tile, num_cols, k_end, COLS):
         self.tiles_ptr = tiles_ptr
         self.offsets_ptr = offsets_ptr
         self.num_tiles = num_tiles
         self.first_tile = first_tile
         self.num_cols = num_cols
         self.k_end = k_end
-        self.width = width
-        self.turns = turns
         self.COLS = gl.constexpr(COLS)
 
     @gluon.jit
-    def round_begin(self):
-        return self.first_tile * self.num_cols + gl.program_id(0) // self.width * self.width * self.turns
-
-    @gluon.jit
     def begin(self):
-        return self.round_begin() + gl.program_id(0) % self.width
+        return self.first_tile * self.num_cols + gl.program_id(0)
 
     @gluon.jit
     def end(self):
-        return gl.minimum(self.num_tiles * self.num_cols, self.round_begin() + self.width * self.turns)
-
-    @gluon.jit
-    def step(self):
-        return self.width
+        return self.num_tiles * self.num_cols
 
     @gluon.jit
     def word(self, t):
@@ -334,10 +351,6 @@ class WeightTiles:
     @gluon.jit
     def end(self):
         return self.E * self.num_rows * self.num_cols
-
-    @gluon.jit
-    def step(self):
-        return gl.num_programs(0)
 
     @gluon.jit
     def word(self, t):
@@ -592,9 +605,9 @@ def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.c
     held = -1
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), tiles.step()):
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
-        word = tiles.word(t + tiles.step())
+        word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         if row < tile.row_end:
             acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
@@ -615,7 +628,7 @@ def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.c
                 act_buffers = buffers.index(0), third
                 _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, (left, right))
             held = stage
-            stage, phase = _advance(ring, stage, phase)
+            stage, phase = _advance(stage, phase)
         else:
             stage, phase = _hand_back(ring, tile.steps() + 1, stage, phase, held)
             held = -1
@@ -641,14 +654,15 @@ def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
 _METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
 
 
-@gluon.jit(do_not_specialize=["width", "turns", "first_row", "z_end"], do_not_specialize_on_alignment=_METADATA)
+@gluon.jit(do_not_specialize=["first_row", "z_end"], do_not_specialize_on_alignment=_METADATA)
 def up_proj_kernel(
     x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
-    tiles_ptr, offsets_ptr, num_tiles_ptr, width, turns, D, F, first_row, z_end, ACT: gl.constexpr,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_end,
+    ACT: gl.constexpr, IN_STEP: gl.constexpr,
 ):  # fmt: skip
     """z = gather(x_TD) @ w1[e], act = up * silu(gate).
 
-    Grid: a program per SM and round, each walks 128-row x 128-column (of F) tiles.
+    Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
     Writes z rows below z_end of the tiles that reach first_row, and if ACT act_RF for all their rows.
     """
     num_tiles = gl.load(num_tiles_ptr)
@@ -656,8 +670,8 @@ def up_proj_kernel(
         first_tile = gl.to_tensor(0)
     else:
         first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    ring = _make_ring(act_desc.dtype, False, False, True, True, STAGES)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, width, turns, 128)
+    ring = _make_ring(act_desc.dtype, False, False, True, IN_STEP, True)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128)
     lhs = TokenRows(x_ptr, x_stride, token_ptr)
     rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
     gl.warp_specialize(
@@ -672,19 +686,17 @@ def up_proj_kernel(
 
 
 @gluon.jit
-def _store_consumer(
-    ring, tiles, out_desc, W: gl.constexpr, BUFFERS: gl.constexpr = 2, TRANSPOSED: gl.constexpr = False
-):
+def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.constexpr = False):
     """TRANSPOSED: the tile is that of the transposed weight gradient of its expert."""
-    buffers = gl.allocate_shared_memory(out_desc.dtype, [BUFFERS, HALF, CHUNK], TILE_SMEM)
+    buffers = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     stage = 0
     phase = 0
     held = -1
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), tiles.step()):
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
-        word = tiles.word(t + tiles.step())
+        word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         if row < tile.row_end:
             acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
@@ -692,12 +704,12 @@ def _store_consumer(
             if ring.LENDS:
                 mbarrier.wait(ring.ready.index(stage), phase)
             for i in gl.static_range(4):
-                if ring.LENDS and i >= BUFFERS:
-                    buffer = _borrowed(ring, stage, W)[i - BUFFERS]
+                if ring.LENDS and i >= 2:
+                    buffer = _borrowed(ring, stage, W)[i - 2]
                 else:
                     if not ring.LENDS:
-                        tma.store_wait(BUFFERS - 1)
-                    buffer = buffers.index(i % BUFFERS)
+                        tma.store_wait(1)
+                    buffer = buffers.index(i % 2)
                 block = quarters[i].to(out_desc.dtype)
                 col = tile.col + i * CHUNK
                 if TRANSPOSED:
@@ -711,33 +723,32 @@ def _store_consumer(
                 tma.async_copy_shared_to_global(out_desc, where, _as_ragged(buffer, out_desc))
             if ring.LENDS:
                 held = stage
-                stage, phase = _advance(ring, stage, phase)
+                stage, phase = _advance(stage, phase)
         else:
             stage, phase = _hand_back(ring, tile.steps() + (1 if ring.LENDS else 0), stage, phase, held)
             held = -1
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["width", "turns", "first_col"], do_not_specialize_on_alignment=_METADATA)
+@gluon.jit(do_not_specialize=["first_col"], do_not_specialize_on_alignment=_METADATA)
 def rows_kernel(
-    in_desc, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr, width, turns, k_end, w_rows, first_col, num_cols,
+    in_desc, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr, width, w_rows, first_col, num_cols,
     W_IS_NK: gl.constexpr, LENDS: gl.constexpr,
 ):  # fmt: skip
     """out[r] = in[r] @ w[e], columns [first_col, first_col + width of out): down projection, and dx.
 
-    Grid: a program per SM and round, each walks 128x256 tiles. in (R, k_end), out (R, columns);
-    w_desc (E * w_rows, ...): (k_end, columns) of each expert, or (columns, k_end) if W_IS_NK.
+    Grid: one program per SM, each walks 128x256 tiles. in (R, width), out (R, columns);
+    w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False, LENDS, STAGES if LENDS else SHORT_STAGES)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), k_end, width, turns, 256)
+    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False, False, LENDS)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256)
     lhs = PlainRows(in_desc)
     rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
-    BUFFERS: gl.constexpr = 2 if LENDS else 4
     gl.warp_specialize(
         [
-            (_store_consumer, (ring, tiles, out_desc, 0, BUFFERS)),
-            (_store_consumer, (ring, tiles, out_desc, 1, BUFFERS)),
+            (_store_consumer, (ring, tiles, out_desc, 0)),
+            (_store_consumer, (ring, tiles, out_desc, 1)),
             (_producer, (ring, tiles, lhs, rhs)),
         ],
         [4, 4],
@@ -773,18 +784,20 @@ def _down_backward_producer(ring, tiles, lhs, rhs, z):
     """After the steps of a tile, its z: 64 columns of up and gate in the rhs of each of four stages."""
     stage = 0
     phase = 1
+    pending = -1
     word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), tiles.step()):
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
-        word = tiles.word(t + tiles.step())
-        stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
+        word = tiles.word(t + gl.num_programs(0))
+        stage, phase, pending = _fill(ring, tile, lhs, rhs, stage, phase, pending)
         for i in range(Z_STEPS):
             ready = ring.ready.index(stage)
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(ready, rhs.BYTES)
             z.load(tile, tile.col + i * CHUNK, ready, ring.rhs.index(stage))
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            stage, phase = _advance(ring, stage, phase)
+            pending = _commit(ring, stage, pending)
+            stage, phase = _advance(stage, phase)
+    _report_last(ring, pending)
 
 
 @gluon.jit
@@ -799,9 +812,9 @@ def _down_backward_consumer(
     held = -1
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
     word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), tiles.step()):
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
-        word = tiles.word(t + tiles.step())
+        word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
         score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
@@ -836,7 +849,7 @@ def _down_backward_consumer(
                     tma.store_wait(3)
                     mbarrier.arrive(ring.empty.index(held))
                 held = stage
-                stage, phase = _advance(ring, stage, phase)
+                stage, phase = _advance(stage, phase)
             part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
             gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
         else:
@@ -846,22 +859,23 @@ def _down_backward_consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["width", "turns", "num_saved"],
+    do_not_specialize=["num_saved"],
     do_not_specialize_on_alignment=_METADATA + ["score_ptr", "dscore_ptr"],
 )
 def down_proj_backward_kernel(
     dout_ptr, dout_stride, token_ptr, w_desc, z_saved_desc, z_rest_desc, num_saved, score_ptr,
-    dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, tiles_ptr, offsets_ptr, num_tiles_ptr, width, turns, D, F,
+    dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
+    IN_STEP: gl.constexpr,
 ):  # fmt: skip
     """dact = gather(dout_TD) @ w2[e]^T, then the backward of score * up * silu(gate).
 
-    Grid: a program per SM and round, each walks 128-row x 256-column (of F) tiles.
+    Grid: one program per SM, each walks 128-row x 256-column (of F) tiles.
     Writes dz_R2F (up and gate halves through a descriptor each), score * act, and per column tile
     the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(act_desc.dtype, False, True, True, True, STAGES)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, width, turns, 256)
+    ring = _make_ring(act_desc.dtype, False, True, True, IN_STEP, True)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
     lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
     rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
     z = SavedZ(z_saved_desc, z_rest_desc, num_saved)
@@ -884,14 +898,14 @@ def weight_grad_kernel(
 
     Grid: one program per SM, each walks 128x256 tiles.
     """
-    ring = _make_ring(dw_desc.dtype, True, False, True, False, STAGES)
+    ring = _make_ring(dw_desc.dtype, True, False, True, False, True)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
     lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
     rhs = PlainSteps(rows_desc)
     gl.warp_specialize(
         [
-            (_store_consumer, (ring, tiles, dw_desc, 0, 2, TRANSPOSED)),
-            (_store_consumer, (ring, tiles, dw_desc, 1, 2, TRANSPOSED)),
+            (_store_consumer, (ring, tiles, dw_desc, 0, TRANSPOSED)),
+            (_store_consumer, (ring, tiles, dw_desc, 1, TRANSPOSED)),
             (_producer, (ring, tiles, lhs, rhs)),
         ],
         [4, 4],
@@ -954,20 +968,8 @@ def _up_and_gate(z, F):
     return _Descriptor(z, [2, z.shape[0], F], [F, z.stride(0), 1], [2, BM.value, CHUNK.value], Z_SMEM.value)
 
 
-def _tiles(routing, turns):
-    """What a kernel over RowTiles is told of them."""
-    return routing.tiles, routing.offsets_E1, routing.num_tiles, _num_programs(routing.tiles.device), turns
-
-
-def _turns(contraction):
-    """Tiles that one program over routed rows computes before it ends."""
-    return cdiv(ROUND_STEPS, cdiv(contraction, BK.value))
-
-
-def _row_grid(routing, num_cols, turns):
-    """Programs for all row tiles: as many as the GPU holds, again and again until each tile has one."""
-    width = _num_programs(routing.tiles.device)
-    return (width * max(cdiv(routing.max_tiles * num_cols, width * turns), 1),)
+def _tiles(routing):
+    return routing.tiles, routing.offsets_E1, routing.num_tiles
 
 
 def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_end):
@@ -977,12 +979,11 @@ def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_end):
     # without z rows the kernel still wants descriptors: any tensor of this width will do
     up, gate = (z, z[:, F:]) if z_end > 0 else (act_RF, act_RF)
     z_up_desc = _ragged_block(up, F)
-    turns = _turns(D)
     launch(
-        up_proj_kernel, _row_grid(routing, cdiv(F, BN.value // 2), turns),
+        up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
         z_up_desc, _ragged_block(gate, F), _ragged_block(act_RF, F) if with_act else z_up_desc,
-        *_tiles(routing, turns), D, F, first_row, z_end, ACT=with_act, num_warps=4,
+        *_tiles(routing), D, F, first_row, z_end, ACT=with_act, IN_STEP=D >= IN_STEP_WIDTH, num_warps=4,
     )  # fmt: skip
 
 
@@ -1012,11 +1013,10 @@ def _launch_rows(in_RC, w, w_shape, w_is_nk, routing, out, first_col):
     rows, cols = w_shape
     E, width = w.shape[0], in_RC.shape[1]
     w_desc = _block(w, E * rows, cols, *((256, 64) if w_is_nk else (64, 256)))
-    turns = _turns(width)
     launch(
-        rows_kernel, _row_grid(routing, cdiv(out.shape[1], BN.value), turns),
+        rows_kernel, _grid(in_RC),
         _block(in_RC, in_RC.shape[0], width, 64, 64), w_desc, _ragged_block(out, out.shape[1]),
-        *_tiles(routing, turns), width, rows, first_col, out.shape[1],
+        *_tiles(routing), width, rows, first_col, out.shape[1],
         W_IS_NK=w_is_nk, LENDS=width >= LENDING_WIDTH, num_warps=4,
     )  # fmt: skip
 
@@ -1047,13 +1047,12 @@ def down_proj_backward(
         return
     z_saved = z_rest if num_saved == 0 else z_saved
     z_rest = z_saved if z_rest is None else z_rest
-    turns = _turns(D)
     launch(
-        down_proj_backward_kernel, _row_grid(routing, cdiv(F, BN.value), turns),
+        down_proj_backward_kernel, _grid(dout_TD),
         dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64),
         _up_and_gate(z_saved, F), _up_and_gate(z_rest, F), num_saved, score_R,
         _ragged_block(dz_R2F, F), _ragged_block(dz_R2F[:, F:], F), _ragged_block(act_scaled_RF, F), dscore_partial,
-        *_tiles(routing, turns), D, F, num_warps=4,
+        *_tiles(routing), D, F, IN_STEP=D >= IN_STEP_WIDTH, num_warps=4,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from .configs import interpreting
 from .tiling import cdiv, launch, next_power_of_2
 
 MAX_TILES = 1 << 16  # of one expert: 16 bits of a packed tile hold its number
-_SLOTS = 128  # slots that one program of the sort owns
+_SLOTS = 128  # slots that one program of the sort owns, a thread for each
 _FEW_SLOTS = 8192  # that every program can afford to count
 _COUNTED = 1024  # at a time, of few
 
@@ -106,7 +106,7 @@ def _histogram_kernel(ids_ptr, hist_ptr, num_slots, num_blocks, E: tl.constexpr,
     slots = block * SLOTS + tl.arange(0, SLOTS)
     ids = _load_ids(ids_ptr, slots, num_slots, E)
     experts = tl.arange(0, E_POW2)
-    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), axis=0)
+    counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
     tl.store(hist_ptr + experts.to(tl.int64) * num_blocks + block, counts, mask=experts < E)
 
 
@@ -181,16 +181,20 @@ def _place_kernel(
     else:
         counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
     if pid < num_blocks:
-        if not FEW:
-            before = tl.load(hist_ptr + experts.to(tl.int64) * num_blocks + pid, mask=experts < E, other=0)
-        first = before + tl.cumsum(counts, 0) - counts
         slots = pid * SLOTS + tl.arange(0, SLOTS)
         live = slots < num_slots
         ids = _load_ids(ids_ptr, slots, num_slots, E)
-        chose = ids[:, None] == experts[None, :]
-        rank = tl.cumsum(chose.to(tl.int32), 0)
-        row = tl.sum(tl.where(chose, first[None, :] + rank - 1, 0), axis=1)
         used = ids >= 0
+        chosen = tl.where(used, ids, 0)
+        first = tl.cumsum(counts, 0) - counts
+        if FEW:
+            row = tl.gather(first + before, chosen, 0)
+        else:
+            before = tl.load(hist_ptr + chosen.to(tl.int64) * num_blocks + pid, mask=used, other=0)
+            row = tl.gather(first, chosen, 0) + before
+        # plus earlier slots of the block that chose the same: along dim 0, so that a thread sums all of its slot's
+        same = (slots[:, None] < slots[None, :]) & (ids[:, None] == ids[None, :])
+        row += tl.sum(same.to(tl.int32), axis=0)
         tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
         tl.store(token_ptr + row, slots // K, mask=live & used)
         if SCORED:
@@ -221,7 +225,7 @@ def _place_kernel(
 
 def _sort_options(num_experts: int) -> dict[str, int]:
     e_pow2 = max(2, next_power_of_2(num_experts))
-    return dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=4 if e_pow2 <= 64 else 8)
+    return dict(E=num_experts, SLOTS=_SLOTS, E_POW2=e_pow2, num_warps=_SLOTS // 32)
 
 
 def histogram(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -14,7 +14,11 @@ from triton.runtime.jit import JITFunction
 from momoe_titan.kernels import hopper, tiling
 from momoe_titan.kernels.routing import packed_size, unpack_routing
 
-SHAPES = {"even": (4096, 2048, 1024, 64, 8), "tails": (300, 320, 448, 5, 3)}  # (T, D, F, E, K)
+SHAPES = {  # (T, D, F, E, K)
+    "even": (4096, 2048, 1024, 64, 8),
+    "tails": (300, 320, 448, 5, 3),
+    "wide": (4096, 4096, 1024, 64, 4),  # gathering programs are kept in step
+}
 
 
 def cases(tokens, d_model, ffn, experts, chosen, dtype):

@@ -17,6 +17,7 @@ ROUTINGS = {
     "unused_slots": (torch.tensor([[0, -1], [3, 1], [2**40, 2], [-1, -1], [1, 4]]), 4),
     "int32": (torch.rand(200, 8, generator=g).topk(2, -1)[1].int(), 8),
     "more_than_one_block_of_tiles": (torch.zeros(5000, 1, dtype=torch.int64), 2),
+    "unused_slots_in_every_block": (torch.randint(-2, 8, (200, 2), generator=g), 6),
 }
 
 
