@@ -152,9 +152,10 @@ class CheckpointManager(titan.CheckpointManager):
         # No rank writes a file before this one has joined the planning of the save.
         if _rank() == 0:
             _empty(checkpoint_id)
-        # An export to another dtype has cast them too.
+        # An export to another dtype has cast them too. Copies, because the counts change in the next
+        # forward, while a save through pinned memory is waited for before the next optimizer step.
         whole = self.states[MODEL].state_dict()
-        kept = {k: whole[k] for k in state_dict if k.endswith(BALANCE_STATE) and k in whole}
+        kept = {k: whole[k].clone() for k in state_dict if k.endswith(BALANCE_STATE) and k in whole}
         return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
 
     def dcp_load(

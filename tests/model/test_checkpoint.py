@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components import checkpoint as titan
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 
@@ -257,3 +258,16 @@ def test_checkpoint_of_the_other_backend(tmp_path, backends):
     Job(config, tiny_args(backend=backends[0])).checkpointer.save(1)
     with pytest.raises(CheckpointError, match="momoe.backend must (not )?be 'torchtitan'"):
         Job(config, tiny_args(backend=backends[1]))
+
+
+def test_a_save_under_way_does_not_see_the_next_forward(tmp_path, monkeypatch):
+    """TorchTitan stages a save through pinned memory until the next optimizer step, in a thread of its own."""
+    job = Job(config_for(tmp_path))
+    job.train(1)
+    staged = {}
+    monkeypatch.setattr(titan.CheckpointManager, "dcp_save", lambda self, states, *args, **kwargs: staged.update(states))
+    job.checkpointer.save(1)
+    moe = moes(job.model)[0]
+    counts = next(value for key, value in staged.items() if key.endswith("moe.tokens_per_expert"))
+    loss_of(job.model, *batch(2))
+    assert moe.tokens_per_expert.any() and not counts.any()
