@@ -36,7 +36,7 @@ BM = gl.constexpr(128)  # output rows of a tile
 BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the same 128 of gate
 BK = gl.constexpr(64)  # contraction of one stage
 CHUNK = gl.constexpr(64)  # columns of one TMA store
-STAGES = gl.constexpr(4)
+STAGES = gl.constexpr(4)  # at least 3: in step, the stage filled last is not reported before the next one is free
 
 # 504 registers are to be had for one thread of each of the three warpgroups: the second consumer and
 # the producer ask for these, the first consumer is left with as many as the second.
@@ -44,6 +44,7 @@ CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
 # Contraction from which on `rows_kernel` lends a stage: of a short one, it takes too much of the ring.
+# The weight gradients lend always: few experts have so few rows.
 LENDING_WIDTH = 1024
 
 # Contraction from which on the programs that gather rows are kept in step: see `_commit`.
@@ -126,9 +127,9 @@ def _advance(stage, phase):
 
 @gluon.jit
 def _commit(ring, stage, pending):
-    """Has the copies into a stage reported when they are there; returns the stage whose copies are pending.
+    """Has the copies into a stage reported when they are there. In step, returns the stage whose copies are pending.
 
-    IN_STEP, the producer waits for the copies into the stage before this one and reports them. A
+    In step, the producer waits for the copies into the stage before this one and reports them. A
     program whose rows come from DRAM, because it is ahead of those that share them, is slowed by that,
     while one that finds them in the L2 is not. Otherwise wide rows drift apart until every program
     fetches for itself: up_proj of 30B-n1024 read 10.5 GB in place of about 3.
@@ -144,14 +145,14 @@ def _commit(ring, stage, pending):
 
 @gluon.jit
 def _report(ring, pending):
-    """The producer's copies into the stage, if there is one, have arrived."""
+    """Tells the consumers that the copies into the pending stage have arrived; nothing if it is -1. Call it after a wait."""
     fence_async_shared()  # cp.async writes through the generic proxy
     mbarrier.arrive(ring.ready.index(gl.maximum(pending, 0)), pred=pending >= 0)
 
 
 @gluon.jit
 def _report_last(ring, pending):
-    """At the producer's end."""
+    """In step, reports the last stage, at the producer's end."""
     if ring.IN_STEP:
         async_copy.wait_group(0)
         _report(ring, pending)
@@ -159,7 +160,7 @@ def _report_last(ring, pending):
 
 @gluon.jit
 def _fill(ring, tile, lhs, rhs, stage, phase, pending):
-    """Fills the ring with the steps of one tile. Tokens are fetched two steps before their rows."""
+    """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows."""
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
     for k in range(tile.k_begin, tile.k_stop(), BK):
@@ -670,7 +671,7 @@ def up_proj_kernel(
         first_tile = gl.to_tensor(0)
     else:
         first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    ring = _make_ring(act_desc.dtype, False, False, True, IN_STEP, True)
+    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, IN_STEP=IN_STEP, LENDS=True)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128)
     lhs = TokenRows(x_ptr, x_stride, token_ptr)
     rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
@@ -741,7 +742,7 @@ def rows_kernel(
     w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(out_desc.dtype, False, W_IS_NK, False, False, LENDS)
+    ring = _make_ring(out_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=False, IN_STEP=False, LENDS=LENDS)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256)
     lhs = PlainRows(in_desc)
     rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
@@ -874,7 +875,7 @@ def down_proj_backward_kernel(
     the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
     """
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(act_desc.dtype, False, True, True, IN_STEP, True)
+    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=True, GATHERS=True, IN_STEP=IN_STEP, LENDS=True)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
     lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
     rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
@@ -898,7 +899,7 @@ def weight_grad_kernel(
 
     Grid: one program per SM, each walks 128x256 tiles.
     """
-    ring = _make_ring(dw_desc.dtype, True, False, True, False, True)
+    ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, IN_STEP=False, LENDS=True)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
     lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
     rhs = PlainSteps(rows_desc)

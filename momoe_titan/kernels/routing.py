@@ -192,7 +192,7 @@ def _place_kernel(
         else:
             before = tl.load(hist_ptr + chosen.to(tl.int64) * num_blocks + pid, mask=used, other=0)
             row = tl.gather(first, chosen, 0) + before
-        # plus earlier slots of the block that chose the same: along dim 0, so that a thread sums all of its slot's
+        # plus earlier slots of the block that chose the same: along dim 0, which Triton's default layout leaves to one thread
         same = (slots[:, None] < slots[None, :]) & (ids[:, None] == ids[None, :])
         row += tl.sum(same.to(tl.int32), axis=0)
         tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)

@@ -20,7 +20,9 @@ CASES = {  # (T, D, F, E, K): why
     "one expert": (700, 256, 256, 4, 1),  # the others are empty
     "unused slots": (517, 256, 320, 6, 4),  # rows past the last offset, experts 0 and 5 empty
     "7B": (2048, 1536, 256, 128, 8),
-    "in step": (300, 4096, 448, 5, 3),  # wide rows, from tokens that several tiles share
+    "in step": (4096, 4096, 448, 5, 3),  # rows so wide that the programs are kept in step; several tiles for each
+    "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
+    "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
     "seed": (1000, 2176, 1152, 64, 6),
 }
 ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -126,7 +128,7 @@ class Case:
         ids = torch.rand(self.T, self.E, device="cuda", generator=self.generator).topk(self.K, -1)[1]
         if name == "one expert":
             ids.fill_(2)
-        if name == "unused slots":
+        if name in ("unused slots", "two programs, one step"):
             ids[(ids == 0) | (ids == self.E - 1)] = -1
         packed, _ = build_routing_ref(ids, torch.rand(ids.shape, device="cuda"), self.E, 128)
         self.routing = unpack_routing(packed, self.T, self.K, self.E, 128)
@@ -186,9 +188,11 @@ def name(request):
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
-def case(request, name):
+def case(request, name, monkeypatch):
     if request.param is torch.float16 and name in ("7B", "in step", "seed"):
         pytest.skip("float16 differs from bfloat16 in nothing that depends on the shape")
+    if "two programs" in name:
+        monkeypatch.setattr(hopper, "_num_programs", lambda device: 2)
     return Case(name, request.param)
 
 
@@ -302,8 +306,9 @@ def test_no_tokens():
 
 @pytest.mark.gpu
 @on_hopper
-def test_same_bits_every_time():
-    case = Case("7B", torch.bfloat16)
+@pytest.mark.parametrize("name", ["7B", "in step"])
+def test_same_bits_every_time(name):
+    case = Case(name, torch.bfloat16)
     z = case.rows(2 * case.F)
 
     def run():
