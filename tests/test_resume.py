@@ -325,7 +325,8 @@ def test_asynchronous_checkpoints_on_the_gpu(jobs, tmp_path):
             done = subprocess.run(
                 [sys.executable, "-m", "momoe_titan.train", *jobs.options(out)]
                 + ["--model.flavor=debugmodel", "--debug.deterministic", "--debug.seed=0"]
-                + [f"--training.steps={last}", f"--checkpoint.async_mode={mode}"],
+                # a logged step waits for the GPU, and the saved ones are not to
+                + [f"--training.steps={last}", f"--checkpoint.async_mode={mode}", "--metrics.log_freq=5"],
                 cwd=ROOT,
                 env=env,
                 stdout=subprocess.PIPE,

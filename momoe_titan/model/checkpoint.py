@@ -156,6 +156,9 @@ class CheckpointManager(titan.CheckpointManager):
         # forward, while a save through pinned memory is waited for before the next optimizer step.
         whole = self.states[MODEL].state_dict()
         kept = {k: whole[k].clone() for k in state_dict if k.endswith(BALANCE_STATE) and k in whole}
+        if self.async_mode == titan.AsyncMode.ASYNC_WITH_PINNED_MEM and torch.accelerator.is_available():
+            # It reads on a stream of its own, which does not wait for this one.
+            torch.accelerator.current_stream().synchronize()
         return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
 
     def dcp_load(
