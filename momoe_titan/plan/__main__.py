@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 
 from .memory import budget_bytes, context_bytes, CUBLAS_BYTES, GIB
 
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")
     parser.add_argument("--node_size", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--overlap", type=float, default=0.9, help="share of the compute time that can hide FSDP's traffic")
+    parser.add_argument("--host_us", type=float, default=100.0, help="microseconds of the host per op; less where it is fast or the model compiled")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--job_json", action="store_true", help="read the whole job as JSON from standard input, not from a file")
     return parser
@@ -79,7 +81,7 @@ def predict(args: argparse.Namespace, config) -> dict:
     from .cost import GPUS, Network, step_time, StepCost
     from .job import trace_job
 
-    for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size"):
+    for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size", "host_us"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} is {getattr(args, name)}, must be above 0")
     logger.setLevel(logging.WARNING)
@@ -93,6 +95,8 @@ def predict(args: argparse.Namespace, config) -> dict:
             raise ValueError(f"parallelism.pipeline_parallel_degree is {stages}, must divide --world_size {world_size}")
         world_size //= stages
         config.parallelism.pipeline_parallel_degree = 1
+        if world_size == config.parallelism.tensor_parallel_degree:  # no FSDP: TorchTitan then leaves autocast off
+            config.training.mixed_precision_param = config.training.dtype
     plan = trace_job(config, world_size, capability, cost)
     if args.time and stages > 1:
         plan.notes.append(f"memory is as without pipeline stages; one of {stages} stages has about 1/{stages} of it")
@@ -127,8 +131,9 @@ def predict(args: argparse.Namespace, config) -> dict:
         repeats = max(1, training.global_batch_size // (training.local_batch_size * replicas))
         waves = max(1, training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size)
         network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
+        gpu = replace(GPUS[args.gpu], launch=args.host_us)
         for percent in SAVE_PERCENTS:
-            t = step_time(cost, GPUS[args.gpu], network, percent, repeats, (stages, waves))
+            t = step_time(cost, gpu, network, percent, repeats, (stages, waves))
             timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}
     return {
         "model": f"{config.model.name} {config.model.flavor}",

@@ -44,7 +44,8 @@ class Gpu:
         grouped: TFLOPS of torch._grouped_mm, which TorchTitan's MoE uses.
         memory: TB/s that ops reach which only move data.
         experts: F -> TFLOPS of a MoE layer, forward and backward at save_percent 100.
-        launch: microseconds of the host per op; a step takes at least its ops times this.
+        launch: microseconds of the host per op, all that Python does around it included; a step takes at
+            least its ops times this.
     """
 
     matmul: float
@@ -53,15 +54,16 @@ class Gpu:
     grouped: float
     memory: float
     experts: dict[int, tuple[float, float]]
-    launch: float = 10.0
+    launch: float = 100.0
 
 
 GPUS = {
     # The experts' are measured: F = 256 is 7B-n256, F = 1024 the mean of 30B-n1024 and seed-64e.
-    # memory is such that two measured runs of the 500M flavor come out within 10%; others are assumed.
-    "h200": Gpu(550, 350, 45, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
+    # Of the 500M flavor, memory fits two runs on one H200, launch FSDP and EP on two H100s, float32 TP there;
+    # others are assumed.
+    "h200": Gpu(550, 350, 25, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
     # as the H200, with memory by the ratio of the data sheets: assumed
-    "h100": Gpu(550, 350, 45, 300, memory=1.9, experts={256: (380, 435), 1024: (559, 535)}),
+    "h100": Gpu(550, 350, 25, 300, memory=1.9, experts={256: (380, 435), 1024: (559, 535)}),
 }
 
 
@@ -97,7 +99,7 @@ class StepCost:
     Attributes:
         work: (True in a microbatch, False outside; kind of op) -> Work. Kinds: "matmul",
             "float32 matmul", "grouped matmul", "attention", "experts forward F", "experts backward F",
-            "experts again F" (z at save_percent 0), "elementwise", "optimizer".
+            "experts again F" (z at save_percent 0), these three also with " float32", "elementwise", "optimizer".
         sent: (True in a microbatch; collective; True for FSDP's; True between nodes) -> Work.
         num_microbatches: that were traced.
     """
@@ -142,9 +144,10 @@ class StepCost:
         given = dict(zip((a.name for a in func._schema.arguments), args))
         _, ffn, d_model = given["w2"].shape
         unit = 2 * given["num_rows"] * d_model * ffn
-        self._add(micro, f"experts {'forward' if forward else 'backward'} {ffn}", (3 if forward else 6) * unit)
+        width = f"{ffn} float32" if given["w2"].dtype == torch.float32 else f"{ffn}"
+        self._add(micro, f"experts {'forward' if forward else 'backward'} {width}", (3 if forward else 6) * unit)
         if not forward:
-            self._add(micro, f"experts again {ffn}", 2 * unit)
+            self._add(micro, f"experts again {width}", 2 * unit)
 
     def _collective(self, packet, args, out, micro: bool) -> None:
         name, index, times = _COLLECTIVES[packet]
@@ -197,8 +200,8 @@ def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
 def seconds(kind: str, work: Work, gpu: Gpu) -> float:
     """On the GPU, for one kind of work."""
     if kind.startswith("experts"):
-        _, which, ffn = kind.split()
-        forward, backward = expert_tflops(gpu, int(ffn))
+        _, which, ffn, *dtype = kind.split()
+        forward, backward = (gpu.float32, gpu.float32) if dtype else expert_tflops(gpu, int(ffn))
         # a repeated product is one of the forward's
         return work.flops / 1e12 / (backward if which == "backward" else forward)
     rates = {

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp
-from momoe_titan.plan.cost import expert_tflops, Gpu, GPUS, Network, step_time, StepCost, Work
+from momoe_titan.plan.cost import expert_tflops, Gpu, GPUS, Network, seconds, step_time, StepCost, Work
 from momoe_titan.plan.trace import as_on_gpu, MemoryTrace
 
 GPU = Gpu(matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0)
@@ -50,12 +50,18 @@ def test_rates_between_widths():
     assert expert_tflops(GPUS["h200"], 256) == (380, 435)
 
 
-def test_work_of_ops():
+def test_experts_in_float32():
+    assert seconds("experts backward 256 float32", Work(flops=10e12), GPU) == pytest.approx(1.0)
+    assert seconds("experts backward 256", Work(flops=10e12), GPU) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("dtype, suffix", [(torch.bfloat16, ""), (torch.float32, " float32")])
+def test_work_of_ops(dtype, suffix):
     c = StepCost(8)
     t, d, f, e, k = 256, 128, 64, 4, 2
     with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None, c) as trace:
         trace.phase = "forward"
-        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        x, w1, w2 = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
         ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
         out, _ = momoe_mlp(x, w1, w2, ids, scores, 0)
         out.backward(torch.empty_like(out))
@@ -66,6 +72,8 @@ def test_work_of_ops():
         weight.add_(1.0)
     unit = 2 * t * k * d * f
     flops = {kind: w.flops for (micro, kind), w in c.work.items() if "experts" in kind}
-    assert flops == {"experts forward 64": 3 * unit, "experts backward 64": 6 * unit, "experts again 64": 2 * unit}
+    assert flops == {
+        f"experts {which} 64{suffix}": times * unit for which, times in (("forward", 3), ("backward", 6), ("again", 2))
+    }
     assert c.work[False, "float32 matmul"] == Work(flops=2 * d**3, count=1)
     assert c.work[False, "optimizer"] == Work(num_bytes=2 * d * d * 4, count=1)

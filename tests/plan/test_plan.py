@@ -159,6 +159,16 @@ def test_command_line_and_shards():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world_size, dtype", [(2, " float32"), (4, "")])
+def test_pipeline_stages_without_fsdp_are_timed_in_float32(world_size, dtype):
+    out = run("--world_size", str(world_size), "--json", "--time", "--parallelism.pipeline_parallel_degree", "2")
+    assert out.returncode == 0, out.stderr
+    kinds = json.loads(out.stdout)["time"]["100"]["by_kind"]
+    width = flavors["debugmodel"].moe_hidden_dim
+    assert [kind for kind in kinds if kind.startswith("experts forward")] == [f"experts forward {width}{dtype}"]
+
+
+@pytest.mark.slow
 def test_a_plan_made_in_a_child_is_the_plan(plan):
     config = job(save_percent="auto")
     config.job.custom_config_module = "momoe_titan.job_config"
