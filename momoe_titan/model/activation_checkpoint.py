@@ -24,13 +24,16 @@ Under expert parallelism the sizes of the exchange are kept too: the backward do
 device to learn them. Tokens are sent once more, except in mode "selective" with "op".
 
 Eager, two dispatch modes do this: one writes down what the listed ops returned, the other reads it
-back in place of running them and hands out empty tensors for outputs that no backward reads.
+back in place of running them and hands out empty tensors for outputs that no backward reads. A mode
+costs Python around every op: they are entered in the MoE layer alone, unless mode "selective" with
+"op" has modes of its own around the whole block.
 Compiled, the listed ops' outputs are marked as to be saved, and the partitioner drops those that no
 backward reads.
 """
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -131,6 +134,33 @@ class _Both:
         self.outer.__exit__(*exc)
 
 
+_block = threading.local()  # .mode: what the block at work in this thread has its MoE layer enter, or None
+
+
+class _InMoE:
+    """A context of a block whose MoE layer, and nothing else, runs within `mode`."""
+
+    def __init__(self, mode: _Keep):
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        self.outer = getattr(_block, "mode", None)
+        _block.mode = self.mode
+
+    def __exit__(self, *exc) -> None:
+        _block.mode = self.outer
+
+
+def _enter_moe(moe: nn.Module, args) -> None:
+    if mode := getattr(_block, "mode", None):
+        mode.__enter__()
+
+
+def _leave_moe(moe: nn.Module, args, out) -> None:
+    if mode := getattr(_block, "mode", None):
+        mode.__exit__(None, None, None)
+
+
 def _eager_contexts(inner_fn: Callable[[], Contexts]) -> Contexts:
     """What `torch.utils.checkpoint` asks a context_fn for: ours around those of `inner_fn`.
 
@@ -138,6 +168,8 @@ def _eager_contexts(inner_fn: Callable[[], Contexts]) -> Contexts:
     inside must not name the ops of KEPT_OUTPUTS.
     """
     kept = []
+    if inner_fn is noop_context_fn:
+        return _InMoE(_Keep(kept)), _InMoE(_Replay(kept))
     forward, recompute = inner_fn()
     return _Both(_Keep(kept), forward), _Both(_Replay(kept), recompute)
 
@@ -195,6 +227,9 @@ def apply_activation_checkpointing(
             if not blocks_compiled:
                 inner_fn = checkpoint_fn.keywords.get("context_fn", noop_context_fn)
                 context_fn = functools.partial(_eager_contexts, inner_fn)
+                block.moe.register_forward_pre_hook(_enter_moe)
+                # always: a recomputation that stops early leaves by an exception
+                block.moe.register_forward_hook(_leave_moe, always_call=True)
             block.checkpoint_fn = functools.partial(checkpoint_fn, context_fn=context_fn)
 
 
