@@ -205,11 +205,10 @@ def main(folder: str, runs: str) -> None:
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
         register_train_spec("momoe_llama", spec)
-        ended_well = [
-            in_forks(world, lambda rank: worker(rank, world, its_runs, folder, index))
-            for index, (world, its_runs) in enumerate(json.loads(runs))
-        ]
-    sys.exit(not all(ended_well))
+        for index, (world, its_runs) in enumerate(json.loads(runs)):
+            # What failed is the last thing said.
+            if not in_forks(world, lambda rank: worker(rank, world, its_runs, folder, index)):
+                sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def results(tmp_path_factory) -> dict:
     command = [sys.executable, "-m", "tests.model.parallel_worker", str(folder), json.dumps(RUNS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     errors = "\n".join(line for line in done.stderr.splitlines() if "redistributing" not in line)
-    assert done.returncode == 0, errors[-6000:]
+    assert done.returncode == 0, f"exit code {done.returncode}\n{errors[-20000:]}"
     files = (torch.load(folder / f"{i}.pt") for i in range(len(RUNS)))
     return {name: run for file in files for name, run in file.items()}
 
