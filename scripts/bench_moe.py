@@ -563,7 +563,7 @@ def draw(result: dict, folder: Path) -> None:
         axes.set_xticks(range(len(groups)), names, fontsize=8)
         axes.set_ylabel(unit)
         axes.margins(y=0.15)
-        axes.set_title(f"One MoE layer, {title}: {result['device']}")
+        axes.set_title(f"One MoE layer, {title}\n{result['device']}", fontsize=10)
         axes.legend(fontsize=7, ncols=min(len(labels), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
         figure.savefig(folder / f"{name}.png", dpi=150)
 
