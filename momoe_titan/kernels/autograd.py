@@ -1,9 +1,11 @@
 """The op: what is saved, what calls what. ``momoe_mlp`` validates once; everything below trusts it."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import combine, configs, decode
 from .gemms import select_gemms
@@ -18,10 +20,11 @@ _lib.define(
     "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
     " bool inference, str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
-_lib.define(
-    "moe_backward(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, Tensor z, Tensor routing, SymInt num_rows,"
-    " bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
-)
+for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
+    _lib.define(
+        f"{_name}(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, {_z} z, Tensor routing, SymInt num_rows,"
+        " bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+    )
 
 
 def num_saved_rows(num_rows: int, save_percent: float) -> int:
@@ -76,13 +79,14 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F)
     out_TD = torch.empty_like(x_TD)
-    # The backward ends with dz, twice the size of act, and all gradients: y beside act may take as much.
+    # The backward ends with as much as all of z, twice the size of act, and all gradients. Without saved rows, y
+    # beside act may take as much; with them it may too, so that save_percent does not change what is launched.
     room = act_RF.nbytes + x_TD.nbytes + w1_ED2F.nbytes + w2_EFD.nbytes
     _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room)
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
-def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
+def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend, over_z=False):
     num_experts, ffn, _ = w2_EFD.shape
     num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
     routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
@@ -94,11 +98,11 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     need_x, need_w1, need_w2, need_scores = needs
     dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
-    dz_R2F = x_TD.new_empty(num_rows, 2 * ffn)
+    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z)
     if num_saved < num_rows:
-        gemms.recompute_z(x_TD, w1_ED2F, routing, num_saved, dz_R2F)
+        gemms.recompute_z(x_TD, w1_ED2F, routing, num_saved, z)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF)
+    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z_S2F, z, dz, act_RF)
     dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
     if need_scores:
         combine.score_grad(dscore, routing, dscores_TK)
@@ -109,15 +113,18 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
         # dw1 comes next and needs as much.
-        _combined(gemms, gemms.up_proj_backward, dz_R2F, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes)
+        _combined(gemms, gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes)
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:
-        gemms.weight_grad(x_TD, dz_R2F, routing, dw1, gather_a=True)
+        gemms.weight_grad(x_TD, dz, routing, dw1, gather_a=True)
     return dx_TD, dw1, dw2, dscores_TK
 
 
+_backward_over_z = functools.partial(_backward, over_z=True)
+
 _lib.impl("moe_forward", _forward, "CompositeExplicitAutograd")
 _lib.impl("moe_backward", _backward, "CompositeExplicitAutograd")
+_lib.impl("moe_backward_over_z", _backward_over_z, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
@@ -133,6 +140,7 @@ def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_perce
 
 
 @torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
+@torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
 def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
     inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
@@ -146,10 +154,18 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
 
 
+def _is_last_use(z_S2F: Tensor) -> bool:
+    """Whether z is let go after this backward, which runs now and is not traced: its graph is not kept."""
+    traced = isinstance(z_S2F, FunctionalTensor)
+    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _autograd_backward(ctx, dout_TD, *_):
     x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    dx, dw1, dw2, dscores = torch.ops.momoe_titan.moe_backward(
+    ops = torch.ops.momoe_titan
+    backward = ops.moe_backward_over_z if _is_last_use(z_S2F) else ops.moe_backward
+    dx, dw1, dw2, dscores = backward(
         dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, needs, ctx.backend
     )
     dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))

@@ -21,6 +21,8 @@ _L2_BYTES = 16 << 20  # of an expert's weights: what is better read in two range
 class PortableGemms:
     """Plain Triton: any GPU, any dtype and width, and the interpreter."""
 
+    dz_over_z = False  # whether dz can take the place of saved rows of z
+
     def __init__(self, tiles: dict[str, configs.TileConfig]):
         self.tiles = tiles
         self.tile_rows = tiles["up_proj"].block_m
@@ -28,8 +30,19 @@ class PortableGemms:
     def up_proj(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor) -> None:
         up_proj.up_proj(self.tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
 
-    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, first_row: int, z_R2F: Tensor) -> None:
-        up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, first_row, z_R2F)
+    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool) -> tuple[Tensor, Tensor]:
+        """Where all rows of z go in the backward, and of dz, whatever these GEMMs take for such rows.
+
+        Args:
+            z_S2F: the saved rows.
+            over_z: whether dz may be written over them, if dz_over_z.
+        """
+        dz_R2F = z_S2F.new_empty(num_rows, z_S2F.shape[1])
+        return dz_R2F, dz_R2F
+
+    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, num_saved: int, z_R2F: Tensor) -> None:
+        """The rows from num_saved on."""
+        up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, num_saved, z_R2F)
 
     def column_ranges(self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
         """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all, so that first_col is 0."""
@@ -44,6 +57,7 @@ class PortableGemms:
         w2_EFD: Tensor,
         routing: RoutingMetadata,
         z_S2F: Tensor,
+        z_R2F: Tensor,
         dz_R2F: Tensor,
         act_RF: Tensor,
     ) -> Tensor:
@@ -68,12 +82,21 @@ class HopperGemms:
     """Gluon, warp-specialised: compute capability 9.0, bfloat16 and float16, widths that are multiples of 64."""
 
     tile_rows = hopper.BM.value
+    dz_over_z = True
 
     def up_proj(self, x_TD, w1_ED2F, routing, act_RF, z_S2F):
         hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F, z_S2F.shape[0], act_RF)
 
-    def recompute_z(self, x_TD, w1_ED2F, routing, first_row, z_R2F):
-        hopper.recompute_z(x_TD, w1_ED2F, routing, first_row, z_R2F)
+    def z_and_dz(self, z_S2F, num_rows, over_z):
+        if over_z:
+            z = hopper.SplitRows.beside(z_S2F, num_rows)
+            return z, z
+        dz_R2F = z_S2F.new_empty(num_rows, z_S2F.shape[1])
+        num_saved = z_S2F.shape[0]
+        return hopper.SplitRows(z_S2F if num_saved else dz_R2F, dz_R2F, num_saved), dz_R2F
+
+    def recompute_z(self, x_TD, w1_ED2F, routing, num_saved, z):
+        hopper.recompute_z(x_TD, w1_ED2F, routing, z)
 
     def column_ranges(self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
         """Columns of out_TD that down_proj and up_proj_backward compute at a time.
@@ -100,12 +123,10 @@ class HopperGemms:
     def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
         hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)
 
-    def down_proj_backward(self, dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF):
+    def down_proj_backward(self, dout_TD, w2_EFD, routing, z_S2F, z, dz, act_RF):
         num_rows, ffn = act_RF.shape
         dscore = act_RF.new_empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32)
-        hopper.down_proj_backward(
-            dout_TD, w2_EFD, routing, routing.score_R, z_S2F, z_S2F.shape[0], dz_R2F, dz_R2F, act_RF, dscore
-        )
+        hopper.down_proj_backward(dout_TD, w2_EFD, routing, routing.score_R, z, dz, act_RF, dscore)
         return dscore
 
     def up_proj_backward(self, dz_R2F, w1_ED2F, routing, dx_RD, first_col=0):

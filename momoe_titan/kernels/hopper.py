@@ -4,13 +4,15 @@ Every kernel here is one persistent, warp-specialised loop over 128x256 output t
 warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are gathered through
 their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and a
 short epilogue sends the result out through TMA stores that are clipped at the last row of the
-expert. The kernels differ in their operands (`TokenRows`, `PlainRows`, `ExpertWeights`,
-`TokenSteps`, `PlainSteps`), in their tile order (`RowTiles`, `WeightTiles`) and in their epilogue.
+expert. The kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`,
+`ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order (`RowTiles`,
+`WeightTiles`) and in their epilogue.
 
 Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -47,8 +49,11 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 # The weight gradients lend always: few experts have so few rows.
 LENDING_WIDTH = 1024
 
-# Contraction from which on the programs that gather rows are kept in step: see `_commit`.
-IN_STEP_WIDTH = 4096
+# Column tiles at a time (see `RowTiles`) where an expert's weights are so large, in bytes: (from bytes, tiles).
+UP_AT_A_TIME = (6 << 20, 2)
+DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
+DX_AT_A_TIME = (8 << 20, 4)
+DOWN_AT_A_TIME = (16 << 20, 4)
 
 # A weight gradient's tiles go by groups of this many row tiles, so that those at work at a time share operands.
 GROUP = gl.constexpr(8)
@@ -82,11 +87,10 @@ class Ring:
     LHS_IS_KM: gl.constexpr  # the contraction runs along the rows of lhs
     RHS_IS_NK: gl.constexpr  # the contraction runs along the columns of rhs
     GATHERS: gl.constexpr  # one operand arrives by cp.async
-    IN_STEP: gl.constexpr  # the producer itself waits for its copies
     LENDS: gl.constexpr  # results wait in a stage until their stores have read them
 
     @gluon.constexpr_function
-    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, IN_STEP, LENDS):
+    def __init__(self, lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS):
         self.lhs = lhs
         self.rhs = rhs
         self.ready = ready
@@ -94,14 +98,13 @@ class Ring:
         self.LHS_IS_KM = gl.constexpr(LHS_IS_KM)
         self.RHS_IS_NK = gl.constexpr(RHS_IS_NK)
         self.GATHERS = gl.constexpr(GATHERS)
-        self.IN_STEP = gl.constexpr(IN_STEP)
         self.LENDS = gl.constexpr(LENDS)
 
 
 @gluon.jit
 def _make_ring(
     dtype: gl.constexpr, LHS_IS_KM: gl.constexpr, RHS_IS_NK: gl.constexpr,
-    GATHERS: gl.constexpr, IN_STEP: gl.constexpr, LENDS: gl.constexpr,
+    GATHERS: gl.constexpr, LENDS: gl.constexpr,
 ):  # fmt: skip
     lhs = gl.allocate_shared_memory(dtype, [2 * STAGES, HALF, BK], TILE_SMEM)
     if RHS_IS_NK:
@@ -111,10 +114,10 @@ def _make_ring(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER_SMEM)
     for i in gl.static_range(STAGES):
-        # one arrival for the TMA bytes, and for the copies one of the producer, or one of each of its threads
-        mbarrier.init(ready.index(i), count=(2 if IN_STEP else 129) if GATHERS else 1)
+        # one arrival for the TMA bytes, and one of each of the producer's threads for its copies
+        mbarrier.init(ready.index(i), count=129 if GATHERS else 1)
         mbarrier.init(empty.index(i), count=2)
-    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, IN_STEP, LENDS)
+    return Ring(lhs, rhs, ready, empty, LHS_IS_KM, RHS_IS_NK, GATHERS, LENDS)
 
 
 @gluon.jit
@@ -126,40 +129,14 @@ def _advance(stage, phase):
 
 
 @gluon.jit
-def _commit(ring, stage, pending):
-    """Has the copies into a stage reported when they are there. In step, returns the stage whose copies are pending.
-
-    In step, the producer waits for the copies into the stage before this one and reports them. A
-    program whose rows come from DRAM, because it is ahead of those that share them, is slowed by that,
-    while one that finds them in the L2 is not. Otherwise wide rows drift apart until every program
-    fetches for itself: up_proj of 30B-n1024 read 10.5 GB in place of about 3.
-    """
-    if ring.IN_STEP:
-        async_copy.commit_group()
-        async_copy.wait_group(1)
-        _report(ring, pending)
-    else:
+def _commit(ring, stage):
+    """Has the copies into a stage reported when they are there."""
+    if ring.GATHERS:
         async_copy.mbarrier_arrive(ring.ready.index(stage), increment_count=False)
-    return stage
 
 
 @gluon.jit
-def _report(ring, pending):
-    """Tells the consumers that the copies into the pending stage have arrived; nothing if it is -1. Call it after a wait."""
-    fence_async_shared()  # cp.async writes through the generic proxy
-    mbarrier.arrive(ring.ready.index(gl.maximum(pending, 0)), pred=pending >= 0)
-
-
-@gluon.jit
-def _report_last(ring, pending):
-    """In step, reports the last stage, at the producer's end."""
-    if ring.IN_STEP:
-        async_copy.wait_group(0)
-        _report(ring, pending)
-
-
-@gluon.jit
-def _fill(ring, tile, lhs, rhs, stage, phase, pending):
+def _fill(ring, tile, lhs, rhs, stage, phase):
     """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows."""
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
@@ -169,40 +146,53 @@ def _fill(ring, tile, lhs, rhs, stage, phase, pending):
         mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
         rhs.load(tile, k, ready, ring.rhs.index(stage))
         lhs.load(tile, k, tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
-        if ring.GATHERS:
-            pending = _commit(ring, stage, pending)
+        _commit(ring, stage)
         tokens = next_tokens
         next_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
         stage, phase = _advance(stage, phase)
-    return stage, phase, pending
+    return stage, phase
 
 
 @gluon.jit
-def _lend(ring, stage, phase, pending):
+def _lend(ring, stage, phase):
     """Gives the consumers a stage as it is: their results stay there until the stores have read them."""
     ready = ring.ready.index(stage)
     mbarrier.wait(ring.empty.index(stage), phase)
     mbarrier.arrive(ready)
-    if ring.GATHERS:
-        pending = _commit(ring, stage, pending)
+    _commit(ring, stage)
     stage, phase = _advance(stage, phase)
-    return stage, phase, pending
+    return stage, phase
 
 
 @gluon.jit
 def _producer(ring, tiles, lhs, rhs):
-    """Fills the ring, tile by tile, and if it LENDS adds one more stage after each."""
+    """Fills the ring, tile by tile, and if it LENDS adds one more stage after each.
+
+    Of an operand in two buffers, `RowsInTwo` or `StepsInTwo`, the buffer is chosen outside of the loop over steps.
+    """
+    lhs_in_two: gl.constexpr = isinstance(lhs, RowsInTwo)
+    rhs_in_two: gl.constexpr = isinstance(rhs, StepsInTwo)
     stage = 0
     phase = 1
-    pending = -1
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
-        stage, phase, pending = _fill(ring, tile, lhs, rhs, stage, phase, pending)
+        if lhs_in_two:
+            if _is_kept(tile.row, tile.row_end, lhs.num_kept):
+                stage, phase = _fill(ring, tile, lhs.kept, rhs, stage, phase)
+            else:
+                stage, phase = _fill(ring, tile, lhs.rest, rhs, stage, phase)
+        elif rhs_in_two:
+            k = rhs.end_of_kept(tile)
+            if k > tile.k_begin:
+                stage, phase = _fill(ring, tile.within(tile.k_begin, k), lhs, rhs.kept, stage, phase)
+            if k < tile.k_end or tile.k_begin == tile.k_end:
+                stage, phase = _fill(ring, tile.within(k, tile.k_end), lhs, rhs.rest, stage, phase)
+        else:
+            stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
         if ring.LENDS:
-            stage, phase, pending = _lend(ring, stage, phase, pending)
-    _report_last(ring, pending)
+            stage, phase = _lend(ring, stage, phase)
 
 
 @gluon.jit
@@ -223,7 +213,7 @@ def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
     last = held
     for k in range(tile.k_begin, tile.k_stop(), BK):
         mbarrier.wait(ring.ready.index(stage), phase)
-        if ring.GATHERS and not ring.IN_STEP:
+        if ring.GATHERS:
             fence_async_shared()  # cp.async wrote through the generic proxy
         lhs = ring.lhs.index(2 * stage + W)
         rhs = ring.rhs.index(stage)
@@ -281,10 +271,19 @@ class Tile:
     def k_stop(self):
         return gl.maximum(self.k_end, self.k_begin + 1)
 
+    @gluon.jit
+    def within(self, k_begin, k_end):
+        """The same for a part of the contraction."""
+        return Tile(self.expert, self.row, self.row_end, self.col, k_begin, k_end)
+
 
 @aggregate
 class RowTiles:
-    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert."""
+    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert.
+
+    If COLS_AT_A_TIME, so many column tiles for all rows, then the next ones: their share of an expert's weights is what
+    the L2 has to hold.
+    """
 
     tiles_ptr: gl.tensor
     offsets_ptr: gl.tensor
@@ -293,9 +292,10 @@ class RowTiles:
     num_cols: gl.tensor  # column tiles
     k_end: gl.tensor
     COLS: gl.constexpr  # columns of a tile in each output
+    COLS_AT_A_TIME: gl.constexpr  # column tiles; 0 for all
 
     @gluon.constexpr_function
-    def __init__(self, tiles_ptr, offsets_ptr, num_tiles, first_tile, num_cols, k_end, COLS):
+    def __init__(self, tiles_ptr, offsets_ptr, num_tiles, first_tile, num_cols, k_end, COLS, COLS_AT_A_TIME):
         self.tiles_ptr = tiles_ptr
         self.offsets_ptr = offsets_ptr
         self.num_tiles = num_tiles
@@ -303,6 +303,7 @@ class RowTiles:
         self.num_cols = num_cols
         self.k_end = k_end
         self.COLS = gl.constexpr(COLS)
+        self.COLS_AT_A_TIME = gl.constexpr(COLS_AT_A_TIME)
 
     @gluon.jit
     def begin(self):
@@ -313,16 +314,32 @@ class RowTiles:
         return self.num_tiles * self.num_cols
 
     @gluon.jit
+    def _place(self, t):
+        """Row tile and column tile of tile t."""
+        if self.COLS_AT_A_TIME:
+            t -= self.first_tile * self.num_cols
+            rows = gl.maximum(self.num_tiles - self.first_tile, 1)
+            first_col = t // (rows * self.COLS_AT_A_TIME) * self.COLS_AT_A_TIME
+            width = gl.minimum(self.num_cols - first_col, self.COLS_AT_A_TIME)
+            t -= first_col * rows
+            row, col = self.first_tile + t // width, first_col + t % width
+        else:
+            row, col = t // self.num_cols, t % self.num_cols
+        return row, col
+
+    @gluon.jit
     def word(self, t):
         """Packed (j << 16) | expert of tile t; fetched one tile ahead of its use."""
-        return gl.load(self.tiles_ptr + gl.maximum(gl.minimum(t // self.num_cols, self.num_tiles - 1), 0))
+        row, _ = self._place(gl.minimum(t, gl.maximum(self.end() - 1, 0)) if self.COLS_AT_A_TIME else t)
+        return gl.load(self.tiles_ptr + gl.maximum(gl.minimum(row, self.num_tiles - 1), 0))
 
     @gluon.jit
     def tile(self, t, word):
         expert = word & 0xFFFF
         row = gl.load(self.offsets_ptr + expert) + (word >> 16 & 0xFFFF) * BM
         row_end = gl.load(self.offsets_ptr + expert + 1)
-        return Tile(expert, row, row_end, t % self.num_cols * self.COLS, gl.to_tensor(0), self.k_end)
+        _, col = self._place(t)
+        return Tile(expert, row, row_end, col * self.COLS, gl.to_tensor(0), self.k_end)
 
 
 @aggregate
@@ -417,14 +434,16 @@ class TokenRows:
 
 @aggregate
 class PlainRows:
-    """lhs read in place: rows of an (R, contraction) tensor. Rows past the expert are not stored."""
+    """lhs read in place: rows, from row `first` on, of an (R, contraction) tensor. Rows past the expert are not stored."""
 
     desc: tma.tensor_descriptor
+    first: gl.tensor
     BYTES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, desc):
+    def __init__(self, desc, first):
         self.desc = desc
+        self.first = first
         self.BYTES = gl.constexpr(2 * 128 * 64)
 
     @gluon.jit
@@ -437,8 +456,30 @@ class PlainRows:
 
     @gluon.jit
     def load(self, tile, k, tokens, ready, upper, lower):
-        tma.async_copy_global_to_shared(self.desc, [tile.row, k], ready, upper)
-        tma.async_copy_global_to_shared(self.desc, [tile.row + HALF, k], ready, lower)
+        row = tile.row - self.first
+        tma.async_copy_global_to_shared(self.desc, [row, k], ready, upper)
+        tma.async_copy_global_to_shared(self.desc, [row + HALF, k], ready, lower)
+
+
+@gluon.jit
+def _is_kept(row, row_end, num_kept):
+    """Whether the row tile from row lies in the first of two buffers: see `SplitRows`."""
+    return gl.minimum(row + BM, row_end) <= num_kept
+
+
+@aggregate
+class RowsInTwo:
+    """lhs read in place, each row tile in one of two buffers."""
+
+    kept: PlainRows
+    rest: PlainRows
+    num_kept: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, kept, rest, num_kept):
+        self.kept = kept
+        self.rest = rest
+        self.num_kept = num_kept
 
 
 @aggregate
@@ -521,21 +562,43 @@ class TokenSteps:
 
 @aggregate
 class PlainSteps:
-    """rhs of a weight gradient, read in place through a ragged descriptor: zeros past the expert's rows."""
+    """rhs of a weight gradient, rows from row `first` on, through a ragged descriptor: zeros past the expert's rows."""
 
     desc: tma.tensor_descriptor
+    first: gl.tensor
     BYTES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, desc):
+    def __init__(self, desc, first):
         self.desc = desc
+        self.first = first
         self.BYTES = gl.constexpr(2 * 64 * 256)
 
     @gluon.jit
     def load(self, tile, k, ready, buffer):
-        tma.async_copy_global_to_shared(
-            self.desc, _ragged(k, tile.k_end, tile.col), ready, _as_ragged(buffer, self.desc)
-        )
+        where = _ragged(k - self.first, tile.k_end - self.first, tile.col)
+        tma.async_copy_global_to_shared(self.desc, where, ready, _as_ragged(buffer, self.desc))
+
+
+@aggregate
+class StepsInTwo:
+    """rhs of a weight gradient, read in place, each row tile in one of two buffers."""
+
+    kept: PlainSteps
+    rest: PlainSteps
+    num_kept: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, kept, rest, num_kept):
+        self.kept = kept
+        self.rest = rest
+        self.num_kept = num_kept
+
+    @gluon.jit
+    def end_of_kept(self, tile):
+        """Where the row tiles of `kept` end within the tile's contraction."""
+        end = tile.k_begin + gl.maximum(self.num_kept - tile.k_begin, 0) // BM * BM
+        return gl.where(tile.k_end <= self.num_kept, tile.k_end, end)
 
 
 @gluon.jit
@@ -581,6 +644,11 @@ def _send(blocks, descs, buffers, row, row_end, cols):
 @gluon.jit
 def _send_buffers(descs, buffers, row, row_end, cols):
     fence_async_shared()
+    _send_fenced(descs, buffers, row, row_end, cols)
+
+
+@gluon.jit
+def _send_fenced(descs, buffers, row, row_end, cols):
     for i in gl.static_range(len(buffers)):
         where = _ragged(row, row_end, cols[i])
         tma.async_copy_shared_to_global(descs[i], where, _as_ragged(buffers[i], descs[i]))
@@ -598,7 +666,7 @@ def _sigmoid(g, FAST: gl.constexpr):
 
 
 @gluon.jit
-def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.constexpr, W: gl.constexpr):
+def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT: gl.constexpr, W: gl.constexpr):
     buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     FAST: gl.constexpr = act_desc.dtype == gl.bfloat16
     stage = 0
@@ -621,7 +689,8 @@ def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT: gl.c
                 blocks = up_0, gate_0, up_1, gate_1
                 descs = z_up_desc, z_gate_desc, z_up_desc, z_gate_desc
                 z_buffers = buffers.index(0), buffers.index(1), first, second
-                _send(blocks, descs, z_buffers, row, z_row_end, (left, left, right, right))
+                z_cols = left, left, right, right
+                _send(blocks, descs, z_buffers, row - z_first, z_row_end - z_first, z_cols)
             if ACT:
                 act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
                 act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
@@ -655,30 +724,31 @@ def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
 _METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
 
 
-@gluon.jit(do_not_specialize=["first_row", "z_end"], do_not_specialize_on_alignment=_METADATA)
+@gluon.jit(do_not_specialize=["first_row", "z_first", "z_end"], do_not_specialize_on_alignment=_METADATA)
 def up_proj_kernel(
     x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
-    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_end,
-    ACT: gl.constexpr, IN_STEP: gl.constexpr,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_first, z_end,
+    ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """z = gather(x_TD) @ w1[e], act = up * silu(gate).
 
     Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
-    Writes z rows below z_end of the tiles that reach first_row, and if ACT act_RF for all their rows.
+    Writes z rows below z_end of the tiles that reach first_row, row z_first of all first, and if ACT act_RF for all
+    their rows.
     """
+    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, LENDS=True)
     num_tiles = gl.load(num_tiles_ptr)
     if ACT:
         first_tile = gl.to_tensor(0)
     else:
         first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, IN_STEP=IN_STEP, LENDS=True)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
     lhs = TokenRows(x_ptr, x_stride, token_ptr)
     rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
     gl.warp_specialize(
         [
-            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT, 0)),
-            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_end, ACT, 1)),
+            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT, 0)),
+            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT, 1)),
             (_producer, (ring, tiles, lhs, rhs)),
         ],
         [4, 4],
@@ -731,20 +801,24 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["first_col"], do_not_specialize_on_alignment=_METADATA)
+@gluon.jit(do_not_specialize=["num_kept", "first", "first_col"], do_not_specialize_on_alignment=_METADATA)
 def rows_kernel(
-    in_desc, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr, width, w_rows, first_col, num_cols,
-    W_IS_NK: gl.constexpr, LENDS: gl.constexpr,
+    in_desc, rest_desc, num_kept, first, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr,
+    width, w_rows, first_col, num_cols,
+    W_IS_NK: gl.constexpr, LENDS: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """out[r] = in[r] @ w[e], columns [first_col, first_col + width of out): down projection, and dx.
 
-    Grid: one program per SM, each walks 128x256 tiles. in (R, width), out (R, columns);
-    w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
+    Grid: one program per SM, each walks 128x256 tiles. in (R, width), in two buffers unless rest_desc
+    is None; out (R, columns); w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
     """
+    ring = _make_ring(out_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=False, LENDS=LENDS)
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(out_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=False, IN_STEP=False, LENDS=LENDS)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256)
-    lhs = PlainRows(in_desc)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256, COLS_AT_A_TIME)
+    if rest_desc is None:
+        lhs = PlainRows(in_desc, gl.to_tensor(0))
+    else:
+        lhs = RowsInTwo(PlainRows(in_desc, gl.to_tensor(0)), PlainRows(rest_desc, first), num_kept)
     rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
     gl.warp_specialize(
         [
@@ -758,26 +832,28 @@ def rows_kernel(
 
 
 @aggregate
-class SavedZ:
-    """z rows of the backward, as (2, rows, F): of the tiles below num_saved from saved, of the others from rest."""
+class ZInTwo:
+    """z rows of the backward, as (2, rows, F), each row tile in one of two buffers."""
 
-    saved_desc: tma.tensor_descriptor
+    kept_desc: tma.tensor_descriptor
     rest_desc: tma.tensor_descriptor
-    num_saved: gl.tensor
+    num_kept: gl.tensor
+    first: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, saved_desc, rest_desc, num_saved):
-        self.saved_desc = saved_desc
+    def __init__(self, kept_desc, rest_desc, num_kept, first):
+        self.kept_desc = kept_desc
         self.rest_desc = rest_desc
-        self.num_saved = num_saved
+        self.num_kept = num_kept
+        self.first = first
 
     @gluon.jit
     def load(self, tile, col, ready, buffer):
-        buffer = buffer._reinterpret(self.saved_desc.dtype, [2, BM, CHUNK], Z_SMEM)
-        if gl.minimum(tile.row + BM, tile.row_end) <= self.num_saved:
-            tma.async_copy_global_to_shared(self.saved_desc, [0, tile.row, col], ready, buffer)
+        buffer = buffer._reinterpret(self.kept_desc.dtype, [2, BM, CHUNK], Z_SMEM)
+        if _is_kept(tile.row, tile.row_end, self.num_kept):
+            tma.async_copy_global_to_shared(self.kept_desc, [0, tile.row, col], ready, buffer)
         else:
-            tma.async_copy_global_to_shared(self.rest_desc, [0, tile.row, col], ready, buffer)
+            tma.async_copy_global_to_shared(self.rest_desc, [0, tile.row - self.first, col], ready, buffer)
 
 
 @gluon.jit
@@ -785,25 +861,23 @@ def _down_backward_producer(ring, tiles, lhs, rhs, z):
     """After the steps of a tile, its z: 64 columns of up and gate in the rhs of each of four stages."""
     stage = 0
     phase = 1
-    pending = -1
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
-        stage, phase, pending = _fill(ring, tile, lhs, rhs, stage, phase, pending)
+        stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
         for i in range(Z_STEPS):
             ready = ring.ready.index(stage)
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(ready, rhs.BYTES)
             z.load(tile, tile.col + i * CHUNK, ready, ring.rhs.index(stage))
-            pending = _commit(ring, stage, pending)
+            _commit(ring, stage)
             stage, phase = _advance(stage, phase)
-    _report_last(ring, pending)
 
 
 @gluon.jit
 def _down_backward_consumer(
-    ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, W: gl.constexpr
+    ring, tiles, score_ptr, dz_kept_descs, dz_rest_descs, num_kept, dz_first, act_desc, dscore_ptr, W: gl.constexpr
 ):
     """The results take the place of z in its stage, score * act that of the lhs, until their stores have read them."""
     dtype: gl.constexpr = act_desc.dtype
@@ -844,8 +918,12 @@ def _down_backward_consumer(
                     gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
                     act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
                 col = tile.col + i * CHUNK
-                descs = dz_up_desc, dz_gate_desc, act_desc
-                _send_buffers(descs, (up_buffer, gate_buffer, act_buffer), row, tile.row_end, (col, col, col))
+                _send_buffers((act_desc,), (act_buffer,), row, tile.row_end, (col,))
+                if _is_kept(tile.row, tile.row_end, num_kept):
+                    _send_fenced(dz_kept_descs, (up_buffer, gate_buffer), row, tile.row_end, (col, col))
+                else:
+                    buffers = up_buffer, gate_buffer
+                    _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, (col, col))
                 if i > 0:
                     tma.store_wait(3)
                     mbarrier.arrive(ring.empty.index(held))
@@ -860,30 +938,33 @@ def _down_backward_consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["num_saved"],
+    do_not_specialize=["z_first", "num_kept", "dz_first"],
     do_not_specialize_on_alignment=_METADATA + ["score_ptr", "dscore_ptr"],
 )
 def down_proj_backward_kernel(
-    dout_ptr, dout_stride, token_ptr, w_desc, z_saved_desc, z_rest_desc, num_saved, score_ptr,
-    dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
-    IN_STEP: gl.constexpr,
+    dout_ptr, dout_stride, token_ptr, w_desc, z_kept_desc, z_rest_desc, z_first, num_kept, score_ptr,
+    dz_kept_up_desc, dz_kept_gate_desc, dz_rest_up_desc, dz_rest_gate_desc, dz_first, act_desc, dscore_ptr,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
+    COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """dact = gather(dout_TD) @ w2[e]^T, then the backward of score * up * silu(gate).
 
     Grid: one program per SM, each walks 128-row x 256-column (of F) tiles.
+    z and dz are in two buffers each, which may be the same.
     Writes dz_R2F (up and gate halves through a descriptor each), score * act, and per column tile
     the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
     """
+    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=True, GATHERS=True, LENDS=True)
     num_tiles = gl.load(num_tiles_ptr)
-    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=True, GATHERS=True, IN_STEP=IN_STEP, LENDS=True)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256, COLS_AT_A_TIME)
     lhs = TokenRows(dout_ptr, dout_stride, token_ptr)
     rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
-    z = SavedZ(z_saved_desc, z_rest_desc, num_saved)
+    z = ZInTwo(z_kept_desc, z_rest_desc, num_kept, z_first)
+    kept, rest = (dz_kept_up_desc, dz_kept_gate_desc), (dz_rest_up_desc, dz_rest_gate_desc)
     gl.warp_specialize(
         [
-            (_down_backward_consumer, (ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 0)),
-            (_down_backward_consumer, (ring, tiles, score_ptr, dz_up_desc, dz_gate_desc, act_desc, dscore_ptr, 1)),
+            (_down_backward_consumer, (ring, tiles, score_ptr, kept, rest, num_kept, dz_first, act_desc, dscore_ptr, 0)),
+            (_down_backward_consumer, (ring, tiles, score_ptr, kept, rest, num_kept, dz_first, act_desc, dscore_ptr, 1)),
             (_down_backward_producer, (ring, tiles, lhs, rhs, z)),
         ],
         [4, 4],
@@ -891,18 +972,22 @@ def down_proj_backward_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
+@gluon.jit(do_not_specialize=["num_kept", "first", "E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
 def weight_grad_kernel(
-    gathered_ptr, stride, token_ptr, rows_desc, dw_desc, offsets_ptr, E, M, N, TRANSPOSED: gl.constexpr
-):
+    gathered_ptr, stride, token_ptr, rows_desc, rest_desc, num_kept, first, dw_desc, offsets_ptr, E, M, N,
+    TRANSPOSED: gl.constexpr,
+):  # fmt: skip
     """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
 
-    Grid: one program per SM, each walks 128x256 tiles.
+    Grid: one program per SM, each walks 128x256 tiles. rows in two buffers unless rest_desc is None.
     """
-    ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, IN_STEP=False, LENDS=True)
+    ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=True)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
     lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
-    rhs = PlainSteps(rows_desc)
+    if rest_desc is None:
+        rhs = PlainSteps(rows_desc, gl.to_tensor(0))
+    else:
+        rhs = StepsInTwo(PlainSteps(rows_desc, gl.to_tensor(0)), PlainSteps(rest_desc, first), num_kept)
     gl.warp_specialize(
         [
             (_store_consumer, (ring, tiles, dw_desc, 0, TRANSPOSED)),
@@ -949,6 +1034,46 @@ class _Descriptor(TensorDescriptor):
         self.specialisation = base.dtype, *block_shape
 
 
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of an (R, C) matrix in two buffers, so that gradients can take the place of rows that were kept.
+
+    A row tile that ends at or before num_kept lies in `kept`, any other in `rest`, whose first row is row `first` of the
+    matrix. The tile around num_kept begins at most 127 rows before it: `first = max(num_kept - 127, 0)` is early enough.
+
+    Attributes:
+        kept: at least num_kept rows, or the same as `rest` if num_kept is 0.
+        rest: (R - first, C), or the same as `kept` if all rows are kept.
+    """
+
+    kept: torch.Tensor
+    rest: torch.Tensor
+    num_kept: int
+    first: int = 0
+
+    @classmethod
+    def of(cls, rows):
+        """rows, or all of a tensor as both buffers."""
+        return rows if isinstance(rows, cls) else cls(rows, rows, rows.shape[0])
+
+    @classmethod
+    def beside(cls, kept, num_rows):
+        """All rows of `kept` and a new buffer for the others; one of the two where that is enough."""
+        num_kept = kept.shape[0]
+        if num_kept == num_rows:
+            return cls(kept, kept, num_kept)
+        first = max(num_kept - BM.value + 1, 0)
+        rest = kept.new_empty(num_rows - first, kept.shape[1])
+        return cls(kept if num_kept else rest, rest, num_kept, first)
+
+    @property
+    def in_two(self):
+        return self.kept is not self.rest
+
+    @property
+    def shape(self):
+        return (self.first + self.rest.shape[0], self.rest.shape[1])
+
 def _block(tensor, rows, cols, block_rows, block_cols):
     return _Descriptor(tensor, [rows, cols], [cols, 1], [block_rows, block_cols], TILE_SMEM.value)
 
@@ -969,22 +1094,33 @@ def _up_and_gate(z, F):
     return _Descriptor(z, [2, z.shape[0], F], [F, z.stride(0), 1], [2, BM.value, CHUNK.value], Z_SMEM.value)
 
 
+def _halves_blocks(rows, F):
+    """Descriptors of the first and the last F columns."""
+    return _ragged_block(rows, F), _ragged_block(rows[:, F:], F)
+
+
 def _tiles(routing):
     return routing.tiles, routing.offsets_E1, routing.num_tiles
 
 
-def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_end):
+def _at_a_time(rule, width, cols):
+    from_bytes, tiles = rule
+    return tiles if 2 * width * cols >= from_bytes else 0
+
+
+def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_first, z_end):
     E, D, F2 = w1_ED2F.shape
     F = F2 // 2
     with_act = act_RF is not None
-    # without z rows the kernel still wants descriptors: any tensor of this width will do
-    up, gate = (z, z[:, F:]) if z_end > 0 else (act_RF, act_RF)
-    z_up_desc = _ragged_block(up, F)
+    act_desc = _ragged_block(act_RF, F) if with_act else None
+    # without z rows the kernel still wants descriptors: any of this width will do
+    z_up_desc, z_gate_desc = _halves_blocks(z, F) if z_end > 0 else (act_desc, act_desc)
     launch(
         up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
-        z_up_desc, _ragged_block(gate, F), _ragged_block(act_RF, F) if with_act else z_up_desc,
-        *_tiles(routing), D, F, first_row, z_end, ACT=with_act, IN_STEP=D >= IN_STEP_WIDTH, num_warps=4,
+        z_up_desc, z_gate_desc, act_desc if with_act else z_up_desc,
+        *_tiles(routing), D, F, first_row, z_first, z_end,
+        ACT=with_act, COLS_AT_A_TIME=_at_a_time(UP_AT_A_TIME, D, F2), num_warps=4,
     )  # fmt: skip
 
 
@@ -997,80 +1133,96 @@ def up_proj(x_TD, w1_ED2F, routing, z_S2F, num_saved, act_RF):
         act_RF: output.
     """
     if act_RF.shape[0]:
-        _launch_up_proj(x_TD, w1_ED2F, routing, z_S2F, act_RF, 0, num_saved)
+        _launch_up_proj(x_TD, w1_ED2F, routing, z_S2F, act_RF, 0, 0, num_saved)
 
 
-def recompute_z(x_TD, w1_ED2F, routing, first_row, z_R2F):
-    """z[r] for r >= first_row into row r of z_R2F (R, 2F).
+def recompute_z(x_TD, w1_ED2F, routing, z):
+    """z[r] for r >= z.num_kept into z.rest.
 
-    Works in whole tiles: rows of the same tile that come before first_row are written too.
+    Works in whole tiles: rows before z.num_kept of the tile around it are written too.
+
+    Args:
+        z: `SplitRows` of (R, 2F).
     """
-    R = z_R2F.shape[0]
-    if first_row < R:
-        _launch_up_proj(x_TD, w1_ED2F, routing, z_R2F, None, first_row, R)
+    R = z.shape[0]
+    if z.num_kept < R:
+        _launch_up_proj(x_TD, w1_ED2F, routing, z.rest, None, z.num_kept, z.first, R)
 
 
-def _launch_rows(in_RC, w, w_shape, w_is_nk, routing, out, first_col):
-    rows, cols = w_shape
-    E, width = w.shape[0], in_RC.shape[1]
+def _launch_rows(in_desc, rest_desc, num_kept, first, width, w, w_is_nk, routing, out, first_col):
+    E, rows, cols = w.shape
     w_desc = _block(w, E * rows, cols, *((256, 64) if w_is_nk else (64, 256)))
     launch(
-        rows_kernel, _grid(in_RC),
-        _block(in_RC, in_RC.shape[0], width, 64, 64), w_desc, _ragged_block(out, out.shape[1]),
+        rows_kernel, _grid(out),
+        in_desc, rest_desc, num_kept, first, w_desc, _ragged_block(out, out.shape[1]),
         *_tiles(routing), width, rows, first_col, out.shape[1],
-        W_IS_NK=w_is_nk, LENDS=width >= LENDING_WIDTH, num_warps=4,
+        W_IS_NK=w_is_nk, LENDS=width >= LENDING_WIDTH,
+        COLS_AT_A_TIME=_at_a_time(DX_AT_A_TIME if w_is_nk else DOWN_AT_A_TIME, width, w.numel() // (E * width)), num_warps=4,
     )  # fmt: skip
 
 
 def down_proj(act_RF, w2_EFD, routing, y_RD, first_col=0):
     """y = act @ w2[e], columns [first_col, first_col + y.shape[1])."""
     if act_RF.shape[0]:
-        _launch_rows(act_RF, w2_EFD, w2_EFD.shape[1:], False, routing, y_RD, first_col)
+        act_desc, F = _block(act_RF, *act_RF.shape, 64, 64), act_RF.shape[1]
+        _launch_rows(act_desc, None, 0, 0, F, w2_EFD, False, routing, y_RD, first_col)
 
 
-def up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD, first_col=0):
-    """dx rows = dz @ w1[e]^T, columns [first_col, first_col + dx.shape[1])."""
-    if dz_R2F.shape[0]:
-        _launch_rows(dz_R2F, w1_ED2F, w1_ED2F.shape[1:], True, routing, dx_RD, first_col)
+def up_proj_backward(dz, w1_ED2F, routing, dx_RD, first_col=0):
+    """dx rows = dz @ w1[e]^T, columns [first_col, first_col + dx.shape[1]).
+
+    Args:
+        dz: (R, 2F), a tensor or `SplitRows`.
+    """
+    dz = SplitRows.of(dz)
+    if dz.shape[0]:
+        kept_desc = _block(dz.kept, *dz.kept.shape, 64, 64)
+        rest_desc = _block(dz.rest, *dz.rest.shape, 64, 64) if dz.in_two else None
+        _launch_rows(kept_desc, rest_desc, dz.num_kept, dz.first, dz.shape[1], w1_ED2F, True, routing, dx_RD, first_col)
 
 
-def down_proj_backward(
-    dout_TD, w2_EFD, routing, score_R, z_saved, num_saved, z_rest, dz_R2F, act_scaled_RF, dscore_partial
-):
+def down_proj_backward(dout_TD, w2_EFD, routing, score_R, z, dz, act_scaled_RF, dscore_partial):
     """Backward of score * down_proj(up * silu(gate)) up to dz.
 
-    z of a tile comes from z_saved if all its rows are below num_saved, else from z_rest, which may
-    share memory with dz_R2F. dscore_partial: (R, dscore_parts(F)) float32, whose row sums are the
-    scores' gradients.
+    Args:
+        z: `SplitRows` of (R, 2F).
+        dz: output, (R, 2F), a tensor or `SplitRows` with the num_kept of z; each of its buffers may be that of z.
+        act_scaled_RF: output, score * act.
+        dscore_partial: output, (R, dscore_parts(F)) float32, whose row sums are the scores' gradients.
     """
     E, F, D = w2_EFD.shape
-    if not dz_R2F.shape[0]:
+    if not act_scaled_RF.shape[0]:
         return
-    z_saved = z_rest if num_saved == 0 else z_saved
-    z_rest = z_saved if z_rest is None else z_rest
+    dz = SplitRows.of(dz)
     launch(
         down_proj_backward_kernel, _grid(dout_TD),
         dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64),
-        _up_and_gate(z_saved, F), _up_and_gate(z_rest, F), num_saved, score_R,
-        _ragged_block(dz_R2F, F), _ragged_block(dz_R2F[:, F:], F), _ragged_block(act_scaled_RF, F), dscore_partial,
-        *_tiles(routing), D, F, IN_STEP=D >= IN_STEP_WIDTH, num_warps=4,
+        _up_and_gate(z.kept, F), _up_and_gate(z.rest, F), z.first, z.num_kept, score_R,
+        *_halves_blocks(dz.kept, F), *_halves_blocks(dz.rest, F), dz.first, _ragged_block(act_scaled_RF, F), dscore_partial,
+        *_tiles(routing), D, F, COLS_AT_A_TIME=_at_a_time(DOWN_BACKWARD_AT_A_TIME, D, F), num_warps=4,
     )  # fmt: skip
 
 
-def weight_grad(gathered_TM, rows_RN, routing, dw, transposed=False):
+def weight_grad(gathered_TM, rows, routing, dw, transposed=False):
     """dw[e] (M, N) = gathered[token of e's rows]^T @ rows[e's rows], or if transposed its transpose (N, M).
 
     An expert without rows gets zeros. The gathered side is the one whose tiles are 128 wide either
     way: it costs half the copies of a 256 wide one.
+
+    Args:
+        rows: (R, N), a tensor, or if not transposed `SplitRows` too.
     """
     E = dw.shape[0]
-    M, N = gathered_TM.shape[1], rows_RN.shape[1]
-    if not rows_RN.shape[0]:
+    M, (R, N) = gathered_TM.shape[1], rows.shape
+    if not R:
         dw.zero_()
         return
+    rows = SplitRows.of(rows)
+    rest_desc = _ragged_block(rows.rest, N, 64, 256) if rows.in_two else None
     launch(
         weight_grad_kernel, _grid(dw),
-        gathered_TM, gathered_TM.stride(0), routing.token_R, _ragged_block(rows_RN, N, 64, 256),
+        gathered_TM, gathered_TM.stride(0), routing.token_R,
+        _ragged_block(rows.kept, N, 64, 256), rest_desc, rows.num_kept, rows.first,
         _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, E, M, N,
         TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip

@@ -62,8 +62,8 @@ def _specialisation(args) -> list:
             found.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * int32 + 8 * uint64)
         elif isinstance(arg, torch.Tensor):
             found += arg.dtype, arg.data_ptr() % 16 == 0
-        elif type(arg) is float:
-            found.append(float)
+        elif type(arg) is float or arg is None:
+            found.append(type(arg))
         else:
             found.append(arg.specialisation)
     return found

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from momoe_titan.model import expert_parallel  # noqa: F401 - registers the ops below
 
 ops = torch.ops
-_FORWARD, _BACKWARD = ops.momoe_titan.moe_forward, ops.momoe_titan.moe_backward
+_FORWARD = ops.momoe_titan.moe_forward
+_BACKWARDS = ops.momoe_titan.moe_backward, ops.momoe_titan.moe_backward_over_z
 _ATTENTION = "scaled_dot_product"
 # Packets of collectives, and how often a rank sends (n - 1)/n of the tensor with this index.
 _COLLECTIVES = {
@@ -117,7 +118,7 @@ class StepCost:
         packet, micro = func._overloadpacket, phase in ("forward", "loss", "backward")
         if packet in _COLLECTIVES:
             self._collective(packet, args, out, micro)
-        elif packet in (_FORWARD, _BACKWARD):
+        elif packet in (_FORWARD, *_BACKWARDS):
             self._experts(func, args, micro, packet is _FORWARD)
         elif packet is ops.aten._grouped_mm:
             left, right = args[:2]

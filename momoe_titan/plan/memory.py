@@ -58,7 +58,7 @@ class MemoryPlan:
         num_parameters: of the whole model.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
-        events: allocations in order, (block, bytes or 0 to free, MoE layer of a z or None): for
+        events: allocations in order, (block, bytes or 0 to free, trace.Share of z or None): for
             `reserved`. Not part of `to_dict`.
     """
 
@@ -68,7 +68,7 @@ class MemoryPlan:
     num_parameters: int
     slack: int = 0
     notes: list[str] = field(default_factory=list)
-    events: list[tuple[int, int, str | None]] = field(default_factory=list)
+    events: list[tuple[int, int, tuple[str, bool] | None]] = field(default_factory=list)
 
     def __post_init__(self):
         if self.events:
@@ -107,7 +107,14 @@ class MemoryPlan:
         """Peak of the bytes that the caching allocator takes from the GPU, TorchTitan's max_reserved;
         None where `capacity` is too little."""
         percents = self.percents(save_percent)
-        scaled = ((b, n if layer is None else z_bytes(n, percents[layer])) for b, n, layer in self.events)
+
+        def scale(num_bytes, share):
+            if share is None:
+                return num_bytes
+            layer, kept = share
+            return z_bytes(num_bytes, percents[layer] if kept else 100 - percents[layer])
+
+        scaled = ((block, scale(num_bytes, share)) for block, num_bytes, share in self.events)
         if capacity is not None:
             capacity -= CUBLAS_BYTES
         try:

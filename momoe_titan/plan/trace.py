@@ -27,14 +27,20 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.models.moe import kernels as stock_kernels
 
 from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
+from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.model import expert_parallel, moe
 
 from .allocator import block_bytes
 
 FORWARD = torch.ops.momoe_titan.moe_forward.default
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
 # Ops whose bodies are followed, for what they hold only inside.
-_BODIES = {FORWARD: autograd._forward, torch.ops.momoe_titan.moe_backward.default: autograd._backward}
+_BODIES = {
+    FORWARD: autograd._forward,
+    torch.ops.momoe_titan.moe_backward.default: autograd._backward,
+    BACKWARD_OVER_Z: autograd._backward_over_z,
+}
 _KERNEL_FILES = (combine, down_proj, hopper, routing, rows_gemm, up_proj, weight_grad)
 _NUM_PROCESSORS = 132  # of an H100; kernels that stand still are given a grid all the same
 
@@ -48,6 +54,13 @@ class Place(NamedTuple):
 
     part: str
     layer: str | None = None  # name of the MoE layer
+
+
+class Share(NamedTuple):
+    """What a block is of an MoE layer's z: the rows that save_percent keeps, or the others, computed in the backward."""
+
+    layer: str
+    kept: bool
 
 
 @dataclass
@@ -80,7 +93,7 @@ class MemoryTrace(TorchDispatchMode):
     Attributes:
         phase: name of what runs now, set by the caller; "backward" inside a backward.
         moments: (phase, ((layer, bytes of its z alive), ..)) -> Moment, since `begin_step`.
-        events: (block, its bytes from now on, layer whose z it is or None), since the trace was entered.
+        events: (block, its bytes from now on, `Share` of z or None), since the trace was entered.
     """
 
     def __init__(self, place_of: Callable[[nn.Module], Place | None], observer: Callable | None = None):
@@ -88,7 +101,7 @@ class MemoryTrace(TorchDispatchMode):
         self._observer = observer
         self.phase = "setup"
         self.moments: dict[tuple, Moment] = {}
-        self.events: list[tuple[int, int, str | None]] = []
+        self.events: list[tuple[int, int, Share | None]] = []
         self._place_of = place_of
         self._places = [Place(OTHER)]
         self._blocks: dict[int, _Block] = {}
@@ -185,7 +198,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def _follow(self, func, args):
         self._inside = []
-        with _ReenteredTrace(self):
+        with self._z_as_whole(func, args), _ReenteredTrace(self):
             out = _BODIES[func](*args[:-1], "triton")
         z = self._blocks.get(out[2].untyped_storage()._cdata) if func is FORWARD else None
         if z is not None:
@@ -198,6 +211,29 @@ class MemoryTrace(TorchDispatchMode):
                 parts[z.part] -= z.num_bytes
             self._keep(phase, z_key, base, parts)
         return out
+
+    @contextlib.contextmanager
+    def _z_as_whole(self, func, args) -> Iterator[None]:
+        """Where dz takes the place of z, that and the rows computed again are as large as z at any save_percent."""
+        z = None
+        if func is BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).dz_over_z:
+            z = self._blocks.get(args[5].untyped_storage()._cdata)
+        if z is None or z.z_layer is None:
+            yield
+            return
+        layer, part, number = z.z_layer, z.part, self._number
+        self._number += 1
+        self._count(z, -z.num_bytes)
+        z.z_layer, z.part = None, BACKWARD
+        self._count(z, z.num_bytes)
+        self.events.append((number, z.num_bytes, Share(layer, kept=False)))
+        try:
+            yield
+        finally:
+            self.events.append((number, 0, Share(layer, kept=False)))
+            self._count(z, -z.num_bytes)
+            z.z_layer, z.part = layer, part
+            self._count(z, z.num_bytes)
 
     def _enter_module(self, module, args):
         self._places.append(self._place_of(module) or self._places[-1])
@@ -228,7 +264,7 @@ class MemoryTrace(TorchDispatchMode):
         change = block_bytes(num_bytes) - block.num_bytes
         if change:
             block.num_bytes += change
-            self.events.append((block.number, block.num_bytes, block.z_layer))
+            self.events.append((block.number, block.num_bytes, block.z_layer and Share(block.z_layer, kept=True)))
             self._count(block, change)
             if change > 0:
                 self._record()
@@ -264,7 +300,7 @@ class MemoryTrace(TorchDispatchMode):
         self._count(block, block.num_bytes)
         for i in range(len(self.events) - 1, -1, -1):
             if self.events[i][0] == block.number:
-                self.events[i] = (block.number, block.num_bytes, layer)
+                self.events[i] = (block.number, block.num_bytes, Share(layer, kept=True))
                 break
 
 

@@ -107,7 +107,7 @@ def test_memory_held_is_the_formula(save_percent, path):
     assert z <= held <= z + 24 * T * K + 4096
 
 
-def test_peak_memory_rises_with_save_percent_and_not_with_skew(path):
+def test_peak_memory_of_a_layer(path):
     shape = (16384, 1024, 512, 16, 4)
     x, w1, w2, ids, scores, dout = make_inputs(shape, torch.bfloat16, "cuda")
     run(momoe_mlp, x, w1, w2, ids, scores, dout, 0)
@@ -118,7 +118,10 @@ def test_peak_memory_rises_with_save_percent_and_not_with_skew(path):
         return torch.cuda.max_memory_allocated()
 
     peaks = [peak(ids, p) for p in (0, 25, 50, 75, 100)]
-    assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
+    tile = 127 * 2 * 512 * 2 + 512  # of the rows around the last saved one, which are computed again
+    assert all(high >= low - tile for low, high in zip(peaks, peaks[1:])) and peaks[0] < peaks[-1]
+    if path == "hopper":  # dz takes the place of z
+        assert peaks[-1] - peaks[0] < 16384 * 4 * 2 * 512 * 2 / 2
     same = torch.tensor([3, 9, 1, 11], device="cuda").expand(16384, 4).contiguous()
     assert peak(same, 50) == peak(ids, 50)
 

@@ -156,6 +156,22 @@ class Case:
         begin = max(b for b in self.offsets if b <= row)
         return begin + (row - begin) // 128 * 128
 
+    def split(self, rows, num_kept):
+        """rows in two buffers; NaN where a buffer's rows belong to the other."""
+        z = hopper.SplitRows.beside(rows[:num_kept].clone(), self.R)
+        if num_kept not in (0, self.R):
+            z.kept[self.tile_start(num_kept) :] = float("nan")
+            z.rest.copy_(rows[z.first :])
+            z.rest[: self.tile_start(num_kept) - z.first] = float("nan")
+        elif num_kept == 0:
+            z.rest.copy_(rows)
+        return z
+
+    def joined(self, z):
+        """The rows of a `SplitRows`."""
+        begin = self.tile_start(z.num_kept) if z.num_kept < self.R else self.R
+        return torch.cat([z.kept[:begin], z.rest[begin - z.first :]])[: self.R]
+
     def gathered(self, t):
         return t[self.routing.token_R.long()].float()
 
@@ -167,9 +183,10 @@ class Case:
             out[begin:end] = rows[begin:end].float() @ w[e].float()
         return out
 
-    def check(self, got, want, first=0):
-        """Rows from first as wanted, all others still poisoned."""
-        got, want = got[first : self.used], want[first : self.used]
+    def check(self, got, want, rows=None):
+        """The first rows, or all that are used, as wanted."""
+        rows = self.used if rows is None else rows
+        got, want = got[:rows], want[:rows]
         assert torch.isfinite(got).all()
         assert (got.float() - want).norm() <= ERROR[self.dtype] * want.norm()
 
@@ -218,23 +235,30 @@ def test_up_proj(case):
 @on_hopper
 def test_recompute_z(case):
     z_want = case.by_expert(case.gathered(case.x), case.w1)
-    for first_row in saved_counts(case):
-        z = case.poisoned(case.R, 2 * case.F)
-        hopper.recompute_z(case.x, case.w1, case.routing, first_row, z)
-        case.check(z, z_want, first_row)
-        case.untouched(z[: max(0, first_row - 127)])  # the tile that holds first_row is written whole
-        case.untouched(z[case.used :])
+    for num_saved in saved_counts(case):
+        z = hopper.SplitRows.beside(case.poisoned(num_saved, 2 * case.F), case.R)
+        z.rest.fill_(float("nan"))
+        hopper.recompute_z(case.x, case.w1, case.routing, z)
+        if num_saved < case.R:
+            first, begin = min(num_saved, case.used), min(case.tile_start(num_saved), case.used)
+            case.check(z.rest[first - z.first :], z_want[first:], rows=case.used - first)
+            case.untouched(z.rest[: begin - z.first])  # the tile around num_saved is written whole
+            case.untouched(z.rest[case.used - z.first :])
+        if z.kept is not z.rest:
+            case.untouched(z.kept)
 
 
 @pytest.mark.gpu
 @on_hopper
 def test_rows_kernels(case):
     act, dz = case.rows(case.F), case.rows(2 * case.F)
+    dx_want = case.by_expert(dz, case.w1.transpose(1, 2))
     for launch, rows, w, want in [
         (hopper.down_proj, act, case.w2, case.by_expert(act, case.w2)),
-        (hopper.up_proj_backward, dz, case.w1, case.by_expert(dz, case.w1.transpose(1, 2))),
+        (hopper.up_proj_backward, dz, case.w1, dx_want),
+        *((hopper.up_proj_backward, case.split(dz, n), case.w1, dx_want) for n in saved_counts(case)),
     ]:
-        for begin, end in [(0, case.D), (0, 64), (64, case.D)]:
+        for begin, end in {(0, case.D), (0, 64), (case.D // 128 * 64, case.D)}:
             out = case.poisoned(case.R, end - begin)
             launch(rows, w, case.routing, out, begin)
             case.check(out, want[:, begin:end])
@@ -243,28 +267,29 @@ def test_rows_kernels(case):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("in_place", [False, True])
-def test_down_proj_backward(case, in_place):
-    z = case.rows(2 * case.F)
-    up, gate = z.float().chunk(2, -1)
+@pytest.mark.parametrize("dz_is", ["apart", "over z", "over the rest of z"])
+def test_down_proj_backward(case, dz_is):
+    rows = case.rows(2 * case.F)
+    up, gate = rows.float().chunk(2, -1)
     dact = case.by_expert(case.gathered(case.dout), case.w2.transpose(1, 2))
     sigmoid = torch.sigmoid(gate)
     s = case.score[:, None]
     dz_want = torch.cat([s * dact * gate * sigmoid, s * dact * up * sigmoid * (1 + gate * (1 - sigmoid))], -1)
     for num_saved in saved_counts(case):
-        dz, act = case.poisoned(case.R, 2 * case.F), case.poisoned(case.R, case.F)
+        act = case.poisoned(case.R, case.F)
         dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
-        z_saved, z_rest = z[:num_saved], z.clone()
-        z_rest[: case.tile_start(num_saved)] = float("nan")
-        if in_place:
-            dz.copy_(z_rest)
-            z_rest = dz
-        hopper.down_proj_backward(
-            case.dout, case.w2, case.routing, case.score, z_saved, num_saved, z_rest, dz, act, dscore
-        )
+        z, dz = case.split(rows, num_saved), case.poisoned(case.R, 2 * case.F)
+        if dz_is == "over z":
+            dz = z
+        elif dz_is == "over the rest of z":
+            dz.copy_(rows)
+            dz[: case.tile_start(num_saved)] = float("nan")
+            z = hopper.SplitRows(z.kept, dz, num_saved)
+        hopper.down_proj_backward(case.dout, case.w2, case.routing, case.score, z, dz, act, dscore)
+        dz = case.joined(dz) if dz_is == "over z" else dz
         case.check(dz, dz_want)
-        case.check(act, s * act_of(z.float()))
-        case.check(dscore.sum(1), (dact * act_of(z.float())).sum(1))
+        case.check(act, s * act_of(rows.float()))
+        case.check(dscore.sum(1), (dact * act_of(rows.float())).sum(1))
         for out in (dz, act, dscore):
             case.untouched(out[case.used :])
 
@@ -279,11 +304,12 @@ def test_weight_grad(case):
             begin, end = case.offsets[e : e + 2]
             want[e] = case.gathered(gathered)[begin:end].T @ rows[begin:end].float()
         want = want.transpose(1, 2) if transposed else want
-        dw = case.poisoned(*want.shape)
-        hopper.weight_grad(gathered, rows, case.routing, dw, transposed)
-        assert torch.isfinite(dw).all()
-        assert (dw.float() - want).norm() <= ERROR[case.dtype] * want.norm()
-        assert all((dw[e] == 0).all() for e in range(case.E) if case.offsets[e] == case.offsets[e + 1])
+        for some in [rows] if transposed else [rows, *(case.split(rows, n) for n in saved_counts(case))]:
+            dw = case.poisoned(*want.shape)
+            hopper.weight_grad(gathered, some, case.routing, dw, transposed)
+            assert torch.isfinite(dw).all()
+            assert (dw.float() - want).norm() <= ERROR[case.dtype] * want.norm()
+            assert all((dw[e] == 0).all() for e in range(case.E) if case.offsets[e] == case.offsets[e + 1])
 
 
 @pytest.mark.gpu
@@ -293,12 +319,13 @@ def test_no_tokens():
     none = torch.empty(0, 2, device="cuda")
     packed, _ = build_routing_ref(none.long(), none, 3, 128)
     routing = unpack_routing(packed, 0, 2, 3, 128)
-    x, w1, w2, z, act, y = new(0, 128), new(3, 128, 256), new(3, 128, 128), new(0, 256), new(0, 128), new(0, 128)
+    x, w1, w2, act, y = new(0, 128), new(3, 128, 256), new(3, 128, 128), new(0, 128), new(0, 128)
+    z = hopper.SplitRows.beside(new(0, 256), 0)
     rows = torch.empty(0, device="cuda"), torch.empty(0, 1, device="cuda")
     hopper.up_proj(x, w1, routing, None, 0, act)
-    hopper.recompute_z(x, w1, routing, 0, z)
+    hopper.recompute_z(x, w1, routing, z)
     hopper.down_proj(act, w2, routing, y)
-    hopper.down_proj_backward(x, w2, routing, rows[0], z, 0, z, z, act, rows[1])
+    hopper.down_proj_backward(x, w2, routing, rows[0], z, z, act, rows[1])
     hopper.up_proj_backward(z, w1, routing, y)
     hopper.weight_grad(x, z, routing, w1)
     assert (w1 == 0).all()
@@ -309,22 +336,21 @@ def test_no_tokens():
 @pytest.mark.parametrize("name", ["7B", "in step"])
 def test_same_bits_every_time(name):
     case = Case(name, torch.bfloat16)
-    z = case.rows(2 * case.F)
 
     def run():
         act, y, dx = (case.poisoned(case.R, n) for n in (case.F, case.D, case.D))
-        kept, dz, scaled = case.poisoned(999, 2 * case.F), z.clone(), case.poisoned(case.R, case.F)
+        kept, scaled = case.poisoned(999, 2 * case.F), case.poisoned(case.R, case.F)
+        dz = hopper.SplitRows.beside(kept, case.R)
         dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
         dw1, dw2 = torch.empty_like(case.w1), torch.empty_like(case.w2)
         hopper.up_proj(case.x, case.w1, case.routing, kept, 999, act)
         hopper.down_proj(act, case.w2, case.routing, y)
-        hopper.down_proj_backward(
-            case.dout, case.w2, case.routing, case.score, kept, 999, dz, dz, scaled, dscore
-        )
+        hopper.recompute_z(case.x, case.w1, case.routing, dz)
+        hopper.down_proj_backward(case.dout, case.w2, case.routing, case.score, dz, dz, scaled, dscore)
         hopper.up_proj_backward(dz, case.w1, case.routing, dx)
         hopper.weight_grad(case.x, dz, case.routing, dw1)
         hopper.weight_grad(case.dout, scaled, case.routing, dw2, transposed=True)
-        return act, y, kept, dz, scaled, dscore, dx, dw1, dw2
+        return act, y, case.joined(dz), scaled, dscore, dx, dw1, dw2
 
     first = run()
     for _ in range(5):

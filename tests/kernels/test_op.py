@@ -289,7 +289,24 @@ def test_fake_implementations(device, backend):
     with torch.no_grad():
         _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)
         args = (dout, x, w1, w2, scores, z, routing, ids.numel(), [True, False, True, True], backend)
-        torch.library.opcheck(torch.ops.momoe_titan.moe_backward.default, args, test_utils=("test_schema", "test_faketensor"))
+        for op in (torch.ops.momoe_titan.moe_backward.default, torch.ops.momoe_titan.moe_backward_over_z.default):
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("save_percent", [37, 100])
+def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, monkeypatch):
+    from momoe_titan.kernels import autograd
+
+    over = []
+    real = autograd._is_last_use
+    monkeypatch.setattr(autograd, "_is_last_use", lambda z: over.append(real(z)) or over[-1])
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+    out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend=backend)
+    kept, again, last = (torch.autograd.grad(out, leaves, dout, retain_graph=keep) for keep in (True, True, False))
+    assert over == [False, False, True]
+    for other in (again, last):
+        assert all(torch.equal(a, b) for a, b in zip(kept, other))
 
 
 def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypatch):

@@ -146,7 +146,7 @@ class TestEager:
             run = train(model)
         assert_same_run(run, plain)
         once_per_layer_and_step = 2 * 3
-        for op in (ops.moe_forward, ops.moe_backward, ops.choose_experts):
+        for op in (ops.moe_forward, ops.moe_backward_over_z, ops.choose_experts):
             assert watch.calls[op.default] == once_per_layer_and_step, op
 
     def test_attention_and_shared_experts_are_recomputed(self):

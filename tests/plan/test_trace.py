@@ -68,10 +68,11 @@ def test_the_op_takes_the_same_memory_whatever_the_routing(monkeypatch):
     assert events(balanced) == events(skewed)
 
 
-def test_the_inside_of_the_op_is_counted():
+@pytest.mark.parametrize("capability, times_z", [((9, 0), 1), ((8, 0), 2)])
+def test_the_inside_of_the_op_is_counted(capability, times_z):
     t, d, f, e, k = 4096, 128, 64, 8, 2
     place = Place("experts", "0")
-    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
+    with as_on_gpu(capability), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
         x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
         ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
         before = alive(trace)
@@ -87,9 +88,22 @@ def test_the_inside_of_the_op_is_counted():
     assert {n for (_, z), _ in trace.moments.items() for _, n in z} == {r * 2 * f * 2}
     # act (R, F) and y (R, D) in the forward
     assert peak["forward"] - before == pytest.approx(held + r * f * 2 + r * d * 2, rel=0.01)
-    # of the backward: dz (R, 2F), and dx rows (R, D) that come when act is gone
-    at_least = held + r * 2 * f * 2 * 2 + r * d * 2 + out_bytes
+    # of the backward: dz (R, 2F), in the place of z or beside it, and dx rows (R, D) that come when act is gone
+    at_least = held + times_z * r * 2 * f * 2 + r * d * 2 + out_bytes
     assert at_least < backward - before < at_least + 2 * (r * f * 2)
+
+
+def test_the_backward_takes_the_same_at_any_save_percent():
+    t, d, f, e, k = 4096, 128, 64, 8, 2
+    peaks = []
+    for save_percent in (0, 30, 70, 100):
+        with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+            x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+            ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+            out, _ = momoe_mlp(x, w1, w2, ids, scores, save_percent)
+            out.backward(torch.empty_like(out))
+            peaks.append(max(m.base for (phase, _), m in trace.moments.items() if phase == "backward"))
+    assert max(peaks) - min(peaks) <= 127 * 2 * f * 2 + block_bytes(1)
 
 
 def test_gradients_are_known_by_their_place_in_the_step_before():
