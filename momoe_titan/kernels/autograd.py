@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import combine, configs, decode
-from .gemms import select_gemms
+from .gemms import DX_RANGE_FLOPS, select_gemms, Y_RANGE_FLOPS
 from .reference import torch_backward, torch_forward
 from .routing import MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
 
@@ -41,13 +41,13 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % 16 else t
 
 
-def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes):
+def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes, range_flops):
     """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
 
     max_bytes: what a range should fit into.
     """
     num_rows = rows.shape[0]
-    ranges = gemms.column_ranges(*rows.shape, out_TD, max_bytes)
+    ranges = gemms.column_ranges(*rows.shape, out_TD, max_bytes, range_flops)
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
@@ -82,7 +82,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     # The backward ends with as much as all of z, twice the size of act, and all gradients. Without saved rows, y
     # beside act may take as much; with them it may too, so that save_percent does not change what is launched.
     room = act_RF.nbytes + x_TD.nbytes + w1_ED2F.nbytes + w2_EFD.nbytes
-    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room)
+    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room, Y_RANGE_FLOPS)
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
@@ -113,7 +113,7 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
         # dw1 comes next and needs as much.
-        _combined(gemms, gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes)
+        _combined(gemms, gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes, DX_RANGE_FLOPS)
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:
         gemms.weight_grad(x_TD, dz, routing, dw1, gather_a=True)

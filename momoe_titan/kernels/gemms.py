@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_RANGES = 4
 _SMALL_BYTES = 64 << 20  # not worth more launches
-_RANGE_FLOPS = 1.5e11  # of a range at least: about 0.25 ms, where another range costs about 0.05 ms
+Y_RANGE_FLOPS = 0.75e11  # of a range of y at least: 0.16 ms at 7B-n256, where another range costs 0.05 ms
+DX_RANGE_FLOPS = 1.5e11  # of dx, whose ranges each read rows that are twice as wide
 _L2_BYTES = 16 << 20  # of an expert's weights: what is better read in two ranges
 
 
@@ -44,7 +45,9 @@ class PortableGemms:
         """The rows from num_saved on."""
         up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, num_saved, z_R2F)
 
-    def column_ranges(self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
+    def column_ranges(
+        self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int, range_flops: float
+    ) -> list[tuple[int, int]]:
         """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all, so that first_col is 0."""
         return [(0, out_TD.shape[1])]
 
@@ -98,14 +101,14 @@ class HopperGemms:
     def recompute_z(self, x_TD, w1_ED2F, routing, num_saved, z):
         hopper.recompute_z(x_TD, w1_ED2F, routing, z)
 
-    def column_ranges(self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int) -> list[tuple[int, int]]:
+    def column_ranges(self, num_rows, width, out_TD, max_bytes, range_flops):
         """Columns of out_TD that down_proj and up_proj_backward compute at a time.
 
         Whole tiles wide, and as few ranges as let num_rows rows fit into max_bytes, but at most four,
-        and each with so much to do that the layer loses no more than about 2% of its speed. One H100,
-        ms of forward, backward in one, two, three ranges: 7B-n256 1.184, 2.162; 1.231, 2.216; 1.265,
-        2.263; 1.4B-n512 0.828, 1.698; 0.871, 1.754; 0.915, 1.831. Two where an expert's weights are
-        large, which is faster: 30B-n1024 dx on an H200 3.27 -> 2.99.
+        and each with range_flops to do, so that y or dx costs the layer no more than about 2% of its
+        speed. One H100, ms of forward, backward in one, two, three ranges: 7B-n256 1.184, 2.162; 1.231,
+        2.216; 1.265, 2.263; 1.4B-n512 0.828, 1.698; 0.871, 1.754; 0.915, 1.831. Two where an expert's
+        weights are large, which is faster: 30B-n1024 dx on an H200 3.27 -> 2.99.
 
         Args:
             width: the contraction, columns of the rows that are multiplied.
@@ -113,7 +116,7 @@ class HopperGemms:
         cols, itemsize = out_TD.shape[1], out_TD.element_size()
         num_bytes = num_rows * cols * itemsize
         num_ranges = cdiv(num_bytes, max(max_bytes, _SMALL_BYTES))
-        num_ranges = min(num_ranges, _MAX_RANGES, max(int(2 * num_rows * width * cols / _RANGE_FLOPS), 1))
+        num_ranges = min(num_ranges, _MAX_RANGES, max(int(2 * num_rows * width * cols / range_flops), 1))
         if width * cols * itemsize >= _L2_BYTES and num_bytes > _SMALL_BYTES:
             num_ranges = max(num_ranges, 2)
         tile = hopper.BN.value

@@ -38,7 +38,7 @@ BM = gl.constexpr(128)  # output rows of a tile
 BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the same 128 of gate
 BK = gl.constexpr(64)  # contraction of one stage
 CHUNK = gl.constexpr(64)  # columns of one TMA store
-STAGES = gl.constexpr(4)  # at least 3: in step, the stage filled last is not reported before the next one is free
+STAGES = gl.constexpr(4)
 
 # 504 registers are to be had for one thread of each of the three warpgroups: the second consumer and
 # the producer ask for these, the first consumer is left with as many as the second.
@@ -55,6 +55,9 @@ DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
 DX_AT_A_TIME = (8 << 20, 4)
 DOWN_AT_A_TIME = (16 << 20, 4)
 
+# Width of gathered rows from which on every program of a weight gradient fetches its own ahead: see `TokenSteps`.
+ALL_AHEAD_WIDTH = 2048
+
 # A weight gradient's tiles go by groups of this many row tiles, so that those at work at a time share operands.
 GROUP = gl.constexpr(8)
 
@@ -69,6 +72,8 @@ RAGGED_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
 BARRIER_SMEM = gl.constexpr(mbarrier.MBarrierLayout())
 # Layout of a cp.async: 16 bytes a thread, 128 bytes of one row by eight neighbours.
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+# Lines of 128 bytes of 64 rows, two of each, one a thread
+LINES = gl.constexpr(gl.BlockedLayout([1, 1], [16, 2], [4, 1], [1, 0]))
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 # up and gate of 64 columns of z: (2, 128, 64), which fills the rhs of one stage
@@ -140,6 +145,8 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
     """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows."""
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
+    if lhs.AHEAD:
+        far_tokens = lhs.far_tokens(tile, tile.k_begin + lhs.AHEAD * BK)
     for k in range(tile.k_begin, tile.k_stop(), BK):
         ready = ring.ready.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
@@ -149,6 +156,9 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
         _commit(ring, stage)
         tokens = next_tokens
         next_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
+        if lhs.AHEAD:
+            lhs.prefetch(tile, far_tokens)
+            far_tokens = lhs.far_tokens(tile, k + (lhs.AHEAD + 1) * BK)
         stage, phase = _advance(stage, phase)
     return stage, phase
 
@@ -407,6 +417,7 @@ class TokenRows:
     stride: gl.tensor
     token_ptr: gl.tensor
     BYTES: gl.constexpr
+    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, ptr, stride, token_ptr):
@@ -414,6 +425,7 @@ class TokenRows:
         self.stride = stride
         self.token_ptr = token_ptr
         self.BYTES = gl.constexpr(0)
+        self.AHEAD = gl.constexpr(0)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -439,12 +451,14 @@ class PlainRows:
     desc: tma.tensor_descriptor
     first: gl.tensor
     BYTES: gl.constexpr
+    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, desc, first):
         self.desc = desc
         self.first = first
         self.BYTES = gl.constexpr(2 * 128 * 64)
+        self.AHEAD = gl.constexpr(0)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -526,21 +540,29 @@ class ExpertWeights:
 
 @aggregate
 class TokenSteps:
-    """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
+    """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor.
+
+    The rows of the step AHEAD of the one that is loaded are fetched into the L2: by every program, or by those of the
+    first column tile, which the others follow.
+    """
 
     ptr: gl.tensor
     stride: gl.tensor
     token_ptr: gl.tensor
     width: gl.tensor
+    FIRST_AHEAD: gl.constexpr
     BYTES: gl.constexpr
+    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, stride, token_ptr, width):
+    def __init__(self, ptr, stride, token_ptr, width, FIRST_AHEAD):
         self.ptr = ptr
         self.stride = stride
         self.token_ptr = token_ptr
         self.width = width
+        self.FIRST_AHEAD = gl.constexpr(FIRST_AHEAD)
         self.BYTES = gl.constexpr(0)
+        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -558,6 +580,21 @@ class TokenSteps:
         ptrs = _token_tile(self.ptr + col, self.stride, tokens, 0, HALF)
         async_copy.async_copy_global_to_shared(upper, ptrs, mask=live)
         async_copy.async_copy_global_to_shared(lower, ptrs + HALF, mask=live & (col + HALF < self.width))
+
+    @gluon.jit
+    def far_tokens(self, tile, k):
+        row = k + gl.arange(0, BK, gl.SliceLayout(1, LINES))
+        return gl.load(self.token_ptr + row, mask=row < tile.k_end, other=-1)
+
+    @gluon.jit
+    def prefetch(self, tile, tokens):
+        col = tile.row - tile.expert * self.width + gl.arange(0, 2, gl.SliceLayout(0, LINES)) * HALF
+        live = (tokens >= 0)[:, None] & (col < self.width)[None, :]
+        if self.FIRST_AHEAD:
+            live = live & (tile.col == 0)
+        ptrs = self.ptr + (tokens.to(gl.int64) * self.stride)[:, None] + col[None, :]
+        asm: gl.constexpr = "{.reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}"
+        gl.inline_asm_elementwise(asm, "=r,l,r", [ptrs, live.to(gl.int32)], gl.int32, False, 1)
 
 
 @aggregate
@@ -975,7 +1012,7 @@ def down_proj_backward_kernel(
 @gluon.jit(do_not_specialize=["num_kept", "first", "E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
 def weight_grad_kernel(
     gathered_ptr, stride, token_ptr, rows_desc, rest_desc, num_kept, first, dw_desc, offsets_ptr, E, M, N,
-    TRANSPOSED: gl.constexpr,
+    TRANSPOSED: gl.constexpr, FIRST_AHEAD: gl.constexpr,
 ):  # fmt: skip
     """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
 
@@ -983,7 +1020,7 @@ def weight_grad_kernel(
     """
     ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=True)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
-    lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
+    lhs = TokenSteps(gathered_ptr, stride, token_ptr, M, FIRST_AHEAD)
     if rest_desc is None:
         rhs = PlainSteps(rows_desc, gl.to_tensor(0))
     else:
@@ -1224,5 +1261,5 @@ def weight_grad(gathered_TM, rows, routing, dw, transposed=False):
         gathered_TM, gathered_TM.stride(0), routing.token_R,
         _ragged_block(rows.kept, N, 64, 256), rest_desc, rows.num_kept, rows.first,
         _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, E, M, N,
-        TRANSPOSED=transposed, num_warps=4,
+        TRANSPOSED=transposed, FIRST_AHEAD=M < ALL_AHEAD_WIDTH, num_warps=4,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from momoe_titan.kernels.routing import packed_size, unpack_routing
 SHAPES = {  # (T, D, F, E, K)
     "even": (4096, 2048, 1024, 64, 8),
     "tails": (300, 320, 448, 5, 3),
-    "wide": (4096, 4096, 1024, 64, 4),  # gathering programs are kept in step
+    "wide": (4096, 4096, 2048, 64, 4),  # every row kernel takes few column tiles at a time
 }
 
 
@@ -37,8 +37,10 @@ def cases(tokens, d_model, ffn, experts, chosen, dtype):
     yield "down", lambda: hopper.down_proj(act, w2, routing, y)
     yield "down, columns", lambda: hopper.down_proj(act, w2, routing, y[:, :64].contiguous(), 64)
     yield "down backward", lambda: hopper.down_proj_backward(x, w2, routing, score, split, split, act, dscore)
-    yield "dx", lambda: hopper.up_proj_backward(split, w1, routing, y)
-    yield "dw1", lambda: hopper.weight_grad(x, split, routing, w1)
+    yield "dx", lambda: hopper.up_proj_backward(z, w1, routing, y)
+    yield "dx, two buffers", lambda: hopper.up_proj_backward(split, w1, routing, y)
+    yield "dw1", lambda: hopper.weight_grad(x, z, routing, w1)
+    yield "dw1, two buffers", lambda: hopper.weight_grad(x, split, routing, w1)
     yield "dw2", lambda: hopper.weight_grad(x, act, routing, w2, transposed=True)
 
 

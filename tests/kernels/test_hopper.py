@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from momoe_titan.kernels import combine, hopper
-from momoe_titan.kernels.gemms import HopperGemms
+from momoe_titan.kernels.gemms import DX_RANGE_FLOPS, HopperGemms, Y_RANGE_FLOPS
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
 SHARED_LIMIT = 227 * 1024
@@ -20,7 +20,7 @@ CASES = {  # (T, D, F, E, K): why
     "one expert": (700, 256, 256, 4, 1),  # the others are empty
     "unused slots": (517, 256, 320, 6, 4),  # rows past the last offset, experts 0 and 5 empty
     "7B": (2048, 1536, 256, 128, 8),
-    "in step": (4096, 4096, 448, 5, 3),  # rows so wide that the programs are kept in step; several tiles for each
+    "wide": (4096, 4096, 448, 5, 3),  # up_proj takes few column tiles at a time; several tiles for each program
     "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
     "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
     "seed": (1000, 2176, 1152, 64, 6),
@@ -42,18 +42,15 @@ def test_every_kernel_compiles_within_limits(tmp_path):
     # saving z or not, column ranges and other shapes must not add to these: two dtypes of each
     kernels = sorted((row["kernel"], row["case"]) for row in rows if row["dtype"] == "torch.bfloat16")
     assert kernels == [
-        ("down_proj_backward_kernel", "down backward"),  # in step or not
-        ("down_proj_backward_kernel", "down backward"),
-        ("rows_kernel", "down"),  # a wide contraction, and a narrow one
-        ("rows_kernel", "down"),
-        ("rows_kernel", "dx"),
-        ("rows_kernel", "dx"),
-        ("up_proj_kernel", "up, some rows saved"),  # in step or not
-        ("up_proj_kernel", "up, some rows saved"),
-        ("up_proj_kernel", "z again"),
-        ("up_proj_kernel", "z again"),
-        ("weight_grad_kernel", "dw1"),
-        ("weight_grad_kernel", "dw2"),
+        *[("down_proj_backward_kernel", "down backward")] * 2,  # few column tiles at a time, or all
+        *[("rows_kernel", "down")] * 3,  # the same, and a narrow contraction
+        *[("rows_kernel", "dx")] * 2,
+        *[("rows_kernel", "dx, two buffers")] * 2,
+        *[("up_proj_kernel", "up, some rows saved")] * 2,
+        *[("up_proj_kernel", "z again")] * 2,
+        *[("weight_grad_kernel", "dw1")] * 2,  # wide gathered rows, or narrow ones
+        *[("weight_grad_kernel", "dw1, two buffers")] * 2,
+        *[("weight_grad_kernel", "dw2")] * 2,
     ]
     assert len(rows) == 2 * len(kernels)
     assert [row for row in rows if row["spills"] or row["stack"]] == []
@@ -83,7 +80,7 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
     "rows, width, cols, max_mib, want",
     [
         (196608, 512, 1536, 192, [(0, 768), (768, 1536)]),  # 7B-n256, dx: 576 MiB would take three, but each has little to do
-        (196608, 256, 1536, 192, [(0, 1536)]),  # y: even less
+        (196608, 256, 1536, 192, [(0, 1536)]),  # half of that: one
         (131072, 2048, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster with experts as large as these
         (131072, 1024, 4096, 1024, [(0, 4096)]),
         (8192, 2048, 2048, 256, [(0, 2048)]),  # fits
@@ -97,7 +94,13 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
 )
 def test_column_ranges(rows, width, cols, max_mib, want):
     out = torch.empty(1, cols, dtype=torch.bfloat16, device="meta")
-    assert HopperGemms().column_ranges(rows, width, out, max_mib << 20) == want
+    assert HopperGemms().column_ranges(rows, width, out, max_mib << 20, DX_RANGE_FLOPS) == want
+
+
+def test_y_comes_in_smaller_ranges():
+    out = torch.empty(1, 1536, dtype=torch.bfloat16, device="meta")
+    assert HopperGemms().column_ranges(196608, 256, out, 456 << 20, Y_RANGE_FLOPS) == [(0, 768), (768, 1536)]  # 7B-n256
+    assert HopperGemms().column_ranges(98304, 256, out, 100 << 20, Y_RANGE_FLOPS) == [(0, 1536)]
 
 
 def test_combine_of_column_ranges(device):
@@ -206,10 +209,13 @@ def name(request):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
 def case(request, name, monkeypatch):
-    if request.param is torch.float16 and name in ("7B", "in step", "seed"):
+    if request.param is torch.float16 and name in ("7B", "wide", "seed"):
         pytest.skip("float16 differs from bfloat16 in nothing that depends on the shape")
     if "two programs" in name:
         monkeypatch.setattr(hopper, "_num_programs", lambda device: 2)
+    if name in ("two programs", "seed"):
+        for rule in ("UP", "DOWN", "DOWN_BACKWARD", "DX"):
+            monkeypatch.setattr(hopper, f"{rule}_AT_A_TIME", (0, 2))
     return Case(name, request.param)
 
 
@@ -333,7 +339,7 @@ def test_no_tokens():
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("name", ["7B", "in step"])
+@pytest.mark.parametrize("name", ["7B", "wide"])
 def test_same_bits_every_time(name):
     case = Case(name, torch.bfloat16)
 
