@@ -49,6 +49,9 @@ class DeviceMemory(Protocol):
     def peak_reserved(self) -> int:
         """The most that PyTorch's allocator has held."""
 
+    def give_back(self) -> None:
+        """Give the GPU back what PyTorch's allocator holds and nobody uses."""
+
 
 class CudaMemory:
     """`DeviceMemory` of the current CUDA device."""
@@ -62,6 +65,9 @@ class CudaMemory:
 
     def peak_reserved(self) -> int:
         return torch.cuda.max_memory_reserved()
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
 
 
 class AutoSavePercent:
@@ -133,6 +139,9 @@ class AutoSavePercent:
         before, self.choice = self.choice, self.plan.fill(room)
         self._store(corrected=True)
         self._apply()
+        if self.choice != before:
+            # z cut out of the cached blocks of other buffers would have those reserved once more
+            self.memory.give_back()
         logger.info(
             f"save_percent = auto: {describe(self.choice)} from here on, was {describe(before)}; PyTorch held "
             f"{measured / GIB:.2f} GiB on this rank, {error / GIB:+.2f} against the plan"

@@ -34,6 +34,7 @@ class Memory:
     more: int = 0
     total_mib: int = 20_000
     reads: int = 0
+    given_back: int = 0
 
     def total(self) -> int:
         return self.total_mib * MIB
@@ -44,6 +45,9 @@ class Memory:
     def peak_reserved(self) -> int:
         self.reads += 1
         return plan().active([layer.save_percent for layer in self.layers]) + self.more * MIB
+
+    def give_back(self) -> None:
+        self.given_back += 1
 
 
 def start(tmp_path: Path, budget_mib: float, job=JOB, correct=True, **memory) -> AutoSavePercent:
@@ -76,8 +80,8 @@ def test_the_plan_chooses_and_leaves_room_for_its_error(tmp_path, room, expected
 def test_what_was_measured_corrects_once(tmp_path, more, expected):
     auto = start(tmp_path, 11_500, more=more)
     before = list(auto.choice)
-    assert steps(auto, MEASURED_STEPS - 1) == before and auto.memory.reads == 0
-    assert steps(auto, 1) == expected
+    assert steps(auto, MEASURED_STEPS - 1) == before and auto.memory.reads == auto.memory.given_back == 0
+    assert steps(auto, 1) == expected and auto.memory.given_back == (expected != before)
     auto.memory.more = 10_000
     assert steps(auto, 20) == expected and auto.memory.reads == 1
     # never above the budget where a smaller value would have fitted
