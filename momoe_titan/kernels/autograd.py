@@ -23,7 +23,7 @@ _lib.define(
 for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
     _lib.define(
         f"{_name}(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, {_z} z, Tensor routing, SymInt num_rows,"
-        " bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+        " float save_percent, bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
     )
 
 
@@ -86,7 +86,9 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
-def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend, over_z=False):
+def _backward(
+    dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend, over_z=False
+):
     num_experts, ffn, _ = w2_EFD.shape
     num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
     routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
@@ -98,11 +100,11 @@ def _backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows
     need_x, need_w1, need_w2, need_scores = needs
     dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, x_TD, w1_ED2F, w2_EFD))
     gemms = select_gemms(x_TD, ffn)
-    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z)
+    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < save_percent < 100)
     if num_saved < num_rows:
-        gemms.recompute_z(x_TD, w1_ED2F, routing, num_saved, z)
+        gemms.recompute_z(x_TD, w1_ED2F, routing, z, dz)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z_S2F, z, dz, act_RF)
+    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z, dz, act_RF)
     dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
     if need_scores:
         combine.score_grad(dscore, routing, dscores_TK)
@@ -141,32 +143,37 @@ def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_perce
 
 @torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
 @torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
-def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, needs, backend):
+def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend):
     inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
 
 
 def _setup_context(ctx, inputs, output):
-    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, _, _, ctx.backend = inputs
+    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend = inputs
     _, counts_E, z_S2F, packed = output
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
     ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
 
 
-def _is_last_use(z_S2F: Tensor) -> bool:
+def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
     """Whether z is let go after this backward, which runs now and is not traced: its graph is not kept."""
-    traced = isinstance(z_S2F, FunctionalTensor)
-    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if torch.compiler.is_compiling() or isinstance(z_S2F, FunctionalTensor):
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _autograd_backward(ctx, dout_TD, *_):
     x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
-    ops = torch.ops.momoe_titan
-    backward = ops.moe_backward_over_z if _is_last_use(z_S2F) else ops.moe_backward
+    backward = torch.ops.momoe_titan.moe_backward
+    if _is_last_use(z_S2F, dout_TD):
+        backward = torch.ops.momoe_titan.moe_backward_over_z
+        torch.autograd.graph.increment_version(z_S2F)  # another backward after an error in this one is refused
     dx, dw1, dw2, dscores = backward(
-        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, needs, ctx.backend
+        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, ctx.save_percent, needs, ctx.backend
     )
     dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))
     return dx, dw1, dw2, None, dscores, None, None, None, None

@@ -31,19 +31,19 @@ class PortableGemms:
     def up_proj(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor) -> None:
         up_proj.up_proj(self.tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
 
-    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool) -> tuple[Tensor, Tensor]:
-        """Where all rows of z go in the backward, and of dz, whatever these GEMMs take for such rows.
+    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[Tensor, Tensor]:
+        """z and dz of the backward in the form that the other methods take, with new buffers where they need any.
 
         Args:
             z_S2F: the saved rows.
             over_z: whether dz may be written over them, if dz_over_z.
+            some: whether save_percent is neither 0 nor 100.
         """
-        dz_R2F = z_S2F.new_empty(num_rows, z_S2F.shape[1])
-        return dz_R2F, dz_R2F
+        return z_S2F, z_S2F.new_empty(num_rows, z_S2F.shape[1])
 
-    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, num_saved: int, z_R2F: Tensor) -> None:
-        """The rows from num_saved on."""
-        up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, num_saved, z_R2F)
+    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: Tensor, dz: Tensor) -> None:
+        """The rows that were not saved; here they wait in dz."""
+        up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, z.shape[0], dz)
 
     def column_ranges(
         self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int, range_flops: float
@@ -59,15 +59,12 @@ class PortableGemms:
         dout_TD: Tensor,
         w2_EFD: Tensor,
         routing: RoutingMetadata,
-        z_S2F: Tensor,
-        z_R2F: Tensor,
-        dz_R2F: Tensor,
+        z: Tensor,
+        dz: Tensor,
         act_RF: Tensor,
     ) -> Tensor:
         """See down_proj.down_proj_backward; returns the partial sums of the scores' gradients."""
-        return down_proj.down_proj_backward(
-            self.tiles["down_proj_backward"], dout_TD, w2_EFD, routing, z_S2F, dz_R2F, act_RF
-        )
+        return down_proj.down_proj_backward(self.tiles["down_proj_backward"], dout_TD, w2_EFD, routing, z, dz, act_RF)
 
     def up_proj_backward(
         self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
@@ -90,15 +87,15 @@ class HopperGemms:
     def up_proj(self, x_TD, w1_ED2F, routing, act_RF, z_S2F):
         hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F, z_S2F.shape[0], act_RF)
 
-    def z_and_dz(self, z_S2F, num_rows, over_z):
+    def z_and_dz(self, z_S2F, num_rows, over_z, some):
         if over_z:
-            z = hopper.SplitRows.beside(z_S2F, num_rows)
+            z = hopper.SplitRows.beside(z_S2F, num_rows, in_two=some)
             return z, z
         dz_R2F = z_S2F.new_empty(num_rows, z_S2F.shape[1])
         num_saved = z_S2F.shape[0]
         return hopper.SplitRows(z_S2F if num_saved else dz_R2F, dz_R2F, num_saved), dz_R2F
 
-    def recompute_z(self, x_TD, w1_ED2F, routing, num_saved, z):
+    def recompute_z(self, x_TD, w1_ED2F, routing, z, dz):
         hopper.recompute_z(x_TD, w1_ED2F, routing, z)
 
     def column_ranges(self, num_rows, width, out_TD, max_bytes, range_flops):
@@ -126,7 +123,7 @@ class HopperGemms:
     def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
         hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)
 
-    def down_proj_backward(self, dout_TD, w2_EFD, routing, z_S2F, z, dz, act_RF):
+    def down_proj_backward(self, dout_TD, w2_EFD, routing, z, dz, act_RF):
         num_rows, ffn = act_RF.shape
         dscore = act_RF.new_empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32)
         hopper.down_proj_backward(dout_TD, w2_EFD, routing, routing.score_R, z, dz, act_RF, dscore)

@@ -562,7 +562,7 @@ class TokenSteps:
         self.width = width
         self.FIRST_AHEAD = gl.constexpr(FIRST_AHEAD)
         self.BYTES = gl.constexpr(0)
-        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)
+        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)  # the best of 2, 4, 6 and 8: README.md
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -988,7 +988,7 @@ def down_proj_backward_kernel(
 
     Grid: one program per SM, each walks 128-row x 256-column (of F) tiles.
     z and dz are in two buffers each, which may be the same.
-    Writes dz_R2F (up and gate halves through a descriptor each), score * act, and per column tile
+    Writes dz_R2F (up and gate halves of each buffer through a descriptor each), score * act, and per column tile
     the row sums of dact * act: dscore_ptr (R, cdiv(F, 256)) float32.
     """
     ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=True, GATHERS=True, LENDS=True)
@@ -1081,35 +1081,37 @@ class SplitRows:
     Attributes:
         kept: at least num_kept rows, or the same as `rest` if num_kept is 0.
         rest: (R - first, C), or the same as `kept` if all rows are kept.
+        in_two: whether kernels that have a version for two buffers are to take it.
     """
 
     kept: torch.Tensor
     rest: torch.Tensor
     num_kept: int
     first: int = 0
+    in_two: bool = True
 
     @classmethod
     def of(cls, rows):
         """rows, or all of a tensor as both buffers."""
-        return rows if isinstance(rows, cls) else cls(rows, rows, rows.shape[0])
+        return rows if isinstance(rows, cls) else cls(rows, rows, rows.shape[0], in_two=False)
 
     @classmethod
-    def beside(cls, kept, num_rows):
-        """All rows of `kept` and a new buffer for the others; one of the two where that is enough."""
+    def beside(cls, kept, num_rows, in_two=True):
+        """All rows of `kept` and a new buffer for the others; one of the two where that is enough.
+
+        in_two is the caller's, not told from the rows: another number of rows must not compile another version.
+        """
         num_kept = kept.shape[0]
         if num_kept == num_rows:
-            return cls(kept, kept, num_kept)
+            return cls(kept, kept, num_kept, in_two=in_two)
         first = max(num_kept - BM.value + 1, 0)
         rest = kept.new_empty(num_rows - first, kept.shape[1])
-        return cls(kept if num_kept else rest, rest, num_kept, first)
-
-    @property
-    def in_two(self):
-        return self.kept is not self.rest
+        return cls(kept if num_kept else rest, rest, num_kept, first, in_two)
 
     @property
     def shape(self):
         return (self.first + self.rest.shape[0], self.rest.shape[1])
+
 
 def _block(tensor, rows, cols, block_rows, block_cols):
     return _Descriptor(tensor, [rows, cols], [cols, 1], [block_rows, block_cols], TILE_SMEM.value)
@@ -1223,7 +1225,7 @@ def down_proj_backward(dout_TD, w2_EFD, routing, score_R, z, dz, act_scaled_RF, 
 
     Args:
         z: `SplitRows` of (R, 2F).
-        dz: output, (R, 2F), a tensor or `SplitRows` with the num_kept of z; each of its buffers may be that of z.
+        dz: output, (R, 2F), a tensor, or `SplitRows` with the num_kept of z; each of its buffers may be that of z.
         act_scaled_RF: output, score * act.
         dscore_partial: output, (R, dscore_parts(F)) float32, whose row sums are the scores' gradients.
     """
@@ -1231,6 +1233,7 @@ def down_proj_backward(dout_TD, w2_EFD, routing, score_R, z, dz, act_scaled_RF, 
     if not act_scaled_RF.shape[0]:
         return
     dz = SplitRows.of(dz)
+    assert dz.num_kept == z.num_kept or dz.kept is dz.rest, "dz is split elsewhere than z"
     launch(
         down_proj_backward_kernel, _grid(dout_TD),
         dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64),

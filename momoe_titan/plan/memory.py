@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from .allocator import block_bytes, MIB, OutOfMemory, replay
+
+if TYPE_CHECKING:  # a stored plan is read without the model
+    from .trace import Share
 
 GIB = 1 << 30
 # cuBLAS on a Hopper GPU keeps 32 MiB for each of its handles: forward, backward and optimizer
@@ -68,7 +72,7 @@ class MemoryPlan:
     num_parameters: int
     slack: int = 0
     notes: list[str] = field(default_factory=list)
-    events: list[tuple[int, int, tuple[str, bool] | None]] = field(default_factory=list)
+    events: list[tuple[int, int, "Share | None"]] = field(default_factory=list)
 
     def __post_init__(self):
         if self.events:

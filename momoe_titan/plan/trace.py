@@ -33,13 +33,13 @@ from momoe_titan.model import expert_parallel, moe
 from .allocator import block_bytes
 
 FORWARD = torch.ops.momoe_titan.moe_forward.default
+_BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
 # Ops whose bodies are followed, for what they hold only inside.
 _BODIES = {
     FORWARD: autograd._forward,
     torch.ops.momoe_titan.moe_backward.default: autograd._backward,
-    BACKWARD_OVER_Z: autograd._backward_over_z,
+    _BACKWARD_OVER_Z: autograd._backward_over_z,
 }
 _KERNEL_FILES = (combine, down_proj, hopper, routing, rows_gemm, up_proj, weight_grad)
 _NUM_PROCESSORS = 132  # of an H100; kernels that stand still are given a grid all the same
@@ -216,7 +216,7 @@ class MemoryTrace(TorchDispatchMode):
     def _z_as_whole(self, func, args) -> Iterator[None]:
         """Where dz takes the place of z, that and the rows computed again are as large as z at any save_percent."""
         z = None
-        if func is BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).dz_over_z:
+        if func is _BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).dz_over_z:
             z = self._blocks.get(args[5].untyped_storage()._cdata)
         if z is None or z.z_layer is None:
             yield

@@ -220,7 +220,9 @@ def case(request, name, monkeypatch):
 
 
 def saved_counts(case):
-    return sorted({0, case.R, case.R * 3 // 10, min(case.R, 70)})
+    """Nothing, all, within a tile, at ends of tiles and experts, and beyond the last used row."""
+    edges = {0, case.R, case.R * 3 // 10, min(case.R, 70), min(case.R, 128), case.R - 1, (case.used + case.R) // 2}
+    return sorted(edges | {next(offset for offset in case.offsets if offset > 0)})
 
 
 @pytest.mark.gpu

@@ -288,7 +288,7 @@ def test_fake_implementations(device, backend):
     torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)
-        args = (dout, x, w1, w2, scores, z, routing, ids.numel(), [True, False, True, True], backend)
+        args = (dout, x, w1, w2, scores, z, routing, ids.numel(), 37.0, [True, False, True, True], backend)
         for op in (torch.ops.momoe_titan.moe_backward.default, torch.ops.momoe_titan.moe_backward_over_z.default):
             torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -299,7 +299,7 @@ def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, 
 
     over = []
     real = autograd._is_last_use
-    monkeypatch.setattr(autograd, "_is_last_use", lambda z: over.append(real(z)) or over[-1])
+    monkeypatch.setattr(autograd, "_is_last_use", lambda *args: over.append(real(*args)) or over[-1])
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
     out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend=backend)
@@ -307,6 +307,28 @@ def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, 
     assert over == [False, False, True]
     for other in (again, last):
         assert all(torch.equal(a, b) for a, b in zip(kept, other))
+
+
+def test_another_backward_after_an_error_is_refused(device, backend, monkeypatch):
+    from momoe_titan.kernels import autograd
+
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend)
+    with monkeypatch.context() as patched:
+        patched.setattr(autograd, "unpack_routing", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.backward(dout)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(dout)
+
+
+def test_batched_gradients(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 37, backend=backend)
+    douts = torch.stack([dout, -dout, 2 * dout])
+    want = [torch.autograd.grad(out, x, d, retain_graph=True)[0] for d in douts]
+    (got,) = torch.autograd.grad(out, x, douts, is_grads_batched=True)
+    torch.testing.assert_close(got, torch.stack(want))
 
 
 def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypatch):

@@ -11,9 +11,10 @@ from torchtitan.config import JobConfig
 
 import momoe_titan.register  # noqa: F401
 from momoe_titan.job_config import Momoe
-from momoe_titan.kernels import num_saved_rows
+from momoe_titan.kernels import autograd, num_saved_rows
 from momoe_titan.model import flavors, MomoeLlama
 from momoe_titan.model.auto_save import plan_in_child
+from momoe_titan.plan import job as plan_job
 from momoe_titan.plan.allocator import block_bytes
 from momoe_titan.plan.job import OPTIMIZER, PARAMETERS, trace_training
 from momoe_titan.plan.memory import budget_bytes, CUBLAS_BYTES, GIB, MemoryPlan, Moment
@@ -74,6 +75,24 @@ def test_traced_at_any_save_percent_the_plan_is_the_same(plan):
     at_50 = trace_training(job(save_percent=50.0), NO_MESH, (9, 0))
     assert at_50.active(100) == plan.active(50)
     assert at_50.reserved(100) == plan.reserved(50)
+
+
+@pytest.mark.parametrize("compiled, degree, beside", [(False, 1, False), (True, 1, True), (True, 2, False)])
+def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, monkeypatch):
+    """Under expert parallelism the experts are not compiled."""
+    used = []
+
+    def traced(*args):
+        used.append(autograd._is_last_use)
+        return MemoryPlan([], [], {}, 0)
+
+    monkeypatch.setattr(plan_job, "trace_training", traced)
+    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    config, before = job(), autograd._is_last_use
+    config.compile.enable, config.parallelism.expert_parallel_degree = compiled, degree
+    notes = plan_job.trace_job(config).notes
+    assert (used[0] is not before) == beside and autograd._is_last_use is before
+    assert len(notes) == compiled
 
 
 @pytest.mark.parametrize("ac", ["none", "full", "selective"])

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from momoe_titan.kernels import momoe_mlp
 from momoe_titan.model import MomoeLlama
 from momoe_titan.plan.allocator import block_bytes
+from momoe_titan.plan.memory import MemoryPlan, Moment
 from momoe_titan.plan.trace import as_on_gpu, MemoryTrace, Place
 from tests.model.tiny import batch, build, loss_of, tiny_args
 
@@ -93,17 +94,26 @@ def test_the_inside_of_the_op_is_counted(capability, times_z):
     assert at_least < backward - before < at_least + 2 * (r * f * 2)
 
 
-def test_the_backward_takes_the_same_at_any_save_percent():
+def layer_plan(save_percent, layer):
+    """Of one layer forward and backward; without a name its z counts as what it is."""
     t, d, f, e, k = 4096, 128, 64, 8, 2
-    peaks = []
-    for save_percent in (0, 30, 70, 100):
-        with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
-            x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
-            ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+        with trace.within(Place("experts", layer)):
             out, _ = momoe_mlp(x, w1, w2, ids, scores, save_percent)
-            out.backward(torch.empty_like(out))
-            peaks.append(max(m.base for (phase, _), m in trace.moments.items() if phase == "backward"))
-    assert max(peaks) - min(peaks) <= 127 * 2 * f * 2 + block_bytes(1)
+        out.backward(torch.empty_like(out))
+        moments = [Moment(phase, list(z), m.base, m.parts) for (phase, z), m in trace.moments.items()]
+    return MemoryPlan(["0"] if layer else [], moments, {}, 0, events=list(trace.events))
+
+
+@pytest.mark.parametrize("save_percent", [0, 30, 70, 100])
+def test_dz_over_z_is_foreseen(save_percent):
+    """A trace at 100 foresees what one at save_percent finds, which also computes rows again of the tile around S."""
+    foreseen, found = layer_plan(100, "0"), layer_plan(save_percent, None)
+    tile = 128 * 2 * 64 * 2
+    assert abs(foreseen.peak(save_percent, "backward") - found.peak(0, "backward")) <= tile + block_bytes(1)
+    assert foreseen.reserved(save_percent) == found.reserved(0)
 
 
 def test_gradients_are_known_by_their_place_in_the_step_before():
