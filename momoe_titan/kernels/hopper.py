@@ -562,7 +562,7 @@ class TokenSteps:
         self.width = width
         self.FIRST_AHEAD = gl.constexpr(FIRST_AHEAD)
         self.BYTES = gl.constexpr(0)
-        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)  # the best of 2, 4, 6 and 8: README.md
+        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)  # of 2, 4, 6 and 8, see README.md
 
     @gluon.jit
     def tokens(self, tile, k):
