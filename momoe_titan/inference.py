@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import ConfigManager, Parallelism
 
@@ -170,10 +172,13 @@ class _CachedAttention(nn.Module):
         end = self.length + k.shape[2]
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
-        # Either all positions at once, or one more, which sees all.
-        is_causal, self.length = not self.length, end
+        first, self.length = not self.length, end
         k, v = self.keys[:, :, :end], self.values[:, :, :end]
-        return self.inner(q, k, v, enable_gqa=enable_gqa, is_causal=is_causal)
+        if first:  # all positions at once
+            return self.inner(q, k, v, enable_gqa=enable_gqa, is_causal=True)
+        # One more, which sees all. Without cuDNN, which makes a plan for every new length.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=enable_gqa)
 
 
 @torch.no_grad()
