@@ -96,7 +96,7 @@ def main(arch: str, shapes: list[str]) -> None:
                 router._bfloat16_parts(logits, False)
             if dtype == torch.bfloat16:
                 decode.forward(x[:1], w1, w2, ids[:1], scores[:1])
-            autograd._backward(new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, 37.0, [True] * 4, "triton")
+            autograd._backward(new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, 50.0, [True] * 4, "triton")
 
 
 if __name__ == "__main__":
