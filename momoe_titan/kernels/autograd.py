@@ -44,7 +44,7 @@ def _aligned(t: Tensor) -> Tensor:
 def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes, range_flops):
     """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
 
-    max_bytes: what a range should fit into.
+    max_bytes, range_flops: what a range should fit into, and have to do at least.
     """
     num_rows = rows.shape[0]
     ranges = gemms.column_ranges(*rows.shape, out_TD, max_bytes, range_flops)

@@ -105,10 +105,13 @@ class HopperGemms:
         and each with range_flops to do, so that y or dx costs the layer no more than about 2% of its
         speed. One H100, ms of forward, backward in one, two, three ranges: 7B-n256 1.184, 2.162; 1.231,
         2.216; 1.265, 2.263; 1.4B-n512 0.828, 1.698; 0.871, 1.754; 0.915, 1.831. Two where an expert's
-        weights are large, which is faster: 30B-n1024 dx on an H200 3.27 -> 2.99.
+        weights are large, which was faster (30B-n1024 dx on an H200 3.27 -> 2.99, before few column
+        tiles at a time) and takes less memory.
 
         Args:
             width: the contraction, columns of the rows that are multiplied.
+            max_bytes: what a range should fit into.
+            range_flops: what a range has to do at least, for there to be more than one.
         """
         cols, itemsize = out_TD.shape[1], out_TD.element_size()
         num_bytes = num_rows * cols * itemsize

@@ -140,7 +140,7 @@ def test_a_compiled_kernel_is_found_by_no_less_than_triton_compiles_for():
     from triton.backends.nvidia.compiler import CUDABackend
 
     args = [sign * (1 << bits) + more for sign in (1, -1) for bits in (0, 4, 31, 62, 63) for more in (-1, 0, 1, 16)]
-    args = [arg for arg in args if -(2**63) <= arg < 2**64]
+    args = [*(arg for arg in args if -(2**63) <= arg < 2**64), None]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64):
         base = torch.empty(4096, dtype=dtype)
         args += base, base[1:], torch.nn.Parameter(base, requires_grad=False)

@@ -90,7 +90,7 @@ def test_a_new_token_count_compiles_nothing(save_percent, path):
         x, _, _, ids, scores, dout = make_inputs((tokens, 512, 256, 16, 2), torch.bfloat16, "cuda")
         run(momoe_mlp, x, w1, w2, ids, scores, dout, save_percent)
         counts.append(compile_count() + cache_load_count())
-    assert counts[-1] > 0 and set(counts) == {counts[0]}
+    assert counts[0] > 0 and set(counts) == {counts[0]}
 
 
 @pytest.mark.parametrize("save_percent", [0, 25, 50, 100])
@@ -118,12 +118,12 @@ def test_peak_memory_of_a_layer(path):
         return torch.cuda.max_memory_allocated()
 
     peaks = [peak(ids, p) for p in (0, 25, 50, 75, 100)]
-    tile = 127 * 2 * 512 * 2 + 512  # of the rows around the last saved one, which are computed again
-    assert all(high >= low - tile for low, high in zip(peaks, peaks[1:]))
     if path == "hopper":  # dz takes the place of z: only the forward's peak rises
+        tile = 127 * 2 * 512 * 2 + 512  # of the rows around the last saved one, which are computed again
+        assert all(high >= low - tile for low, high in zip(peaks, peaks[1:]))
         assert peaks[-1] - peaks[0] < 16384 * 4 * 2 * 512 * 2 / 2
     else:
-        assert peaks[0] < peaks[-1]
+        assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
     same = torch.tensor([3, 9, 1, 11], device="cuda").expand(16384, 4).contiguous()
     assert peak(same, 50) == peak(ids, 50)
 

@@ -266,7 +266,9 @@ def test_rows_kernels(case):
         (hopper.up_proj_backward, dz, case.w1, dx_want),
         *((hopper.up_proj_backward, case.split(dz, n), case.w1, dx_want) for n in saved_counts(case)),
     ]:
-        for begin, end in {(0, case.D), (0, 64), (case.D // 128 * 64, case.D)}:
+        for begin, end in [(0, case.D), (0, 64), (64, case.D)]:
+            if begin == end:
+                continue
             out = case.poisoned(case.R, end - begin)
             launch(rows, w, case.routing, out, begin)
             case.check(out, want[:, begin:end])

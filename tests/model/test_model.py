@@ -202,7 +202,9 @@ class TestTrainSpec:
 
     @pytest.mark.parametrize("flavor", [f for f in flavors if f != "hf"])
     def test_flavors_are_valid(self, flavor):
-        flavors[flavor].update_from_config(job_config(save_percent=[50.0]))
+        args = flavors[flavor]
+        args.update_from_config(job_config(save_percent=[50.0]))
+        assert args.save_percent == [50.0] and args.backend == "auto"
 
 
 class TestUpdateFromConfig:

@@ -17,7 +17,9 @@ def read(monkeypatch, settings, world=None, **fields):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", str(world))
-    tiny_args(**fields).update_from_config(config)
+    args = tiny_args(**fields)
+    args.update_from_config(config)
+    return args
 
 
 PP = {"pipeline_parallel_degree": 2}
@@ -90,4 +92,7 @@ def test_accepts_what_composes(monkeypatch):
         "pipeline_parallel_layers_per_stage": 1,
         "pipeline_parallel_first_stage_less_layers": 0,
     }
-    read(monkeypatch, {**degrees, **stages, "data_parallel_shard_degree": -1}, 16)
+    settings = {**degrees, **stages, "data_parallel_shard_degree": -1}
+    assert read(monkeypatch, settings, 16).n_layers == 3
+    with pytest.raises(ValueError, match="must be the number of processes, 17"):
+        read(monkeypatch, settings, 17)
