@@ -37,9 +37,6 @@ DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
 DX_AT_A_TIME = (8 << 20, 4)
 DOWN_AT_A_TIME = (16 << 20, 4)
 
-# Width of gathered rows from which on every program of a weight gradient fetches its own ahead: see `TokenSteps`.
-ALL_AHEAD_WIDTH = 2048
-
 # Strides of a descriptor for ragged rows: see RAGGED_ROWS.
 RAGGED_OUTER = 0x7FFF0000
 RAGGED_WRAP = 1 << 34
@@ -273,5 +270,5 @@ def weight_grad(gathered_TM, rows, routing, dw, transposed=False):
         gathered_TM, gathered_TM.stride(0), routing.token_R,
         _ragged_block(rows.kept, N, 64, 256), rest_desc, rows.num_kept, rows.first,
         _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, E, M, N,
-        TRANSPOSED=transposed, FIRST_AHEAD=M < ALL_AHEAD_WIDTH, num_warps=4,
+        TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip

@@ -47,8 +47,6 @@ RAGGED_SMEM = gl.constexpr(gl.NVMMASharedLayout(128, 16, 4))
 BARRIER_SMEM = gl.constexpr(mbarrier.MBarrierLayout())
 # Layout of a cp.async: 16 bytes a thread, 128 bytes of one row by eight neighbours.
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-# Lines of 128 bytes of 64 rows, two of each, one a thread
-LINES = gl.constexpr(gl.BlockedLayout([1, 1], [16, 2], [4, 1], [1, 0]))
 ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 SLICE_ACCUMULATOR = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
 # up and gate of 64 columns of z: (2, 128, 64), which fills the rhs of one stage
@@ -120,9 +118,9 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
     """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows."""
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
-    if lhs.AHEAD:
-        far_tokens = lhs.far_tokens(tile, tile.k_begin + lhs.AHEAD * BK)
     for k in range(tile.k_begin, tile.k_stop(), BK):
+        # Asked for first, since to pass them on at the end of the step is to wait for them.
+        new_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
         ready = ring.ready.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
         mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
@@ -130,10 +128,7 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
         lhs.load(tile, k, tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
         _commit(ring, stage)
         tokens = next_tokens
-        next_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
-        if lhs.AHEAD:
-            lhs.prefetch(tile, far_tokens)
-            far_tokens = lhs.far_tokens(tile, k + (lhs.AHEAD + 1) * BK)
+        next_tokens = new_tokens
         stage, phase = _advance(stage, phase)
     return stage, phase
 
@@ -327,6 +322,13 @@ class RowTiles:
         return Tile(expert, row, row_end, col * self.COLS, gl.to_tensor(0), self.k_end)
 
 
+@gluon.jit
+def _uniform(value):
+    """A number that all threads have alike, made known as such: loops that it bounds keep their counters in uniform
+    registers."""
+    return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], gl.int32, True, 1)
+
+
 @aggregate
 class WeightTiles:
     """Tiles over a weight gradient (E * M, N), expert by expert; within one by groups of row tiles, rows fastest."""
@@ -372,9 +374,16 @@ class WeightTiles:
             row,
             (expert + 1) * self.M,
             q // height * BN,
-            gl.load(self.offsets_ptr + expert),
-            gl.load(self.offsets_ptr + expert + 1),
+            _uniform(gl.load(self.offsets_ptr + expert)),
+            _uniform(gl.load(self.offsets_ptr + expert + 1)),
         )
+
+
+@gluon.jit
+def _row_ptrs(ptr, rows, stride):
+    """Pointers to rows of 2-byte elements, aligned to 16 bytes: one instruction each, where a 64-bit product takes eight."""
+    ptrs = gl.inline_asm_elementwise("mad.wide.s32 $0, $1, $2, $3;", "=l,r,r,l", [rows, 2 * stride, ptr], gl.int64, True, 1)
+    return gl.multiple_of(ptrs.to(ptr.dtype, bitcast=True), 16)
 
 
 @gluon.jit
@@ -392,7 +401,6 @@ class TokenRows:
     stride: gl.tensor
     token_ptr: gl.tensor
     BYTES: gl.constexpr
-    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, ptr, stride, token_ptr):
@@ -400,7 +408,6 @@ class TokenRows:
         self.stride = stride
         self.token_ptr = token_ptr
         self.BYTES = gl.constexpr(0)
-        self.AHEAD = gl.constexpr(0)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -426,14 +433,12 @@ class PlainRows:
     desc: tma.tensor_descriptor
     first: gl.tensor
     BYTES: gl.constexpr
-    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, desc, first):
         self.desc = desc
         self.first = first
         self.BYTES = gl.constexpr(2 * 128 * 64)
-        self.AHEAD = gl.constexpr(0)
 
     @gluon.jit
     def tokens(self, tile, k):
@@ -515,34 +520,27 @@ class ExpertWeights:
 
 @aggregate
 class TokenSteps:
-    """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor.
-
-    The rows of the step AHEAD of the one that is loaded are fetched into the L2: by every program, or by those of the
-    first column tile, which the others follow.
-    """
+    """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
 
     ptr: gl.tensor
     stride: gl.tensor
     token_ptr: gl.tensor
     width: gl.tensor
-    FIRST_AHEAD: gl.constexpr
     BYTES: gl.constexpr
-    AHEAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, ptr, stride, token_ptr, width, FIRST_AHEAD):
+    def __init__(self, ptr, stride, token_ptr, width):
         self.ptr = ptr
         self.stride = stride
         self.token_ptr = token_ptr
         self.width = width
-        self.FIRST_AHEAD = gl.constexpr(FIRST_AHEAD)
         self.BYTES = gl.constexpr(0)
-        self.AHEAD = gl.constexpr(4 if FIRST_AHEAD else 6)  # of 2, 4, 6 and 8, see README.md
 
     @gluon.jit
     def tokens(self, tile, k):
         row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
-        return gl.load(self.token_ptr + gl.minimum(row, tile.k_end - 1), mask=tile.k_end > tile.k_begin, other=0)
+        # Past the last row, that row again: rhs is zero there.
+        return gl.load(self.token_ptr + gl.minimum(row, gl.maximum(tile.k_end - 1, 0)))
 
     @gluon.jit
     def next_tokens(self, tile, k, tokens):
@@ -550,26 +548,11 @@ class TokenSteps:
 
     @gluon.jit
     def load(self, tile, k, tokens, ready, upper, lower):
-        live = (k + gl.arange(0, BK, gl.SliceLayout(1, COPY)) < tile.k_end)[:, None]
+        live = tile.k_end > tile.k_begin
         col = tile.row - tile.expert * self.width
-        ptrs = _token_tile(self.ptr + col, self.stride, tokens, 0, HALF)
+        ptrs = _row_ptrs(self.ptr + col, tokens, self.stride)[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, COPY))[None, :]
         async_copy.async_copy_global_to_shared(upper, ptrs, mask=live)
         async_copy.async_copy_global_to_shared(lower, ptrs + HALF, mask=live & (col + HALF < self.width))
-
-    @gluon.jit
-    def far_tokens(self, tile, k):
-        row = k + gl.arange(0, BK, gl.SliceLayout(1, LINES))
-        return gl.load(self.token_ptr + row, mask=row < tile.k_end, other=-1)
-
-    @gluon.jit
-    def prefetch(self, tile, tokens):
-        col = tile.row - tile.expert * self.width + gl.arange(0, 2, gl.SliceLayout(0, LINES)) * HALF
-        live = (tokens >= 0)[:, None] & (col < self.width)[None, :]
-        if self.FIRST_AHEAD:
-            live = live & (tile.col == 0)
-        ptrs = self.ptr + (tokens.to(gl.int64) * self.stride)[:, None] + col[None, :]
-        asm: gl.constexpr = "{.reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0;}"
-        gl.inline_asm_elementwise(asm, "=r,l,r", [ptrs, live.to(gl.int32)], gl.int32, False, 1)
 
 
 @aggregate
@@ -987,7 +970,7 @@ def down_proj_backward_kernel(
 @gluon.jit(do_not_specialize=["num_kept", "first", "E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
 def weight_grad_kernel(
     gathered_ptr, stride, token_ptr, rows_desc, rest_desc, num_kept, first, dw_desc, offsets_ptr, E, M, N,
-    TRANSPOSED: gl.constexpr, FIRST_AHEAD: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
 
@@ -995,7 +978,7 @@ def weight_grad_kernel(
     """
     ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=True)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
-    lhs = TokenSteps(gathered_ptr, stride, token_ptr, M, FIRST_AHEAD)
+    lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
     if rest_desc is None:
         rhs = PlainSteps(rows_desc, gl.to_tensor(0))
     else:
