@@ -27,10 +27,6 @@ from .tiling import cdiv, launch
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Contraction from which on `rows_kernel` lends a stage: of a short one, it takes too much of the ring.
-# The weight gradients lend always: few experts have so few rows.
-LENDING_WIDTH = 1024
-
 # Column tiles at a time (see `RowTiles`) where an expert's weights are so large, in bytes: (from bytes, tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
@@ -201,7 +197,7 @@ def _launch_rows(in_desc, rest_desc, num_kept, first, width, w, w_is_nk, routing
         rows_kernel, _grid(out),
         in_desc, rest_desc, num_kept, first, w_desc, _ragged_block(out, out.shape[1]),
         *_tiles(routing), width, rows, first_col, out.shape[1],
-        W_IS_NK=w_is_nk, LENDS=width >= LENDING_WIDTH,
+        W_IS_NK=w_is_nk,
         COLS_AT_A_TIME=_at_a_time(DX_AT_A_TIME if w_is_nk else DOWN_AT_A_TIME, width, w.numel() // (E * width)), num_warps=4,
     )  # fmt: skip
 

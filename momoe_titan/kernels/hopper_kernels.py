@@ -2,9 +2,9 @@
 
 Every kernel here is one persistent, warp-specialised loop over 128x256 output tiles: a producer
 warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are gathered through
-their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and a
-short epilogue sends the result out through TMA stores that are clipped at the last row of the
-expert. The kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`,
+their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and
+TMA stores, clipped at the last row of the expert, send the result out: a plain one from registers
+under the products of the next tile (`Results`), others at once. The kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`,
 `ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order (`RowTiles`,
 `WeightTiles`) and in their epilogue.
 
@@ -184,11 +184,11 @@ def _give_back(ring, held):
 
 
 @gluon.jit
-def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
+def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr, results=None):
     """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight.
 
-    acc: any value, to be overwritten. The stage that holds results of the tile before goes back
-    under the first MMA.
+    acc: any value, to be overwritten. held: the stage that holds results of the tile before, which goes back under the first
+    MMA. results: of the tile before, still in registers, sent under the first four.
     """
     last = held
     for k in range(tile.k_begin, tile.k_stop(), BK):
@@ -204,10 +204,18 @@ def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr):
         acc = warpgroup_mma(lhs, rhs, acc, is_async=True, use_acc=k > tile.k_begin)
         acc = warpgroup_mma_wait(1, deps=[acc])
         _give_back(ring, last)
+        if results is not None:
+            for i in gl.static_range(4):
+                if k == tile.k_begin + i * BK:
+                    results.send(i)
         last = stage
         stage, phase = _advance(stage, phase)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _give_back(ring, last)
+    if results is not None:
+        for i in gl.static_range(1, 4):
+            if tile.steps() <= i:
+                results.send(i)
     return acc, stage, phase
 
 
@@ -387,9 +395,9 @@ def _row_ptrs(ptr, rows, stride):
 
 
 @gluon.jit
-def _token_tile(ptr, stride, tokens, first_col, COLS: gl.constexpr):
-    """Pointers to COLS columns, from first_col, of the rows in tokens."""
-    cols = first_col + gl.arange(0, COLS, gl.SliceLayout(0, COPY))
+def _token_tile(ptr, stride, tokens):
+    """Pointers to BK columns of the rows in tokens; the products stay in registers over the steps of a tile."""
+    cols = gl.arange(0, BK, gl.SliceLayout(0, COPY))
     return ptr + (tokens.to(gl.int64) * stride)[:, None] + cols[None, :]
 
 
@@ -422,8 +430,8 @@ class TokenRows:
 
     @gluon.jit
     def load(self, tile, k, tokens, ready, upper, lower):
-        async_copy.async_copy_global_to_shared(upper, _token_tile(self.ptr + k, self.stride, tokens[0], 0, BK))
-        async_copy.async_copy_global_to_shared(lower, _token_tile(self.ptr + k, self.stride, tokens[1], 0, BK))
+        async_copy.async_copy_global_to_shared(upper, _token_tile(self.ptr + k, self.stride, tokens[0]))
+        async_copy.async_copy_global_to_shared(lower, _token_tile(self.ptr + k, self.stride, tokens[1]))
 
 
 @aggregate
@@ -752,47 +760,114 @@ def up_proj_kernel(
 
 
 @gluon.jit
+def _pack(block, dtype: gl.constexpr):
+    """(64, 64) float32 as (64, 32) int32 of two columns each: loops keep single 16-bit values in a register of 32."""
+    even, odd = block.reshape([HALF, CHUNK // 2, 2]).split()
+    asm: gl.constexpr = f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], gl.int32, True, 1)
+
+
+@gluon.jit
+def _pack_quarters(acc, dtype: gl.constexpr):
+    a, b, c, d = _quarters(acc)
+    return _pack(a, dtype), _pack(b, dtype), _pack(c, dtype), _pack(d, dtype)
+
+
+@gluon.jit
+def _unpack(packed, dtype: gl.constexpr):
+    even = packed.to(gl.int16).to(dtype, bitcast=True)
+    odd = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.join(even, odd).reshape([HALF, CHUNK])
+
+
+@aggregate
+class Results:
+    """What a consumer has computed of a tile, (64, 256), on its way out."""
+
+    block_0: gl.tensor  # 64 columns, packed
+    block_1: gl.tensor
+    block_2: gl.tensor
+    block_3: gl.tensor
+    row: gl.tensor  # of the output
+    row_end: gl.tensor  # no row from here on is stored
+    col: gl.tensor
+    desc: tma.tensor_descriptor
+    buffers: gl.shared_memory_descriptor  # (2, 64, 64)
+    TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
+
+    @gluon.constexpr_function
+    def __init__(self, block_0, block_1, block_2, block_3, row, row_end, col, desc, buffers, TRANSPOSED):
+        self.block_0 = block_0
+        self.block_1 = block_1
+        self.block_2 = block_2
+        self.block_3 = block_3
+        self.row = row
+        self.row_end = row_end
+        self.col = col
+        self.desc = desc
+        self.buffers = buffers
+        self.TRANSPOSED = gl.constexpr(TRANSPOSED)
+
+    @gluon.jit
+    def send(self, I: gl.constexpr):
+        """Sends block I, after the ones before it."""
+        block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[I], self.desc.dtype)
+        buffer = self.buffers.index(I % 2)
+        tma.store_wait(1)
+        if self.TRANSPOSED:
+            buffer.permute((1, 0)).store(block)
+            where = _ragged(self.row + I * CHUNK, self.row_end, self.col)
+        else:
+            buffer.store(block)
+            where = _ragged(self.row, self.row_end, self.col + I * CHUNK)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(self.desc, where, _as_ragged(buffer, self.desc))
+
+    @gluon.jit
+    def send_all(self):
+        for i in gl.static_range(4):
+            self.send(i)
+
+
+@gluon.jit
 def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.constexpr = False):
-    """TRANSPOSED: the tile is that of the transposed weight gradient of its expert."""
+    """Stores a tile while the next one is computed.
+
+    TRANSPOSED: the tile is that of the transposed weight gradient of its expert.
+    """
     buffers = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     stage = 0
     phase = 0
-    held = -1
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
+    dtype: gl.constexpr = out_desc.dtype
+    # Before the first tile there is nothing: no row is stored.
+    b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+    out_row = gl.to_tensor(0)
+    out_end = gl.to_tensor(0)
+    out_col = gl.to_tensor(0)
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
+        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED)
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
-            quarters = _quarters(acc)
-            if ring.LENDS:
-                mbarrier.wait(ring.ready.index(stage), phase)
-            for i in gl.static_range(4):
-                if ring.LENDS and i >= 2:
-                    buffer = _borrowed(ring, stage, W)[i - 2]
-                else:
-                    if not ring.LENDS:
-                        tma.store_wait(1)
-                    buffer = buffers.index(i % 2)
-                block = quarters[i].to(out_desc.dtype)
-                col = tile.col + i * CHUNK
-                if TRANSPOSED:
-                    buffer.permute((1, 0)).store(block)
-                    before = tile.expert * tiles.N
-                    where = _ragged(before + col, before + tiles.N, row - tile.expert * tiles.M)
-                else:
-                    buffer.store(block)
-                    where = _ragged(row, tile.row_end, col)
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, where, _as_ragged(buffer, out_desc))
-            if ring.LENDS:
-                held = stage
-                stage, phase = _advance(stage, phase)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, -1, W, before)
+            b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+            if TRANSPOSED:
+                out_row = tile.expert * tiles.N + tile.col
+                out_end = (tile.expert + 1) * tiles.N
+                out_col = row - tile.expert * tiles.M
+            else:
+                out_row = row
+                out_end = tile.row_end
+                out_col = tile.col
         else:
-            stage, phase = _hand_back(ring, tile.steps() + (1 if ring.LENDS else 0), stage, phase, held)
-            held = -1
+            stage, phase = _hand_back(ring, tile.steps(), stage, phase, -1)
+            before.send_all()
+            out_row = gl.to_tensor(0)
+            out_end = gl.to_tensor(0)
+    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED).send_all()
     tma.store_wait(0)
 
 
@@ -800,14 +875,14 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
 def rows_kernel(
     in_desc, rest_desc, num_kept, first, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr,
     width, w_rows, first_col, num_cols,
-    W_IS_NK: gl.constexpr, LENDS: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
+    W_IS_NK: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """out[r] = in[r] @ w[e], columns [first_col, first_col + width of out): down projection, and dx.
 
     Grid: one program per SM, each walks 128x256 tiles. in (R, width), in two buffers unless rest_desc
     is None; out (R, columns); w_desc (E * w_rows, ...): (width, columns) of each expert, or (columns, width) if W_IS_NK.
     """
-    ring = _make_ring(out_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=False, LENDS=LENDS)
+    ring = _make_ring(out_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=False, LENDS=False)
     num_tiles = gl.load(num_tiles_ptr)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(num_cols, BN), width, 256, COLS_AT_A_TIME)
     if rest_desc is None:
@@ -976,7 +1051,7 @@ def weight_grad_kernel(
 
     Grid: one program per SM, each walks 128x256 tiles. rows in two buffers unless rest_desc is None.
     """
-    ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=True)
+    ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=False)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
     lhs = TokenSteps(gathered_ptr, stride, token_ptr, M)
     if rest_desc is None:

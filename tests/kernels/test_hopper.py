@@ -17,6 +17,7 @@ CASES = {  # (T, D, F, E, K): why
     "one token": (1, 128, 128, 4, 2),
     "column tails": (300, 320, 448, 5, 3),  # neither D nor F fills its last tile
     "narrow": (45, 192, 64, 7, 2),  # F smaller than any tile
+    "three steps": (300, 128, 192, 5, 3),  # of down_proj: results of four blocks go out under as many as there are
     "one expert": (700, 256, 256, 4, 1),  # the others are empty
     "unused slots": (517, 256, 320, 6, 4),  # rows past the last offset, experts 0 and 5 empty
     "7B": (2048, 1536, 256, 128, 8),
@@ -43,14 +44,14 @@ def test_every_kernel_compiles_within_limits(tmp_path):
     kernels = sorted((row["kernel"], row["case"]) for row in rows if row["dtype"] == "torch.bfloat16")
     assert kernels == [
         *[("down_proj_backward_kernel", "down backward")] * 2,  # few column tiles at a time, or all
-        *[("rows_kernel", "down")] * 3,  # the same, and a narrow contraction
+        *[("rows_kernel", "down")] * 2,
         *[("rows_kernel", "dx")] * 2,
         *[("rows_kernel", "dx, two buffers")] * 2,
         *[("up_proj_kernel", "up, some rows saved")] * 2,
         *[("up_proj_kernel", "z again")] * 2,
-        *[("weight_grad_kernel", "dw1")] * 2,  # wide gathered rows, or narrow ones
-        *[("weight_grad_kernel", "dw1, two buffers")] * 2,
-        *[("weight_grad_kernel", "dw2")] * 2,
+        ("weight_grad_kernel", "dw1"),
+        ("weight_grad_kernel", "dw1, two buffers"),
+        ("weight_grad_kernel", "dw2"),
     ]
     assert len(rows) == 2 * len(kernels)
     assert [row for row in rows if row["spills"] or row["stack"]] == []
