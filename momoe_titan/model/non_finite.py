@@ -31,7 +31,7 @@ class NonFiniteGuard:
         # without a gradient (it was used in the backward) there is nothing to find
         norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
         optimizers.found_inf = found_inf  # for the other hooks
         if all(g["fused"] for optimizer in optimizers for g in optimizer.param_groups):
