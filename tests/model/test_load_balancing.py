@@ -157,6 +157,19 @@ def test_non_finite_gradient_moves_no_bias_with_any_optimizer():
     assert optimizers.non_finite_guard.skipped_steps == 0  # nothing but the bias was kept from it
 
 
+def test_one_process_starts_no_collective(monkeypatch):
+    """NCCL would allocate at its first, on a GPU that the first step may have filled."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: pytest.fail("a collective"))
+    model = build(tiny_args())
+    optimizers = optimizers_for(model)
+    loss_of(model, *batch(0)).backward()
+    model.tok_embeddings.weight.grad[0, 0] = float("inf")
+    optimizers.step()
+    assert optimizers.found_inf == 1
+
+
 def test_nan_activations_still_count():
     model = build(tiny_args())
     with torch.no_grad():
