@@ -252,6 +252,7 @@ def weight_grad(gathered_TM, rows, routing, dw, transposed=False):
     way: it costs half the copies of a 256 wide one.
 
     Args:
+        gathered_TM: contiguous, aligned to 16 bytes.
         rows: (R, N), a tensor, or if not transposed `SplitRows` too.
     """
     E = dw.shape[0]

@@ -3,10 +3,11 @@
 Every kernel here is one persistent, warp-specialised loop over 128x256 output tiles: a producer
 warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are gathered through
 their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and
-TMA stores, clipped at the last row of the expert, send the result out: a plain one from registers
-under the products of the next tile (`Results`), others at once. The kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`,
-`ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order (`RowTiles`,
-`WeightTiles`) and in their epilogue.
+TMA stores, clipped at the last row of the expert, send the result out. Results that need no
+epilogue (down, dx, weight gradients) wait in registers and go out under the products of the next
+tile (`Results`), others at once. The kernels differ in their operands (`TokenRows`, `PlainRows`,
+`RowsInTwo`, `ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order
+(`RowTiles`, `WeightTiles`) and in their epilogue.
 
 Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
 """
@@ -184,7 +185,7 @@ def _give_back(ring, held):
 
 
 @gluon.jit
-def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr, results=None):
+def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results=None):
     """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight.
 
     acc: any value, to be overwritten. held: the stage that holds results of the tile before, which goes back under the first
@@ -220,7 +221,7 @@ def _accumulate(ring, tile, acc, stage, phase, held, W: gl.constexpr, results=No
 
 
 @gluon.jit
-def _hand_back(ring, steps, stage, phase, held):
+def _hand_back(ring, steps, stage, phase, held=-1):
     """Frees the stages of a tile unread: none of this consumer's rows exist."""
     _give_back(ring, held)
     for _ in range(steps):
@@ -333,7 +334,7 @@ class RowTiles:
 @gluon.jit
 def _uniform(value):
     """A number that all threads have alike, made known as such: loops that it bounds keep their counters in uniform
-    registers."""
+    registers. To be called where all threads of a warp are."""
     return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [value], gl.int32, True, 1)
 
 
@@ -547,7 +548,7 @@ class TokenSteps:
     @gluon.jit
     def tokens(self, tile, k):
         row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
-        # Past the last row, that row again: rhs is zero there.
+        # Past the last row that row again: rhs is zero there. Of an expert without rows any, which `load` masks.
         return gl.load(self.token_ptr + gl.minimum(row, gl.maximum(tile.k_end - 1, 0)))
 
     @gluon.jit
@@ -682,7 +683,7 @@ def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, 
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
             up_0, up_1, gate_0, gate_1 = _quarters(acc)
             mbarrier.wait(ring.ready.index(stage), phase)
             first, second, third = _borrowed(ring, stage, W)
@@ -852,7 +853,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
         row = tile.row + W * HALF
         before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED)
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, -1, W, before)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
             b0, b1, b2, b3 = _pack_quarters(acc, dtype)
             if TRANSPOSED:
                 out_row = tile.expert * tiles.N + tile.col
@@ -863,7 +864,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
                 out_end = tile.row_end
                 out_col = tile.col
         else:
-            stage, phase = _hand_back(ring, tile.steps(), stage, phase, -1)
+            stage, phase = _hand_back(ring, tile.steps(), stage, phase)
             before.send_all()
             out_row = gl.to_tensor(0)
             out_end = gl.to_tensor(0)
@@ -964,7 +965,7 @@ def _down_backward_consumer(
         rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
         score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
         if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, held, W)
+            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
             slices = _quarters(acc)
             dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
             for i in gl.static_range(Z_STEPS):

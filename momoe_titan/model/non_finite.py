@@ -13,7 +13,8 @@ class NonFiniteGuard:
     weights and moments stay as they are, on all ranks alike, and the schedule goes on. Decided on
     the device, which nobody waits for: PyTorch's fused optimizers read the answer from `found_inf`,
     as they do for a gradient scaler. Other implementations know no such thing and step as in
-    TorchTitan. Costs one more reading of the gradient, and one all-reduce of a number.
+    TorchTitan. Costs one more reading of the gradient, and with several ranks
+    one all-reduce of a number.
 
     Attributes:
         skipped_steps: since the start; after the first step a tensor without dimensions on the
@@ -31,6 +32,7 @@ class NonFiniteGuard:
         # without a gradient (it was used in the backward) there is nothing to find
         norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
+        # Not with one rank: NCCL allocates at its first collective, where a first step may have filled the GPU.
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
         optimizers.found_inf = found_inf  # for the other hooks

@@ -17,12 +17,12 @@ CASES = {  # (T, D, F, E, K): why
     "one token": (1, 128, 128, 4, 2),
     "column tails": (300, 320, 448, 5, 3),  # neither D nor F fills its last tile
     "narrow": (45, 192, 64, 7, 2),  # F smaller than any tile
-    "three steps": (300, 128, 192, 5, 3),  # of down_proj: results of four blocks go out under as many as there are
     "one expert": (700, 256, 256, 4, 1),  # the others are empty
     "unused slots": (517, 256, 320, 6, 4),  # rows past the last offset, experts 0 and 5 empty
     "7B": (2048, 1536, 256, 128, 8),
     "wide": (4096, 4096, 448, 5, 3),  # up_proj takes few column tiles at a time; several tiles for each program
     "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
+    "two programs, three steps": (300, 128, 192, 5, 3),  # of down_proj: results go out in four
     "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
     "seed": (1000, 2176, 1152, 64, 6),
 }
