@@ -7,8 +7,10 @@ checkpoint of one process goes on on two, tensor-parallel, and from there on one
 """
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,9 +102,17 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.model.parallel_worker", str(folder), json.dumps(RUNS)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    """What every run came to. A second try where a signal ended a rank, of which no Python exception is the cause: seen twice
+    in some fifty starts on busy cores, memory damaged within PyTorch 2.13's autograd or gloo, in the backward of a pipeline
+    with tensor parallelism. Nothing native of ours runs on a CPU."""
+    for is_last in (False, True):
+        folder = tmp_path_factory.mktemp("runs")
+        command = [sys.executable, "-m", "tests.model.parallel_worker", str(folder), json.dumps(RUNS)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        ended = re.search(r"exit code or -signal: .*: -\d+.*", done.stderr)
+        if is_last or not ended:
+            break
+        warnings.warn(f"started again: {ended[0]}", stacklevel=1)
     errors = "\n".join(line for line in done.stderr.splitlines() if "redistributing" not in line)
     assert done.returncode == 0, f"exit code {done.returncode}\n{errors[-20000:]}"
     files = (torch.load(folder / f"{i}.pt") for i in range(len(RUNS)))
