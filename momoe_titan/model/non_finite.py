@@ -13,8 +13,8 @@ class NonFiniteGuard:
     weights and moments stay as they are, on all ranks alike, and the schedule goes on. Decided on
     the device, which nobody waits for: PyTorch's fused optimizers read the answer from `found_inf`,
     as they do for a gradient scaler. Other implementations know no such thing and step as in
-    TorchTitan. Costs one more reading of the gradient, and with several ranks
-    one all-reduce of a number.
+    TorchTitan. Costs one more reading of the gradient, and with several ranks an all-reduce of one
+    number.
 
     Attributes:
         skipped_steps: since the start; after the first step a tensor without dimensions on the

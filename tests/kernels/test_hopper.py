@@ -22,7 +22,7 @@ CASES = {  # (T, D, F, E, K): why
     "7B": (2048, 1536, 256, 128, 8),
     "wide": (4096, 4096, 448, 5, 3),  # up_proj takes few column tiles at a time; several tiles for each program
     "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
-    "two programs, three steps": (300, 128, 192, 5, 3),  # of down_proj: results go out in four
+    "two programs, three steps": (300, 128, 192, 5, 3),  # of down_proj, under which four blocks of the tile before go out
     "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
     "seed": (1000, 2176, 1152, 64, 6),
 }

@@ -1,10 +1,9 @@
 """Short training runs under TorchTitan's own trainer on the CPU, on 1, 2 and 4 processes.
 
-Usage: parallel_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs], and runs
-are {name: {section.field: value}}. The processes are forks of this one, because importing torch
-takes longer than training does. Each run starts from the same weights, or from the last checkpoint
-where it enables them, and sees the same batches; "stop" is the step it ends with. What came of the
-runs is written to FOLDER/INDEX.pt.
+Usage: parallel_worker.py FOLDER JSON, where JSON is a list of [number of processes, settings], and settings are
+{section.field: value}. The processes are forks of this one, because importing torch takes longer than training does; each
+run has its own, as a user's job has. Each starts from the same weights, or from the last checkpoint where it enables them,
+and sees the same batches; "stop" is the step it ends with. What came of a run is written to FOLDER/INDEX.pt.
 """
 
 import json
@@ -174,14 +173,14 @@ def merged(everyone: list[dict]) -> dict:
     return {"bias": bias, "grads": grads, "logged": logged[0]}
 
 
-def worker(rank: int, world: int, runs: dict, folder: str, index: int) -> None:
+def worker(rank: int, world: int, settings: dict, folder: str, index: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
     dist.init_process_group("gloo", f"file://{folder}/store{index}", rank=rank, world_size=world)
     ring_attention = "momoe_titan.model.parallelize.apply_cp_to_attention_module"
     with mock.patch(ring_attention, gathered_attention):
-        results = {name: run(settings, folder) for name, settings in runs.items()}
+        result = run(settings, folder)
     if rank == 0:
-        torch.save(results, f"{folder}/{index}.pt")
+        torch.save(result, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
 
@@ -205,10 +204,10 @@ def main(folder: str, runs: str) -> None:
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
         register_train_spec("momoe_llama", spec)
-        for index, (world, its_runs) in enumerate(json.loads(runs)):
+        for index, (world, settings) in enumerate(json.loads(runs)):
             # What failed is the last thing said.
-            if not in_forks(world, lambda rank: worker(rank, world, its_runs, folder, index)):
-                sys.exit(1)
+            if not in_forks(world, lambda rank: worker(rank, world, settings, folder, index)):
+                sys.exit(f"run {index} failed: {world} processes, {settings}")
 
 
 if __name__ == "__main__":
