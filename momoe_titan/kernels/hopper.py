@@ -30,8 +30,8 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Column tiles at a time (see `RowTiles`) where an expert's weights are so large, in bytes: (from bytes, tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
-DX_AT_A_TIME = (8 << 20, 4)
-DOWN_AT_A_TIME = (16 << 20, 4)
+DX_AT_A_TIME = (16 << 20, 4)
+DOWN_AT_A_TIME = (8 << 20, 4)
 
 # Strides of a descriptor for ragged rows: see RAGGED_ROWS.
 RAGGED_OUTER = 0x7FFF0000

@@ -3,11 +3,13 @@
 Every kernel here is one persistent, warp-specialised loop over 128x256 output tiles: a producer
 warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are gathered through
 their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and
-TMA stores, clipped at the last row of the expert, send the result out. Results that need no
-epilogue (down, dx, weight gradients) wait in registers and go out under the products of the next
-tile (`Results`), others at once. The kernels differ in their operands (`TokenRows`, `PlainRows`,
-`RowsInTwo`, `ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order
-(`RowTiles`, `WeightTiles`) and in their epilogue.
+TMA stores, clipped at the last row of the expert, send the result out. The second consumer works
+where none of its rows exist, too: a tile that took less time would put its program out of step
+with those that read the same operands. Results that need no epilogue (down, dx, weight gradients)
+wait in registers and go out under the products of the next tile (`Results`), others at once. The
+kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`, `ExpertWeights`,
+`TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order (`RowTiles`, `WeightTiles`) and in
+their epilogue.
 
 Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
 """
@@ -35,9 +37,6 @@ STAGES = gl.constexpr(4)
 # the producer ask for these, the first consumer is left with as many as the second.
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
-
-# A weight gradient's tiles go by groups of this many row tiles, so that those at work at a time share operands.
-GROUP = gl.constexpr(8)
 
 # A descriptor for ragged rows has two extra dimensions whose strides cancel modulo 2^64, so that
 # the bounds check on the row dimension can be placed at any row (see triton.tools.ragged_tma).
@@ -220,17 +219,6 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     return acc, stage, phase
 
 
-@gluon.jit
-def _hand_back(ring, steps, stage, phase, held=-1):
-    """Frees the stages of a tile unread: none of this consumer's rows exist."""
-    _give_back(ring, held)
-    for _ in range(steps):
-        mbarrier.wait(ring.ready.index(stage), phase)
-        mbarrier.arrive(ring.empty.index(stage))
-        stage, phase = _advance(stage, phase)
-    return stage, phase
-
-
 @aggregate
 class Tile:
     """One output tile: rows [row, row_end), at most 128 of them, columns from col, contraction [k_begin, k_end)."""
@@ -340,7 +328,7 @@ def _uniform(value):
 
 @aggregate
 class WeightTiles:
-    """Tiles over a weight gradient (E * M, N), expert by expert; within one by groups of row tiles, rows fastest."""
+    """Tiles over a weight gradient (E * M, N), expert by expert; within one rows fastest."""
 
     offsets_ptr: gl.tensor
     E: gl.tensor
@@ -374,15 +362,12 @@ class WeightTiles:
     def tile(self, t, word):
         expert = t // (self.num_rows * self.num_cols)
         q = t % (self.num_rows * self.num_cols)
-        group = q // (GROUP * self.num_cols) * GROUP
-        height = gl.minimum(self.num_rows - group, GROUP)
-        q = q - group * self.num_cols
-        row = expert * self.M + (group + q % height) * BM
+        row = expert * self.M + q % self.num_rows * BM
         return Tile(
             expert,
             row,
             (expert + 1) * self.M,
-            q // height * BN,
+            q // self.num_rows * BN,
             _uniform(gl.load(self.offsets_ptr + expert)),
             _uniform(gl.load(self.offsets_ptr + expert + 1)),
         )
@@ -682,30 +667,26 @@ def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, 
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
-        if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
-            up_0, up_1, gate_0, gate_1 = _quarters(acc)
-            mbarrier.wait(ring.ready.index(stage), phase)
-            first, second, third = _borrowed(ring, stage, W)
-            z_row_end = gl.minimum(tile.row_end, z_end)
-            left, right = tile.col, tile.col + CHUNK
-            if row < z_row_end:
-                blocks = up_0, gate_0, up_1, gate_1
-                descs = z_up_desc, z_gate_desc, z_up_desc, z_gate_desc
-                z_buffers = buffers.index(0), buffers.index(1), first, second
-                z_cols = left, left, right, right
-                _send(blocks, descs, z_buffers, row - z_first, z_row_end - z_first, z_cols)
-            if ACT:
-                act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
-                act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
-                tma.store_wait(3)  # frees the first buffer
-                act_buffers = buffers.index(0), third
-                _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, (left, right))
-            held = stage
-            stage, phase = _advance(stage, phase)
-        else:
-            stage, phase = _hand_back(ring, tile.steps() + 1, stage, phase, held)
-            held = -1
+        acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
+        up_0, up_1, gate_0, gate_1 = _quarters(acc)
+        mbarrier.wait(ring.ready.index(stage), phase)
+        first, second, third = _borrowed(ring, stage, W)
+        z_row_end = gl.minimum(tile.row_end, z_end)
+        left, right = tile.col, tile.col + CHUNK
+        if row < z_row_end:
+            blocks = up_0, gate_0, up_1, gate_1
+            descs = z_up_desc, z_gate_desc, z_up_desc, z_gate_desc
+            z_buffers = buffers.index(0), buffers.index(1), first, second
+            z_cols = left, left, right, right
+            _send(blocks, descs, z_buffers, row - z_first, z_row_end - z_first, z_cols)
+        if ACT:
+            act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
+            act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
+            tma.store_wait(3)  # frees the first buffer
+            act_buffers = buffers.index(0), third
+            _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, (left, right))
+        held = stage
+        stage, phase = _advance(stage, phase)
     tma.store_wait(0)
 
 
@@ -852,22 +833,16 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
         before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED)
-        if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
-            b0, b1, b2, b3 = _pack_quarters(acc, dtype)
-            if TRANSPOSED:
-                out_row = tile.expert * tiles.N + tile.col
-                out_end = (tile.expert + 1) * tiles.N
-                out_col = row - tile.expert * tiles.M
-            else:
-                out_row = row
-                out_end = tile.row_end
-                out_col = tile.col
+        acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
+        b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+        if TRANSPOSED:
+            out_row = tile.expert * tiles.N + tile.col
+            out_end = (tile.expert + 1) * tiles.N
+            out_col = row - tile.expert * tiles.M
         else:
-            stage, phase = _hand_back(ring, tile.steps(), stage, phase)
-            before.send_all()
-            out_row = gl.to_tensor(0)
-            out_end = gl.to_tensor(0)
+            out_row = row
+            out_end = tile.row_end
+            out_col = tile.col
     Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED).send_all()
     tma.store_wait(0)
 
@@ -964,47 +939,43 @@ def _down_backward_consumer(
         row = tile.row + W * HALF
         rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
         score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
-        if row < tile.row_end:
-            acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
-            slices = _quarters(acc)
-            dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
-            for i in gl.static_range(Z_STEPS):
-                mbarrier.wait(ring.ready.index(stage), phase)
-                up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
-                gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
-                act_buffer = ring.lhs.index(2 * stage + W)
-                halves = _halves(slices[i])
-                for h in gl.static_range(2):  # 64 columns at once would not fit into the registers
-                    up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
-                    gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
-                    dact = gl.convert_layout(halves[h], SLICE_ACCUMULATOR)
-                    up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
-                    gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
-                    sigmoid = _sigmoid(gate, FAST)
-                    silu = gate * sigmoid
-                    act = up * silu
-                    dscore += gl.sum(dact * act, axis=1)
-                    scaled = dact * score[:, None]
-                    up_half.store((scaled * silu).to(dtype))
-                    gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
-                    act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
-                col = tile.col + i * CHUNK
-                _send_buffers((act_desc,), (act_buffer,), row, tile.row_end, (col,))
-                if _is_kept(tile.row, tile.row_end, num_kept):
-                    _send_fenced(dz_kept_descs, (up_buffer, gate_buffer), row, tile.row_end, (col, col))
-                else:
-                    buffers = up_buffer, gate_buffer
-                    _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, (col, col))
-                if i > 0:
-                    tma.store_wait(3)
-                    mbarrier.arrive(ring.empty.index(held))
-                held = stage
-                stage, phase = _advance(stage, phase)
-            part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
-            gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
-        else:
-            stage, phase = _hand_back(ring, tile.steps() + Z_STEPS, stage, phase, held)
-            held = -1
+        acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
+        slices = _quarters(acc)
+        dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+        for i in gl.static_range(Z_STEPS):
+            mbarrier.wait(ring.ready.index(stage), phase)
+            up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
+            gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
+            act_buffer = ring.lhs.index(2 * stage + W)
+            halves = _halves(slices[i])
+            for h in gl.static_range(2):  # 64 columns at once would not fit into the registers
+                up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                dact = gl.convert_layout(halves[h], SLICE_ACCUMULATOR)
+                up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                sigmoid = _sigmoid(gate, FAST)
+                silu = gate * sigmoid
+                act = up * silu
+                dscore += gl.sum(dact * act, axis=1)
+                scaled = dact * score[:, None]
+                up_half.store((scaled * silu).to(dtype))
+                gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
+                act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
+            col = tile.col + i * CHUNK
+            _send_buffers((act_desc,), (act_buffer,), row, tile.row_end, (col,))
+            if _is_kept(tile.row, tile.row_end, num_kept):
+                _send_fenced(dz_kept_descs, (up_buffer, gate_buffer), row, tile.row_end, (col, col))
+            else:
+                buffers = up_buffer, gate_buffer
+                _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, (col, col))
+            if i > 0:
+                tma.store_wait(3)
+                mbarrier.arrive(ring.empty.index(held))
+            held = stage
+            stage, phase = _advance(stage, phase)
+        part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
+        gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
     tma.store_wait(0)
 
 
