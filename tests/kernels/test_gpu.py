@@ -113,9 +113,13 @@ def test_peak_memory_of_a_layer(path):
     run(momoe_mlp, x, w1, w2, ids, scores, dout, 0)
 
     def peak(ids, save_percent):
-        torch.cuda.reset_peak_memory_stats()
-        run(momoe_mlp, x, w1, w2, ids, scores, dout, save_percent)
-        return torch.cuda.max_memory_allocated()
+        # The least of three: autograd's thread may still hold the leaves of the run before.
+        peaks = []
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats()
+            run(momoe_mlp, x, w1, w2, ids, scores, dout, save_percent)
+            peaks.append(torch.cuda.max_memory_allocated())
+        return min(peaks)
 
     peaks = [peak(ids, p) for p in (0, 25, 50, 75, 100)]
     if path == "hopper":  # dz takes the place of z: only the forward's peak rises
