@@ -28,6 +28,7 @@ import gc
 import importlib
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -375,13 +376,18 @@ def memory_table(case: Case, implementation) -> dict[str, float]:
 
 
 def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str, dict]:
-    """Medians of every implementation; rounds of a few runs each until the time is over."""
+    """Medians of every implementation; rounds of a few runs each until the time is over.
+
+    Each round has an order of its own: at the limit of its power a GPU is slower for who comes after the hungriest.
+    """
     clock = Clock(case.device)
+    turns, shuffler = list(implementations.items()), random.Random(0)
     stamps = {label: [] for label in implementations}
     deadline = time.perf_counter() + seconds
     rounds = 0
     while rounds < 2 or (time.perf_counter() < deadline and rounds < 200):
-        for label, implementation in implementations.items():
+        shuffler.shuffle(turns)
+        for label, implementation in turns:
             for run in range(4):
                 start = clock.stamp()
                 y = implementation.forward()
