@@ -154,8 +154,8 @@ def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_first, z_end
     F = F2 // 2
     with_act = act_RF is not None
     act_desc = _ragged_block(act_RF, F) if with_act else None
-    # without z rows the kernel still wants descriptors: any of this width will do
-    z_up_desc, z_gate_desc = _halves_blocks(z, F) if z_end > 0 else (act_desc, act_desc)
+    # None makes another version. Where the rows are just too few, it still wants descriptors: any of this width will do.
+    z_up_desc, z_gate_desc = (None, None) if z is None else _halves_blocks(z, F) if z_end > 0 else (act_desc, act_desc)
     launch(
         up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
@@ -170,7 +170,7 @@ def up_proj(x_TD, w1_ED2F, routing, z_S2F, num_saved, act_RF):
 
     Args:
         x_TD, w1_ED2F: bfloat16 or float16, contiguous.
-        z_S2F: at least num_saved rows; may be None when num_saved is 0.
+        z_S2F: at least num_saved rows. None for the version that keeps none.
         act_RF: output.
     """
     if act_RF.shape[0]:

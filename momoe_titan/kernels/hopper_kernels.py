@@ -134,19 +134,8 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
 
 
 @gluon.jit
-def _lend(ring, stage, phase):
-    """Gives the consumers a stage as it is: their results stay there until the stores have read them."""
-    ready = ring.ready.index(stage)
-    mbarrier.wait(ring.empty.index(stage), phase)
-    mbarrier.arrive(ready)
-    _commit(ring, stage)
-    stage, phase = _advance(stage, phase)
-    return stage, phase
-
-
-@gluon.jit
 def _producer(ring, tiles, lhs, rhs):
-    """Fills the ring, tile by tile, and if it LENDS adds one more stage after each.
+    """Fills the ring, tile by tile.
 
     Of an operand in two buffers, `RowsInTwo` or `StepsInTwo`, the buffer is chosen outside of the loop over steps.
     """
@@ -171,8 +160,6 @@ def _producer(ring, tiles, lhs, rhs):
                 stage, phase = _fill(ring, tile.within(k, tile.k_end), lhs, rhs.rest, stage, phase)
         else:
             stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
-        if ring.LENDS:
-            stage, phase = _lend(ring, stage, phase)
 
 
 @gluon.jit
@@ -188,7 +175,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight.
 
     acc: any value, to be overwritten. held: the stage that holds results of the tile before, which goes back under the first
-    MMA. results: of the tile before, still in registers, sent under the first four.
+    MMA. results: of the tile before, still in registers, sent under the first MMAs, a block each.
     """
     last = held
     for k in range(tile.k_begin, tile.k_stop(), BK):
@@ -205,7 +192,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
         acc = warpgroup_mma_wait(1, deps=[acc])
         _give_back(ring, last)
         if results is not None:
-            for i in gl.static_range(4):
+            for i in gl.static_range(results.COUNT):
                 if k == tile.k_begin + i * BK:
                     results.send(i)
         last = stage
@@ -213,7 +200,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     acc = warpgroup_mma_wait(0, deps=[acc])
     _give_back(ring, last)
     if results is not None:
-        for i in gl.static_range(1, 4):
+        for i in gl.static_range(1, results.COUNT):
             if tile.steps() <= i:
                 results.send(i)
     return acc, stage, phase
@@ -616,13 +603,6 @@ def _quarters(v):
 
 
 @gluon.jit
-def _borrowed(ring, stage, W: gl.constexpr):
-    """Three (64, 64) buffers of consumer W in a lent stage."""
-    rhs = ring.rhs.index(stage)._reinterpret(ring.rhs.dtype, [4, HALF, CHUNK], TILE_SMEM)
-    return ring.lhs.index(2 * stage + W), rhs.index(2 * W), rhs.index(2 * W + 1)
-
-
-@gluon.jit
 def _send(blocks, descs, buffers, row, row_end, cols):
     """Sends (64, 64) blocks out, each through a buffer that no store is reading."""
     for i in gl.static_range(len(blocks)):
@@ -652,93 +632,6 @@ def _sigmoid(g, FAST: gl.constexpr):
     else:
         s = 1.0 / (1.0 + gl.exp(-g))
     return s
-
-
-@gluon.jit
-def _up_consumer(ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT: gl.constexpr, W: gl.constexpr):
-    buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
-    FAST: gl.constexpr = act_desc.dtype == gl.bfloat16
-    stage = 0
-    phase = 0
-    held = -1
-    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
-    word = tiles.word(tiles.begin())
-    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
-        tile = tiles.tile(t, word)
-        word = tiles.word(t + gl.num_programs(0))
-        row = tile.row + W * HALF
-        acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, held)
-        up_0, up_1, gate_0, gate_1 = _quarters(acc)
-        mbarrier.wait(ring.ready.index(stage), phase)
-        first, second, third = _borrowed(ring, stage, W)
-        z_row_end = gl.minimum(tile.row_end, z_end)
-        left, right = tile.col, tile.col + CHUNK
-        if row < z_row_end:
-            blocks = up_0, gate_0, up_1, gate_1
-            descs = z_up_desc, z_gate_desc, z_up_desc, z_gate_desc
-            z_buffers = buffers.index(0), buffers.index(1), first, second
-            z_cols = left, left, right, right
-            _send(blocks, descs, z_buffers, row - z_first, z_row_end - z_first, z_cols)
-        if ACT:
-            act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
-            act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
-            tma.store_wait(3)  # frees the first buffer
-            act_buffers = buffers.index(0), third
-            _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, (left, right))
-        held = stage
-        stage, phase = _advance(stage, phase)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
-    """Index of the first tile with a row at or past first_row, by bisection (tiles are in row order)."""
-    low = gl.to_tensor(0)
-    high = num_tiles
-    while low < high:
-        middle = (low + high) // 2
-        word = gl.load(tiles_ptr + middle)
-        expert = word & 0xFFFF
-        row = gl.load(offsets_ptr + expert) + (word >> 16 & 0xFFFF) * BM
-        is_before = gl.minimum(row + BM, gl.load(offsets_ptr + expert + 1)) <= first_row
-        low = gl.where(is_before, middle + 1, low)
-        high = gl.where(is_before, high, middle)
-    return low
-
-
-_METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
-
-
-@gluon.jit(do_not_specialize=["first_row", "z_first", "z_end"], do_not_specialize_on_alignment=_METADATA)
-def up_proj_kernel(
-    x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
-    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_first, z_end,
-    ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
-):  # fmt: skip
-    """z = gather(x_TD) @ w1[e], act = up * silu(gate).
-
-    Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
-    Writes z rows below z_end of the tiles that reach first_row, row z_first of all first, and if ACT act_RF for all
-    their rows.
-    """
-    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, LENDS=True)
-    num_tiles = gl.load(num_tiles_ptr)
-    if ACT:
-        first_tile = gl.to_tensor(0)
-    else:
-        first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
-    lhs = TokenRows(x_ptr, x_stride, token_ptr)
-    rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
-    gl.warp_specialize(
-        [
-            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT, 0)),
-            (_up_consumer, (ring, tiles, z_up_desc, z_gate_desc, act_desc, z_first, z_end, ACT, 1)),
-            (_producer, (ring, tiles, lhs, rhs)),
-        ],
-        [4, 4],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
 
 
 @gluon.jit
@@ -774,11 +667,16 @@ class Results:
     row_end: gl.tensor  # no row from here on is stored
     col: gl.tensor
     desc: tma.tensor_descriptor
+    gate_desc: tma.tensor_descriptor
     buffers: gl.shared_memory_descriptor  # (2, 64, 64)
+    COUNT: gl.constexpr  # blocks that there are
+    GATED: gl.constexpr  # the third and the fourth go to the columns of the first two, through gate_desc
     TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
 
     @gluon.constexpr_function
-    def __init__(self, block_0, block_1, block_2, block_3, row, row_end, col, desc, buffers, TRANSPOSED):
+    def __init__(
+        self, block_0, block_1, block_2, block_3, row, row_end, col, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED
+    ):
         self.block_0 = block_0
         self.block_1 = block_1
         self.block_2 = block_2
@@ -787,28 +685,135 @@ class Results:
         self.row_end = row_end
         self.col = col
         self.desc = desc
+        self.gate_desc = gate_desc
         self.buffers = buffers
+        self.COUNT = gl.constexpr(COUNT)
+        self.GATED = gl.constexpr(GATED)
         self.TRANSPOSED = gl.constexpr(TRANSPOSED)
 
     @gluon.jit
     def send(self, I: gl.constexpr):
         """Sends block I, after the ones before it."""
-        block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[I], self.desc.dtype)
-        buffer = self.buffers.index(I % 2)
-        tma.store_wait(1)
-        if self.TRANSPOSED:
-            buffer.permute((1, 0)).store(block)
-            where = _ragged(self.row + I * CHUNK, self.row_end, self.col)
-        else:
-            buffer.store(block)
-            where = _ragged(self.row, self.row_end, self.col + I * CHUNK)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(self.desc, where, _as_ragged(buffer, self.desc))
+        if self.row < self.row_end:
+            block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[I], self.desc.dtype)
+            buffer = self.buffers.index(I % 2)
+            tma.store_wait(1)
+            if self.TRANSPOSED:
+                buffer.permute((1, 0)).store(block)
+                where = _ragged(self.row + I * CHUNK, self.row_end, self.col)
+            else:
+                buffer.store(block)
+                where = _ragged(self.row, self.row_end, self.col + (I % 2 if self.GATED else I) * CHUNK)
+            fence_async_shared()
+            desc = self.gate_desc if self.GATED and I >= 2 else self.desc
+            tma.async_copy_shared_to_global(desc, where, _as_ragged(buffer, desc))
 
     @gluon.jit
     def send_all(self):
-        for i in gl.static_range(4):
+        for i in gl.static_range(self.COUNT):
             self.send(i)
+
+
+@gluon.jit
+def _up_consumer(
+    ring, tiles, out_desc, gate_desc, act_desc, z_first, z_end, ACT: gl.constexpr, Z: gl.constexpr, W: gl.constexpr
+):
+    """Stores z, or act if there is no Z, while the next tile is computed, and act beside Z at once."""
+    buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
+    dtype: gl.constexpr = act_desc.dtype
+    FAST: gl.constexpr = dtype == gl.bfloat16
+    COUNT: gl.constexpr = 4 if Z else 2
+    stage = 0
+    phase = 0
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
+    b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+    out_row = gl.to_tensor(0)
+    out_end = gl.to_tensor(0)
+    out_col = gl.to_tensor(0)
+    word = tiles.word(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, word)
+        word = tiles.word(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, gate_desc, buffers, COUNT, True, False)
+        acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
+        if ACT:
+            up_0, up_1, gate_0, gate_1 = _quarters(acc)
+            act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
+            act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
+        if Z:
+            if ACT:
+                tma.store_wait(0)
+                cols = tile.col, tile.col + CHUNK
+                act_buffers = buffers.index(0), buffers.index(1)
+                _send((act_0, act_1), (act_desc, act_desc), act_buffers, row, tile.row_end, cols)
+            b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+            out_row = row - z_first
+            out_end = gl.minimum(tile.row_end, z_end) - z_first
+        else:
+            b0 = _pack(act_0, dtype)
+            b1 = _pack(act_1, dtype)
+            out_row = row
+            out_end = tile.row_end
+        out_col = tile.col
+    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, gate_desc, buffers, COUNT, True, False).send_all()
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
+    """Index of the first tile with a row at or past first_row, by bisection (tiles are in row order)."""
+    low = gl.to_tensor(0)
+    high = num_tiles
+    while low < high:
+        middle = (low + high) // 2
+        word = gl.load(tiles_ptr + middle)
+        expert = word & 0xFFFF
+        row = gl.load(offsets_ptr + expert) + (word >> 16 & 0xFFFF) * BM
+        is_before = gl.minimum(row + BM, gl.load(offsets_ptr + expert + 1)) <= first_row
+        low = gl.where(is_before, middle + 1, low)
+        high = gl.where(is_before, high, middle)
+    return low
+
+
+_METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
+
+
+@gluon.jit(do_not_specialize=["first_row", "z_first", "z_end"], do_not_specialize_on_alignment=_METADATA)
+def up_proj_kernel(
+    x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_first, z_end,
+    ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
+):  # fmt: skip
+    """z = gather(x_TD) @ w1[e], act = up * silu(gate).
+
+    Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
+    Writes z rows below z_end of the tiles that reach first_row, row z_first of all first, unless z_up_desc is None,
+    and if ACT act_RF for all their rows.
+    """
+    ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, LENDS=False)
+    num_tiles = gl.load(num_tiles_ptr)
+    if ACT:
+        first_tile = gl.to_tensor(0)
+    else:
+        first_tile = _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
+    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
+    lhs = TokenRows(x_ptr, x_stride, token_ptr)
+    rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
+    Z: gl.constexpr = z_up_desc is not None
+    if Z:
+        up_desc, gate_desc = z_up_desc, z_gate_desc
+    else:
+        up_desc, gate_desc = act_desc, act_desc
+    gl.warp_specialize(
+        [
+            (_up_consumer, (ring, tiles, up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z, 0)),
+            (_up_consumer, (ring, tiles, up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z, 1)),
+            (_producer, (ring, tiles, lhs, rhs)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 @gluon.jit
@@ -832,7 +837,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
-        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED)
+        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, out_desc, buffers, 4, False, TRANSPOSED)
         acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
         b0, b1, b2, b3 = _pack_quarters(acc, dtype)
         if TRANSPOSED:
@@ -843,7 +848,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
             out_row = row
             out_end = tile.row_end
             out_col = tile.col
-    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, buffers, TRANSPOSED).send_all()
+    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, out_desc, buffers, 4, False, TRANSPOSED).send_all()
     tma.store_wait(0)
 
 
