@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,6 +91,8 @@ def _backward(
     dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend, over_z=False
 ):
     num_experts, ffn, _ = w2_EFD.shape
+    if z_S2F.numel() and not z_S2F.untyped_storage().nbytes():  # shed: see `momoe_mlp`, on_keep
+        z_S2F = z_S2F.new_empty(0, 2 * ffn)
     num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
     routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
     dout_TD = dout_TD.contiguous()
@@ -261,6 +264,7 @@ def momoe_mlp(
     num_rows: int | None = None,
     backend: str = "auto",
     check_ids: bool = False,
+    on_keep: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
     with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
@@ -286,6 +290,8 @@ def momoe_mlp(
         backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
         check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
             where num_rows is given, more used slots than that (synchronises with the host).
+        on_keep: called with z (S, 2F) where rows of it are kept. Until the backward they may be shed,
+            `z.untyped_storage().resize_(0)`: it then computes all of z again, with the same result.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per
@@ -304,7 +310,7 @@ def momoe_mlp(
         _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w1_ED2F, w2_EFD, scores_TK))
-    out_TD, counts_E, _, _ = torch.ops.momoe_titan.moe_forward(
+    out_TD, counts_E, z_S2F, _ = torch.ops.momoe_titan.moe_forward(
         x_TD.contiguous(),
         w1_ED2F.contiguous(),
         w2_EFD.contiguous(),
@@ -315,4 +321,6 @@ def momoe_mlp(
         not wants_grad,
         backend,
     )
+    if on_keep is not None and z_S2F.shape[0]:
+        on_keep(z_S2F)
     return out_TD, counts_E

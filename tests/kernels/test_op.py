@@ -1,6 +1,7 @@
 """The op against the float64 oracle, on the Triton kernels (GPU or interpreter) and on the torch backend."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -307,6 +308,50 @@ def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, 
     assert over == [False, False, True]
     for other in (again, last):
         assert all(torch.equal(a, b) for a, b in zip(kept, other))
+
+
+@pytest.mark.parametrize("save_percent", [37, 100])
+def test_shed_z_is_computed_again(device, backend, save_percent):
+    """To the bit, by each backward of a kept graph too, whether shed before the first or after it."""
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float16, device)
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+    want = []
+    for shed_at in (None, 0, 1):
+        kept = []
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend=backend, on_keep=kept.append)
+        (z,) = kept
+        assert z.shape == (num_saved_rows(ids.numel(), save_percent), 2 * w2.shape[1])
+        for i in range(2):
+            if i == shed_at:
+                z.untyped_storage().resize_(0)
+            got = torch.autograd.grad(out, leaves, dout, retain_graph=i < 1)
+            want = want or got
+            for name, g, w in zip(NAMES[1:], got, want):
+                assert torch.equal(g, w), (name, shed_at, i)
+
+
+def test_z_is_shown_only_where_it_is_kept(device, backend):
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    shown = []
+    momoe_mlp(x, w1, w2, ids, scores, 100, backend=backend, on_keep=shown.append)
+    momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 0, backend=backend, on_keep=shown.append)
+    assert not shown
+
+
+@pytest.mark.parametrize("shed", [False, True])
+def test_shedding_frees_z(device, backend, shed):
+    """Nobody but the graph holds what on_keep was shown."""
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    storages = []
+    on_keep = lambda z: storages.append(weakref.ref(z.untyped_storage()))
+    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend, on_keep=on_keep)
+    (storage,) = storages
+    assert storage().nbytes() == ids.numel() * 2 * w2.shape[1] * 4
+    if shed:
+        storage().resize_(0)
+        assert storage().data_ptr() == 0
+    out.backward(dout)
+    assert storage() is None
 
 
 def test_another_backward_after_an_error_is_refused(device, backend, monkeypatch):
