@@ -25,6 +25,7 @@ chosen per token.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,13 @@ def _send_rows(
 
 _lib.impl("exchange_counts", _exchange_counts, "CompositeExplicitAutograd")
 _lib.impl("send_rows", _send_rows, "CompositeExplicitAutograd")
+
+
+def fair_share(num_tokens: int, num_chosen: int, num_ranks: int) -> tuple[int, int]:
+    """(tokens, slots) that a rank sends each other one of T tokens with K evenly spread choices: a
+    token goes once to each rank that has one of its experts."""
+    tokens = round(num_tokens * (1 - (1 - 1 / num_ranks) ** num_chosen))
+    return tokens, num_tokens * num_chosen // num_ranks
 
 
 @dataclass(frozen=True)
@@ -200,13 +208,20 @@ class Dispatcher:
         self.backend = backend
 
     def send(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        scores_TK: torch.Tensor,
+        make_room: Callable[[float, float, int], None] | None = None,
     ) -> tuple[Exchange, torch.Tensor]:
         """Start sending tokens; every rank of the group has to call it, be it with no tokens.
 
         Args:
             x_TD, ids_TK, scores_TK: of `momoe_mlp`, ids among all E experts. Scores are sent in
                 float32.
+            make_room: called before any rows are allocated, with the tokens (M) and the slots (R)
+                that this rank receives, relative to the `fair_share`, and the bytes beyond it of
+                the tokens (N) that it sends.
 
         Returns:
             The exchange, and the tokens per expert, int64 (E), of this rank's tokens alone.
@@ -225,6 +240,14 @@ class Dispatcher:
             self.group.group_name,
         )
         num_sent = sum(splits.sent)
+        num_rows = sum(slots for _, slots in received_PC)
+        if make_room is not None:
+            ranks = self.group.size()
+            tokens, slots = (max(1, ranks * n) for n in fair_share(*ids_TK.shape, ranks))
+            row_bytes = x_TD.shape[1] * x_TD.element_size()
+            make_room(
+                sum(splits.received) / tokens, num_rows / slots, (num_sent - tokens) * row_bytes
+            )
         # float32 holds ids up to 2^24
         choice_TC = torch.cat([scores_TK.float(), ids_TK.float()], dim=1)
         exchange = Exchange(
@@ -233,7 +256,7 @@ class Dispatcher:
             choice=Flight(splits).depart(groups.gather(choice_TC, num_sent)),
             x=Flight(splits).depart(groups.gather(x_TD, num_sent)),
             first_expert=self.group.rank() * self.num_local_experts,
-            num_rows=sum(slots for _, slots in received_PC),
+            num_rows=num_rows,
         )
         return exchange, counts_E
 

@@ -18,6 +18,7 @@ from torchtitan.tools.utils import set_default_dtype
 
 from momoe_titan.kernels import autograd
 from momoe_titan.model.activation_checkpoint import compiles_model
+from momoe_titan.model.args import AUTO
 from momoe_titan.model.moe import MomoeExperts
 
 from .cost import StepCost
@@ -112,21 +113,26 @@ def trace_job(
         config.compile.enable = False
         notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
     config.checkpoint.enable = False
+    ep = config.parallelism.expert_parallel_degree
+    sheds = ep > 1 and hasattr(config, "momoe") and config.momoe.save_percent == AUTO
     if hasattr(config, "momoe"):
         config.momoe.save_percent = [100.0]
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
     with mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext():
-        plan = trace_training(config, _parallel_dims(config, world_size), capability, cost)
+        dims = _parallel_dims(config, world_size)
+        plan = trace_training(config, dims, capability, cost)
+        if sheds and plan.layers:
+            plan = plan.with_growth(trace_training(config, dims, capability, share=ep), ep)
     return dataclasses.replace(plan, notes=notes)
 
 
 def trace_training(
-    config: JobConfig, dims: ParallelDims, capability: tuple[int, int], cost: StepCost | None = None
+    config: JobConfig, dims: ParallelDims, capability: tuple[int, int], cost: StepCost | None = None, share: int = 1
 ) -> MemoryPlan:
-    """The memory of a training step of this job as it is configured."""
-    with as_on_gpu(capability):
+    """The memory of a training step of this job as it is configured; `share` of `as_on_gpu`."""
+    with as_on_gpu(capability, share):
         trainer = FakeTrainer(config, dims)
         model = trainer.model_parts[0]
         places = _places(model)
@@ -134,7 +140,7 @@ def trace_training(
             trainer.allocate()
             for tensor in [*model.parameters(), *model.buffers()]:
                 trace.relabel(tensor, PARAMETERS)
-            kept = _watch_phases(trainer, trace)
+            kept, layer_kept = _watch_phases(trainer, trace)
             batches = trainer.batches()
             for _ in range(2):  # the first makes the optimizer state
                 trace.begin_step()
@@ -152,11 +158,13 @@ def trace_training(
                                 trace.relabel(tensor, OPTIMIZER)
             moments = [Moment(phase, list(z), m.base, m.parts) for (phase, z), m in trace.moments.items()]
             events = list(trace.events)
+    layers = [places[m].layer for m in model.modules() if isinstance(m, MomoeExperts)]
     return MemoryPlan(
-        layers=[places[m].layer for m in model.modules() if isinstance(m, MomoeExperts)],
+        layers=layers,
         moments=moments,
         kept=kept,
         num_parameters=trainer.num_parameters,
+        layer_kept={layer: layer_kept.get(layer, 0) for layer in layers},
         events=events,
     )
 
@@ -182,9 +190,9 @@ def _parallel_dims(config: JobConfig, world_size: int) -> ParallelDims:
     return dims
 
 
-def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> dict[str, int]:
-    """Let the trace know what the trainer does; what is alive after the last loss, by part."""
-    kept: dict[str, int] = {}
+def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, int], dict[str | None, int]]:
+    """Let the trace know what the trainer does; what is alive after the last loss, by part and by layer."""
+    kept, layer_kept = {}, {}
     loss_fn = trainer.loss_fn
 
     def forward(*args):
@@ -194,8 +202,9 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> dict[str, int]:
         trace.phase = "loss"
         with trace.within(Place("loss")):
             out = loss_fn(*args)
-        kept.clear()
-        kept.update(trace.parts())
+        for found, now in ((kept, trace.parts()), (layer_kept, trace.by_layer())):
+            found.clear()
+            found.update(now)
         trace.phase = "clip"  # what comes after the backward
         return out
 
@@ -205,7 +214,7 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> dict[str, int]:
     trainer.model_parts[0].register_forward_pre_hook(forward)
     trainer.loss_fn = loss
     trainer.optimizers.register_step_pre_hook(optimizer)
-    return kept
+    return kept, layer_kept
 
 
 def _places(model: nn.Module) -> dict[nn.Module, Place]:

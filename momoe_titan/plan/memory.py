@@ -1,7 +1,7 @@
 """The memory of a job's training step, for any save_percent, and the largest that fits."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .allocator import block_bytes, MIB, OutOfMemory, replay
@@ -35,12 +35,14 @@ class Moment:
         z: (MoE layer, bytes of its z alive at save_percent 100).
         base: bytes of all else.
         parts: the same, by part.
+        growth: bytes that the layer at work then takes more with twice its rows; see `with_growth`.
     """
 
     phase: str
     z: list[tuple[str, int]]
     base: int
     parts: dict[str, int]
+    growth: float = 0
 
     def total(self, percents: dict[str, float]) -> int:
         return self.base + sum(z_bytes(n, percents[layer]) for layer, n in self.z)
@@ -59,6 +61,8 @@ class MemoryPlan:
         layers: names of the MoE layers with a dial, first layer first.
         moments: of the step, see `Moment`.
         kept: bytes kept at the end of the forward, by part, z aside.
+        layer_kept: the same by MoE layer.
+        layer_growth: bytes that each layer keeps more with twice its rows, z aside; see `with_growth`.
         num_parameters: of the whole model.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
@@ -71,6 +75,8 @@ class MemoryPlan:
     kept: dict[str, int]
     num_parameters: int
     slack: int = 0
+    layer_kept: dict[str, int] = field(default_factory=dict)
+    layer_growth: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     events: list[tuple[int, int, "Share | None"]] = field(default_factory=list)
 
@@ -146,6 +152,26 @@ class MemoryPlan:
             choice[i] = float(low)
             break
         return choice
+
+    def with_growth(self, grown: "MemoryPlan", share: int) -> "MemoryPlan":
+        """This plan, of a rank that receives its fair share of rows, with what takes more where it
+        receives more: `grown` is of the same job where it is `share` times that, more than is possible.
+
+        What a layer keeps is linear in its rows. The rest of a moment is the highest of what is:
+        convex, and so below the line through both plans.
+        """
+        more = share - 1
+        layer_growth = {layer: (grown.layer_kept[layer] - self.layer_kept[layer]) / more for layer in self.layers}
+        bases: dict[tuple, int] = {}
+        for m in grown.moments:
+            key = m.phase, *(layer for layer, _ in m.z)
+            bases[key] = max(m.base, bases.get(key, 0))
+        moments = []
+        for m in self.moments:
+            growth = (bases[m.phase, *(layer for layer, _ in m.z)] - m.base) / more
+            kept = sum(layer_growth[layer] for layer, _ in m.z)
+            moments.append(replace(m, growth=max(growth - kept, 0)))
+        return replace(self, moments=moments, layer_growth=layer_growth)
 
     def to_dict(self) -> dict:
         values = asdict(self)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.models.moe import kernels as stock_kernels
 
 from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
-from momoe_titan.kernels.gemms import select_gemms
+from momoe_titan.kernels.gemms import HopperGemms, select_gemms
 from momoe_titan.model import expert_parallel, moe
 
 from .allocator import block_bytes
@@ -69,6 +69,7 @@ class _Block:
     num_bytes: int
     part: str
     z_layer: str | None = None  # the MoE layer whose z this is
+    layer: str | None = None  # in which it is made
 
 
 @dataclass
@@ -146,6 +147,14 @@ class MemoryTrace(TorchDispatchMode):
     def parts(self) -> dict[str, int]:
         """Bytes alive now by part, z aside."""
         return {part: n for part, n in self._parts.items() if n}
+
+    def by_layer(self) -> dict[str | None, int]:
+        """Bytes alive now by the layer that made them, z aside."""
+        layers = defaultdict(int)
+        for block in self._blocks.values():
+            if block.z_layer is None:
+                layers[block.layer] += block.num_bytes
+        return layers
 
     def __enter__(self):
         self._fake_mode = active_fake_mode()
@@ -250,7 +259,7 @@ class MemoryTrace(TorchDispatchMode):
         if in_backward():
             is_gradient = self._number - self._first_number in self._gradients
             part = GRADIENTS if is_gradient else BACKWARD
-        self._blocks[key] = _Block(self._number, 0, part)
+        self._blocks[key] = _Block(self._number, 0, part, layer=self._places[-1].layer)
         self._number += 1
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._resize(key, storage.nbytes())
@@ -362,10 +371,11 @@ def _rms_norm(x, normalized_shape, weight=None, eps=None):
 
 
 @contextlib.contextmanager
-def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
+def as_on_gpu(capability: tuple[int, int], share: int = 1) -> Iterator[None]:
     """While open, code on fake CPU tensors allocates as it would on a GPU of this compute capability.
 
-    Kernels of momoe_titan and TorchTitan's MoE are not launched.
+    Kernels of momoe_titan and TorchTitan's MoE are not launched. With expert parallelism a rank
+    receives `share` times its fair share.
     """
     fits = lambda *wanted: capability >= wanted  # noqa: E731
     patches = [
@@ -377,7 +387,10 @@ def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
         *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
         mock.patch.object(moe, "has_cuda_capability", fits),
         mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
-        mock.patch.object(expert_parallel.Dispatcher, "send", _send_evenly),
+        mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, share)),
+        mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * share),
+        # as many ranges as for the fair share: never more rows in fewer
+        mock.patch.object(HopperGemms, "column_ranges", lambda self, rows, *args: _column_ranges(self, rows // share, *args)),
         mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(F, "rms_norm", _rms_norm),
@@ -388,16 +401,16 @@ def as_on_gpu(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
+_column_ranges = HopperGemms.column_ranges
 _send = expert_parallel.Dispatcher.send
 
 
-def _send_evenly(self, x_TD, ids_TK, scores_TK):
-    """`Dispatcher.send` where every rank gets its fair share: nobody knows what fake tokens choose."""
-    (num_tokens, num_chosen), ranks = ids_TK.shape, self.group.size()
-    # a token goes once to each rank that has one of its experts
-    tokens = round(num_tokens * (1 - (1 - 1 / ranks) ** num_chosen))
-    counts = [[tokens, num_tokens * num_chosen // ranks]] * ranks
-    exchanged = SimpleNamespace(tolist=lambda: [counts, counts])
+def _send_evenly(self, share, x_TD, ids_TK, scores_TK, make_room=None):
+    """`Dispatcher.send` where every rank gets its fair share, or a multiple: nobody knows what fake tokens choose."""
+    ranks = self.group.size()
+    tokens, slots = expert_parallel.fair_share(*ids_TK.shape, ranks)
+    sent, received = [[tokens, slots]] * ranks, [[share * tokens, share * slots]] * ranks
+    exchanged = SimpleNamespace(tolist=lambda: [sent, received])
     with mock.patch.object(torch.ops.momoe_titan, "exchange_counts", lambda *args: exchanged):
         return _send(self, x_TD, ids_TK, scores_TK)
 
