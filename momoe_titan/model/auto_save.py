@@ -28,6 +28,7 @@ from momoe_titan.plan.memory import budget_bytes, context_bytes, GIB, MemoryPlan
 
 from .args import AUTO
 from .moe import MomoeExperts
+from .shedding import Ledger
 
 FILE_NAME = "save_percent.json"
 MEASURED_STEPS = 3  # the optimizer state exists from the first on
@@ -71,7 +72,8 @@ class CudaMemory:
 
 
 class AutoSavePercent:
-    """Sets `save_percent` of a model's MoE layers, and corrects it after the first steps.
+    """Sets `save_percent` of a model's MoE layers, and corrects it after the first steps. Where the
+    plan has growth, its layers get a `Ledger` too.
 
     Args:
         layers: the MoE layers that have a dial, in the plan's order.
@@ -84,6 +86,8 @@ class AutoSavePercent:
 
     Attributes:
         choice: save_percent by layer.
+        room: bytes that PyTorch may hold by the plan, the same on all ranks.
+        ledger: or None.
     """
 
     def __init__(
@@ -96,12 +100,13 @@ class AutoSavePercent:
         job: dict[str, Any],
         correct: bool = True,
     ):
-        self.layers, self.plan, self.memory, self.file, self.job = layers, plan, memory, file, job
+        self.layers, self.plan, self.memory, self.file, self.job = list(layers), plan, memory, file, job
         self.budget = budget_bytes(budget, memory.total())
         self.steps_left = MEASURED_STEPS if correct else 0
+        self.ledger = Ledger(plan, self.layers) if plan.layer_growth else None
         stored = _on_rank_0(lambda: _read(file, job))
         if stored is not None:
-            self.choice = stored["save_percent"]
+            self.choice, self.room = stored["save_percent"], stored["room"]
             if stored["corrected"]:
                 self.steps_left = 0
             logger.info(f"save_percent = auto: {describe(self.choice)}, as {file} has it")
@@ -109,7 +114,8 @@ class AutoSavePercent:
             # contexts and communication grow in the first steps
             outside = max(memory.outside(), context_bytes(_world_size()))
             room = _least(self.budget - outside)
-            self.choice = plan.fill(int(room / (1 + PLAN_ERROR)))
+            self.room = int(room / (1 + PLAN_ERROR))
+            self.choice = plan.fill(self.room)
             self._store(corrected=False)
             taken = plan.active(self.choice) + plan.slack
             logger.info(
@@ -134,9 +140,12 @@ class AutoSavePercent:
     def _correct(self) -> None:
         measured = self.memory.peak_reserved()
         # what was measured, in the plan's terms, is a plan that is wrong by so much
-        error = measured - self.plan.active(self.choice) - self.plan.slack
-        room = _least(self.budget - self.memory.outside() - error)
-        before, self.choice = self.choice, self.plan.fill(room)
+        planned = self.plan.active(self.choice) + self.plan.slack
+        if self.ledger is not None and self.ledger.least_peak:  # for the rows that came
+            planned = self.ledger.least_peak
+        error = measured - planned
+        self.room = _least(self.budget - self.memory.outside() - error)
+        before, self.choice = self.choice, self.plan.fill(self.room)
         self._store(corrected=True)
         self._apply()
         if self.choice != before:
@@ -150,11 +159,14 @@ class AutoSavePercent:
     def _apply(self) -> None:
         for layer, percent in zip(self.layers, self.choice, strict=True):
             layer.save_percent = percent
+            layer.ledger = self.ledger
+        if self.ledger is not None:
+            self.ledger.room, self.ledger.quiet = self.room, False
 
     def _store(self, corrected: bool) -> None:
         if _rank() != 0:
             return
-        content = {"save_percent": self.choice, "corrected": corrected, "job": self.job}
+        content = {"save_percent": self.choice, "corrected": corrected, "room": self.room, "job": self.job}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             scratch = self.file.with_suffix(".tmp")
@@ -239,7 +251,7 @@ def _read(file: Path, job: dict[str, Any]) -> dict | None:
     """The stored choice, if it is for this job."""
     try:
         stored = json.loads(file.read_text())
-        then, corrected, choice = stored["job"], stored["corrected"], stored["save_percent"]
+        then, rest = stored["job"], {name: stored[name] for name in ("save_percent", "corrected", "room")}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -249,7 +261,7 @@ def _read(file: Path, job: dict[str, Any]) -> dict | None:
     if changed := sorted(name for name in job.keys() | then.keys() if job.get(name) != then.get(name)):
         logger.info(f"save_percent = auto: choosing anew, since the choice in {file} is for other {', '.join(changed)}")
         return None
-    return {"save_percent": choice, "corrected": corrected}
+    return rest
 
 
 def _rank() -> int:

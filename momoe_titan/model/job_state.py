@@ -21,6 +21,7 @@ class RankState(NamedTuple):
             save_percent 100.
         skipped_steps: optimizer steps not taken, alike on all ranks; a tensor on the device or a
             number.
+        experts_shed: what they would keep of the last forward, if there were room for it.
     """
 
     held: float
@@ -32,6 +33,7 @@ class RankState(NamedTuple):
     experts_kept: float
     experts_kept_at_100: float
     skipped_steps: float | torch.Tensor = 0
+    experts_shed: float = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -302,6 +302,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         else:
             held, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
         ours = [layer for layer in layers if isinstance(layer, MomoeMoE)]
+        ledgers = {layer.experts.ledger for layer in ours} - {None}  # one or none
         guard = getattr(self.optimizers, "non_finite_guard", None)
         return RankState(
             held=held,
@@ -313,6 +314,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             experts_kept=sum(self._kept(layer, layer.experts.save_percent) for layer in ours),
             experts_kept_at_100=sum(self._kept(layer, 100) for layer in ours),
             skipped_steps=0 if guard is None else guard.skipped_steps,
+            experts_shed=sum(ledger.shed_bytes for ledger in ledgers) / GIB,
         )
 
     def _kept(self, layer: MomoeMoE, save_percent: float) -> float:
@@ -345,6 +347,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         if state.ours:
             scalars["moe/save_percent"] = state.save_percent_L.mean()
             scalars["memory/experts_kept(GiB)"] = ranks.experts_kept.max()
+            scalars["memory/experts_shed(GiB)"] = ranks.experts_shed.max()
         if state.counts_LE.size:
             maxvio_L, entropy_L = state.maxvio_L, state.entropy_L
             scalars |= {

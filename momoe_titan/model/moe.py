@@ -1,6 +1,7 @@
 """MoE layers as TorchTitan's trainer knows them: our experts, or TorchTitan's stock ones."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from .tensor_parallel import gather_rows, local_weight, sum_and_scatter_rows
 
 if TYPE_CHECKING:
     from .expert_parallel import Dispatcher
+    from .shedding import Ledger
 
 
 class Float32Linear(nn.Linear):
@@ -146,6 +148,7 @@ class MomoeExperts(nn.Module):
         w1: (E, D, 2, F): [:, :, 0] up, [:, :, 1] gate. With an axis of their own, the same columns
             of both are one shard of the last dimension, as tensor parallelism needs them.
         w2: (E, F, D).
+        ledger: of the z that this model's layers keep, where it may have to be shed, or None.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class MomoeExperts(nn.Module):
         self.check_ids = check_ids
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.ledger: "Ledger | None" = None
 
     def forward(
         self,
@@ -174,16 +178,21 @@ class MomoeExperts(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
+        save_percent, on_keep = self.save_percent, None
+        if self.ledger is not None:
+            save_percent = self.ledger.save_percent(self)
+            on_keep = functools.partial(self.ledger.keep, self)
         return momoe_mlp(
             x_TD,
             w1.flatten(2),
             w2,
             ids_TK,
             scores_TK,
-            self.save_percent,
+            save_percent,
             num_rows=num_rows,
             backend=self.backend,
             check_ids=self.check_ids,
+            on_keep=on_keep,
         )
 
     @torch.no_grad()
@@ -325,7 +334,9 @@ class MomoeMoE(BalancedMoE):
         scores_tK, ids_tK = self.router(x_tD, self.expert_bias)
         scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
         if self.dispatcher is not None:
-            exchange, counts_E = self.dispatcher.send(x_TD, ids_TK, scores_TK)
+            ledger = self.experts.ledger
+            make_room = ledger and functools.partial(ledger.make_room, self.experts)
+            exchange, counts_E = self.dispatcher.send(x_TD, ids_TK, scores_TK, make_room)
         else:
             out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
         if feeds_balancing(self):

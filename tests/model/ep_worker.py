@@ -3,7 +3,8 @@
 Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
 are forks of this one, because importing torch takes longer than training does. A run has replicate, shard, ep (degrees), mode
 (activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
-last of `ep` ranks gets no token), save (folder of a checkpoint to write). Every rank trains on its part of the same
+last of `ep` ranks gets no token), room (for so many times the z that a rank keeps of a layer of its
+fair share; 0: no ledger), save (folder of a checkpoint to write). Every rank trains on its part of the same
 batches; what came of the runs is written to FOLDER/PROCESSES.pt.
 """
 
@@ -24,8 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.expert_parallel import Flight
+from momoe_titan.model.shedding import Ledger
+from momoe_titan.plan.memory import CUBLAS_BYTES, MemoryPlan, Moment
 from tests.forks import in_forks
-from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
+from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, SEQ, tiny_args
 
 STEPS = 3
 
@@ -43,6 +46,18 @@ def starve(model, num_experts):
     """Keep tokens from choosing any of these last experts: their scores are at most 1."""
     for moe in moes(model):
         moe.expert_bias[-num_experts:] = -10
+
+
+def attach_ledger(model, settings, world) -> Ledger:
+    """As if nothing but z took memory."""
+    args, layers = model.model_args, [moe.experts for moe in moes(model)]
+    z = [(str(i), 8 * SEQ // world * args.moe_args.top_k * 2 * args.moe_hidden_dim * 4) for i in range(len(layers))]
+    moments = [Moment("loss", z[:i], 0, {}) for i in range(len(z) + 1)]
+    ledger = Ledger(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: 0 for n, _ in z}), layers)
+    ledger.room = settings["room"] * z[0][1] + CUBLAS_BYTES
+    for layer in layers:
+        layer.ledger = ledger
+    return ledger
 
 
 def clean(name):
@@ -75,6 +90,7 @@ def run(settings) -> dict:
     model = build(args_for(settings), 0, lambda m: parallelize_momoe_llama(m, dims, config))
     if settings["starve"]:
         starve(model, settings["num_experts"] // settings["ep"])
+    ledger = attach_ledger(model, settings, world) if settings["room"] else None
     optimizers = optimizers_for(model, dims, implementation="foreach")
     losses, counts, norms, grads = [], [], [], {}
     gc.collect()
@@ -107,6 +123,10 @@ def run(settings) -> dict:
     mine = [result[name].tolist() for name in ("counts", "bias", "norms")]
     dist.all_gather_object(everyone, mine)
     assert all(other == mine for other in everyone), "ranks disagree"
+    if ledger is not None:
+        held = [0 if (z := storage()) is None else z.nbytes() for _, storage in ledger._held]
+        dist.all_gather_object(everyone, (ledger.shed_bytes, len(held), sum(held)))
+        result["shed"] = everyone
     if settings["save"]:
         save({clean(n): t for n, t in model.state_dict().items()}, checkpoint_id=settings["save"])
     return result

@@ -1,5 +1,6 @@
 """save_percent = "auto": the choice, its correction, what a resumed run takes, and all ranks alike."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,25 @@ def test_what_was_measured_corrects_once(tmp_path, more, expected):
     # never above the budget where a smaller value would have fitted
     auto.memory.more = more
     assert auto.memory.peak_reserved() <= 11_500.01 * MIB or expected == [0, 0]
+
+
+@pytest.mark.parametrize("rows", [1.0, 0.75, 1.25])
+def test_a_correction_goes_by_the_rows_that_came(tmp_path, monkeypatch, rows):
+    """Expert parallelism: with few rows, or z shed for many, a rank takes less than it may the next time."""
+    grows = dataclasses.replace(plan(), layer_growth={"0": 1000 * MIB, "1": 1000 * MIB})
+    monkeypatch.setattr(f"{__name__}.plan", lambda: grows)
+    auto = start(tmp_path, 11_500)
+    for layer in auto.layers:
+        auto.ledger.make_room(layer, rows, rows, 0)
+    assert (auto.ledger.shed_bytes > 0) == (rows > 1)
+    taken = 10_000 + 2 * 1000 * (rows - 1) + (0 if rows > 1 else 950 * rows)
+    monkeypatch.setattr(Memory, "peak_reserved", lambda self: int(taken * MIB))
+    assert auto.choice == [0, 95] and steps(auto, MEASURED_STEPS) == [50, 100]
+    resumed = start(tmp_path, 11_500)
+    assert resumed.choice == [50, 100] and resumed.steps_left == 0
+    for run in (auto, resumed):
+        assert run.ledger.room == run.room == pytest.approx(11_500 * MIB, abs=MIB)
+        assert all(layer.ledger is run.ledger for layer in run.layers)
 
 
 def test_no_correction_where_the_model_is_compiled(tmp_path):

@@ -33,8 +33,10 @@ DEFAULTS = {
     "save_percent": 0,
     "num_experts": 6,
     "starve": False,
+    "room": 0,
     "save": "",
 }
+SHEDDING = ("none", "full", "selective")
 TWO = {
     "ep": {},
     "save 50": {"save_percent": 50},
@@ -45,6 +47,8 @@ TWO = {
     "compiled": {"compile": True, "mode": "full"},
     "triton": {"backend": "triton"},
     "starved": {"starve": True},
+    **{f"kept {mode}": {"starve": True, "save_percent": 100, "mode": mode} for mode in SHEDDING},
+    **{f"shed {mode}": {"starve": True, "save_percent": 100, "mode": mode, "room": 3.5} for mode in SHEDDING},
 }
 FOUR = {
     "fsdp": {"num_experts": 8},
@@ -173,6 +177,19 @@ def test_a_rank_that_receives_nothing(two, four, ranks, num_experts):
         if ".experts." in name:
             assert (grad[-idle:] == 0).all() and grad[:-idle].any()
     assert_like_one(run, one(num_experts, ep=ranks))
+
+
+@pytest.mark.parametrize("mode", SHEDDING)
+def test_shedding_changes_nothing(two, mode):
+    """Rank 0 gets all tokens, twice what it has room for: it sheds the first layer's z, which is held by then, alone."""
+    shed, kept = two[f"shed {mode}"], two[f"kept {mode}"]
+    assert_same_run(shed, kept)
+    for kind in ("grads", "weights"):
+        for name, want in kept[kind].items():
+            assert torch.equal(shed[kind][name], want), name
+    fair_z = 8 * 16 // 2 * 2 * 2 * 10 * 4
+    assert [n for n, *_ in shed["shed"]] == [2 * fair_z, 0]
+    assert [held for *_, held in shed["shed"]] == [0, 0]  # the graph is gone, and so is z
 
 
 def test_checkpoint_loads_into_one_process(two, folder):
