@@ -542,6 +542,9 @@ CHARTS = {  # file name: (key of a row, title, unit)
 }
 
 
+GROUPS_PER_LINE = 6
+
+
 def draw(result: dict, folder: Path) -> None:
     """The charts as PNG files, one group of bars per shape and routing.
 
@@ -556,21 +559,24 @@ def draw(result: dict, folder: Path) -> None:
     rows = {(r["shape"], r["routing"], r["implementation"]): r for r in result["rows"]}
     groups = list(dict.fromkeys(key[:2] for key in rows))
     labels = list(dict.fromkeys(key[2] for key in rows))
+    lines = [groups[i : i + GROUPS_PER_LINE] for i in range(0, len(groups), GROUPS_PER_LINE)]
     width = 0.8 / len(labels)
     for name, (key, title, unit) in CHARTS.items():
-        figure = Figure(figsize=(max(6, 1 + 0.35 * len(groups) * len(labels)), 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        for i, label in enumerate(labels):
-            heights = [rows.get((*group, label), {}).get(key, 0) for group in groups]
-            places = [g + (i - (len(labels) - 1) / 2) * width for g in range(len(groups))]
-            bars = axes.bar(places, heights, width, label=label)
-            axes.bar_label(bars, [f"{h:.0f}" if h else "none" for h in heights], fontsize=6, rotation=90, padding=2)
-        names = [shape if routing == "balanced" else f"{shape}\n{routing}" for shape, routing in groups]
-        axes.set_xticks(range(len(groups)), names, fontsize=8)
-        axes.set_ylabel(unit)
-        axes.margins(y=0.15)
-        axes.set_title(f"One MoE layer, {title}\n{result['device']}", fontsize=10)
-        axes.legend(fontsize=7, ncols=min(len(labels), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        size = max(6, 1 + 0.35 * len(lines[0]) * len(labels)), 1.5 + 3 * len(lines)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(f"One MoE layer, {title}\n{result['device']}", fontsize=10)
+        for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines):
+            for i, label in enumerate(labels):
+                heights = [rows.get((*group, label), {}).get(key, 0) for group in line]
+                places = [g + (i - (len(labels) - 1) / 2) * width for g in range(len(line))]
+                bars = axes.bar(places, heights, width, label=label)
+                axes.bar_label(bars, [f"{h:.0f}" if h else "none" for h in heights], fontsize=6, rotation=90, padding=2)
+            names = [shape if routing == "balanced" else f"{shape}\n{routing}" for shape, routing in line]
+            axes.set_xticks(range(len(line)), names, fontsize=8)
+            axes.set_xlim(-0.5, len(lines[0]) - 0.5)
+            axes.set_ylabel(unit)
+            axes.margins(y=0.2)
+        axes.legend(fontsize=7, ncols=min(len(labels), 4), loc="upper center", bbox_to_anchor=(0.5, -0.12))
         figure.savefig(folder / f"{name}.png", dpi=150)
 
 

@@ -59,12 +59,11 @@ class Gpu:
 
 
 GPUS = {
-    # The experts' are measured: F = 256 is 7B-n256, F = 1024 the mean of 30B-n1024 and seed-64e.
-    # Of the 500M flavor, memory fits two runs on one H200, launch FSDP and EP on two H100s, float32 TP there;
-    # others are assumed.
+    # The experts' are measured, the H200's with older kernels: F = 256 is 7B-n256, F = 1024 the mean of
+    # 30B-n1024 and seed-64e. Of the 500M flavor, memory fits runs on one GPU, launch FSDP and EP on two
+    # H100s, float32 TP there; others are assumed.
     "h200": Gpu(550, 350, 25, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
-    # as the H200, with memory by the ratio of the data sheets: assumed
-    "h100": Gpu(550, 350, 25, 300, memory=1.9, experts={256: (380, 435), 1024: (559, 535)}),
+    "h100": Gpu(550, 350, 25, 300, memory=2.4, experts={256: (410, 473), 1024: (568, 579)}),
 }
 
 
