@@ -77,7 +77,9 @@ def custom_scalars_layout(layer_ids: Sequence[int], on_gpu: bool) -> dict[str, d
         },
         "memory": {
             **memory,
-            "kept by the experts for the backward (GiB)": lines("memory/experts_kept(GiB)"),
+            "kept by the experts for the backward, shed of it (GiB)": lines(
+                "memory/experts_kept(GiB)", "memory/experts_shed(GiB)"
+            ),
             "save_percent, mean over layers": lines("moe/save_percent"),
         },
         "balance": {
