@@ -78,7 +78,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, some=save_percent > 0)
+    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
     # The backward ends with as much as all of z, twice the size of act, and all gradients. Without saved rows, y
     # beside act may take as much; with them it may too, so that save_percent does not change what is launched.

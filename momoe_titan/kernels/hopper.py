@@ -154,8 +154,12 @@ def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_first, z_end
     F = F2 // 2
     with_act = act_RF is not None
     act_desc = _ragged_block(act_RF, F) if with_act else None
-    # None makes another version. Where the rows are just too few, it still wants descriptors: any of this width will do.
-    z_up_desc, z_gate_desc = (None, None) if z is None else _halves_blocks(z, F) if z_end > 0 else (act_desc, act_desc)
+    if z is None:  # a version of its own
+        z_up_desc = z_gate_desc = None
+    elif z_end > 0:
+        z_up_desc, z_gate_desc = _halves_blocks(z, F)
+    else:  # no row of it is written: any descriptors of this width will do
+        z_up_desc = z_gate_desc = act_desc
     launch(
         up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),

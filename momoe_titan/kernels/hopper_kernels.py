@@ -5,11 +5,11 @@ warpgroup fills a ring of shared-memory stages (TMA, or cp.async where rows are 
 their token), two consumer warpgroups own 64 rows each and keep a 64x256 float32 accumulator, and
 TMA stores, clipped at the last row of the expert, send the result out. The second consumer works
 where none of its rows exist, too: a tile that took less time would put its program out of step
-with those that read the same operands. Results that need no epilogue (down, dx, weight gradients)
-wait in registers and go out under the products of the next tile (`Results`), others at once. The
-kernels differ in their operands (`TokenRows`, `PlainRows`, `RowsInTwo`, `ExpertWeights`,
-`TokenSteps`, `PlainSteps`, `StepsInTwo`), in their tile order (`RowTiles`, `WeightTiles`) and in
-their epilogue.
+with those that read the same operands. Results wait in registers and go out under the products of
+the next tile (`Results`): those of down, dx and the weight gradients, up's z, and its act where no z
+is kept. Act beside z, and all of down backward, go out at once. The kernels differ in their operands
+(`TokenRows`, `PlainRows`, `RowsInTwo`, `ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in
+their tile order (`RowTiles`, `WeightTiles`) and in their epilogue.
 
 Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
 """
@@ -718,7 +718,10 @@ class Results:
 def _up_consumer(
     ring, tiles, out_desc, gate_desc, act_desc, z_first, z_end, ACT: gl.constexpr, Z: gl.constexpr, W: gl.constexpr
 ):
-    """Stores z, or act if there is no Z, while the next tile is computed, and act beside Z at once."""
+    """Stores z, or act if there is no Z, while the next tile is computed, and act beside Z at once.
+
+    out_desc, gate_desc: the halves of z, whose first row is z_first and of which none from z_end on is stored; or act.
+    """
     buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     dtype: gl.constexpr = act_desc.dtype
     FAST: gl.constexpr = dtype == gl.bfloat16

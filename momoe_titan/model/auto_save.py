@@ -34,6 +34,8 @@ FILE_NAME = "save_percent.json"
 MEASURED_STEPS = 3  # the optimizer state exists from the first on
 # Until it is measured, what the plan may be wrong by.
 PLAN_ERROR = 0.05
+# What every layer of a rank may receive beyond its fair share, with expert parallelism, before z is shed.
+IMBALANCE = 0.05
 # What the choice depends on; a stored one is taken where all of it is as it was.
 _SECTIONS = ("model", "training", "parallelism", "activation_checkpoint", "compile", "optimizer")
 _NOT_MEMORY = {"steps", "dataset", "dataset_path", "lr", "gc_freq", "max_norm", "dataloader", "hf_assets_path"}
@@ -104,9 +106,11 @@ class AutoSavePercent:
         self.budget = budget_bytes(budget, memory.total())
         self.steps_left = MEASURED_STEPS if correct else 0
         self.ledger = Ledger(plan, self.layers) if plan.layer_growth else None
-        stored = _on_rank_0(lambda: _read(file, job))
+        self._imbalanced = plan.with_rows(IMBALANCE) if plan.layer_growth else plan
+        needs = ["save_percent", "corrected"] + ["room"] * (self.ledger is not None)
+        stored = _on_rank_0(lambda: _read(file, job, needs))
         if stored is not None:
-            self.choice, self.room = stored["save_percent"], stored["room"]
+            self.choice, self.room = stored["save_percent"], stored.get("room", 0)
             if stored["corrected"]:
                 self.steps_left = 0
             logger.info(f"save_percent = auto: {describe(self.choice)}, as {file} has it")
@@ -115,7 +119,7 @@ class AutoSavePercent:
             outside = max(memory.outside(), context_bytes(_world_size()))
             room = _least(self.budget - outside)
             self.room = int(room / (1 + PLAN_ERROR))
-            self.choice = plan.fill(self.room)
+            self.choice = self._imbalanced.fill(self.room)
             self._store(corrected=False)
             taken = plan.active(self.choice) + plan.slack
             logger.info(
@@ -145,7 +149,7 @@ class AutoSavePercent:
             planned = self.ledger.least_peak
         error = measured - planned
         self.room = _least(self.budget - self.memory.outside() - error)
-        before, self.choice = self.choice, self.plan.fill(self.room)
+        before, self.choice = self.choice, self._imbalanced.fill(self.room)
         self._store(corrected=True)
         self._apply()
         if self.choice != before:
@@ -247,11 +251,11 @@ def plan_in_child(job_config: JobConfig) -> dict | None:
     return None
 
 
-def _read(file: Path, job: dict[str, Any]) -> dict | None:
-    """The stored choice, if it is for this job."""
+def _read(file: Path, job: dict[str, Any], needs: Sequence[str]) -> dict | None:
+    """The stored choice, if it is for this job and has what it needs."""
     try:
         stored = json.loads(file.read_text())
-        then, rest = stored["job"], {name: stored[name] for name in ("save_percent", "corrected", "room")}
+        then, rest = stored["job"], {name: stored[name] for name in needs}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -2,8 +2,8 @@
 
 A token goes once to each *rank* that owns experts it chose, whose weighted sum for the token comes
 back as one row. Sending it once per *expert* costs K rows each way; once per rank, with choices
-spread evenly, costs P * (1 - (1 - 1/P)^K) rows: 1.9 in place of 4 for P = 2 and K = 4, 5.3 in place
-of 8 for P = 8 and K = 8. What it takes beyond the token, its K expert ids and scores, is 8 K bytes
+spread evenly over E = 128, costs 1.9 in place of 4 for P = 2 and K = 4, 5.3 in place of 8 for P = 8
+and K = 8 (`fair_share`). What it takes beyond the token, its K expert ids and scores, is 8 K bytes
 a row, against 2 D for the token in bfloat16. So it is done for any P and K.
 
     x_TD -> gather to x_ND, sorted by rank -> all-to-all -> x_MD -> the op, for this rank's experts
@@ -24,6 +24,7 @@ Letters: T a rank's own tokens, N rows it sends, M rows it receives, P ranks, E 
 chosen per token.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,11 +79,13 @@ _lib.impl("exchange_counts", _exchange_counts, "CompositeExplicitAutograd")
 _lib.impl("send_rows", _send_rows, "CompositeExplicitAutograd")
 
 
-def fair_share(num_tokens: int, num_chosen: int, num_ranks: int) -> tuple[int, int]:
-    """(tokens, slots) that a rank sends each other one of T tokens with K evenly spread choices: a
-    token goes once to each rank that has one of its experts."""
-    tokens = round(num_tokens * (1 - (1 - 1 / num_ranks) ** num_chosen))
-    return tokens, num_tokens * num_chosen // num_ranks
+def fair_share(num_tokens: int, num_chosen: int, num_experts: int, num_ranks: int) -> tuple[int, int]:
+    """(tokens, slots) that a rank sends each other one of T tokens that choose K of E experts, any K
+    as likely as others: a token goes once to each rank that has one of its experts, which is to say
+    to all but 1 in C(E, K) / C(E - E/P, K)."""
+    elsewhere = num_experts - num_experts // num_ranks
+    missed = math.comb(elsewhere, num_chosen) / math.comb(num_experts, num_chosen)
+    return round(num_tokens * (1 - missed)), num_tokens * num_chosen // num_ranks
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,8 @@ class Dispatcher:
         num_rows = sum(slots for _, slots in received_PC)
         if make_room is not None:
             ranks = self.group.size()
-            tokens, slots = (max(1, ranks * n) for n in fair_share(*ids_TK.shape, ranks))
+            fair = fair_share(*ids_TK.shape, self.num_experts, ranks)
+            tokens, slots = (max(1, ranks * n) for n in fair)
             row_bytes = x_TD.shape[1] * x_TD.element_size()
             make_room(
                 sum(splits.received) / tokens, num_rows / slots, (num_sent - tokens) * row_bytes

@@ -21,7 +21,8 @@ class RankState(NamedTuple):
             save_percent 100.
         skipped_steps: optimizer steps not taken, alike on all ranks; a tensor on the device or a
             number.
-        experts_shed: what they would keep of the last forward, if there were room for it.
+        experts_shed: z that was not kept of the last forward, for want of room; experts_kept is computed as if
+            it were.
     """
 
     held: float

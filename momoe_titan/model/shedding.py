@@ -33,8 +33,8 @@ class Ledger:
         quiet: whether the next shedding is not logged.
     """
 
-    # Letters: S moments of a step, L layers. rows_L2: tokens and slots received, beyond the fair share
-    # and relative to it; sent_L: bytes sent beyond it, which some modes of checkpointing keep.
+    # Letters: S moments of a step, L layers. rows_L2: tokens and slots received beyond the fair share,
+    # relative to it; sent_L: bytes of tokens sent beyond it, which some modes of checkpointing keep.
     def __init__(self, plan: MemoryPlan, layers: list[nn.Module]):
         self.layers = layers
         self.room = 0
@@ -44,7 +44,7 @@ class Ledger:
         self._growth_S = np.array([m.growth for m in plan.moments])
         z_SL = np.array([[dict(m.z).get(layer, 0) for layer in plan.layers] for m in plan.moments])
         self._alive_SL, self._whole_z_L = z_SL > 0, z_SL.max(axis=0)
-        self._growth_L = np.array([plan.layer_growth[layer] for layer in plan.layers])
+        self._growth_L2 = np.array([plan.layer_growth[layer] for layer in plan.layers])
         self._latest = 0
         self._begin()
 
@@ -56,7 +56,7 @@ class Ledger:
         self.shed_bytes = 0
 
     def save_percent(self, layer: nn.Module) -> float:
-        """Of this forward of the layer."""
+        """What the layer is to keep of the forward that `make_room` was called for: its own, or 0."""
         return layer.save_percent if self._z_L[self.layers.index(layer)] > 0 else 0.0
 
     def make_room(self, layer: nn.Module, received: float, slots: float, more_sent: int) -> None:
@@ -71,13 +71,13 @@ class Ledger:
         self._z_L[i] *= slots
         over_S = self._over_S()
         for j, storage in self._held:  # the first layer's is alive longest
-            if self._counts(j, over_S) and (z := storage()) is not None:
+            if self._would_help(j, over_S) and (z := storage()) is not None:
                 z.resize_(0)
                 over_S = self._give_up(j)
-        if self._counts(i, over_S):
+        if self._would_help(i, over_S):
             self._give_up(i)
         if i == len(self.layers) - 1:  # what is kept by what came, of the rest nothing beyond the fair share
-            least_S = self._peak_S(self._rows_L2.min(axis=1), self._sent_L.clip(max=0), min(self._rows_L2.min(), 0))
+            least_S = self._peak_S(self._rows_L2, self._sent_L.clip(max=0), min(self._rows_L2.min(), 0))
             self.least_peak = max(self.least_peak, int(least_S.max()))
 
     def keep(self, layer: nn.Module, z_S2F: torch.Tensor) -> None:
@@ -85,19 +85,19 @@ class Ledger:
         if torch._C._current_graph_task_id() == -1:
             self._held.append((self.layers.index(layer), weakref.ref(z_S2F.untyped_storage())))
 
-    def _peak_S(self, rows_L: np.ndarray, sent_L: np.ndarray, rows: float) -> np.ndarray:
-        """Bytes at each moment of the plan, where layers keep what goes with rows_L and sent_L beyond
+    def _peak_S(self, rows_L2: np.ndarray, sent_L: np.ndarray, rows: float) -> np.ndarray:
+        """Bytes at each moment of the plan, where layers keep what goes with rows_L2 and sent_L beyond
         the fair share, and the one at work has to do with `rows` and the most or least of sent_L."""
-        kept_S = self._alive_SL @ (self._z_L + self._growth_L * rows_L + sent_L)
+        kept_S = self._alive_SL @ (self._z_L + (self._growth_L2 * rows_L2).sum(axis=1) + sent_L)
         sent = sent_L[np.abs(sent_L).argmax()]
         return self._base_S + kept_S + self._growth_S * rows + (self._growth_S > 0) * sent
 
     def _over_S(self) -> np.ndarray:
         """When there may be too little room, by what is known of the rows so far."""
-        rows_L = self._rows_L2.max(axis=1).clip(min=0)
-        return self._peak_S(rows_L, self._sent_L.clip(min=0), rows_L.max()) > self.room
+        rows_L2 = self._rows_L2.clip(min=0)
+        return self._peak_S(rows_L2, self._sent_L.clip(min=0), rows_L2.max()) > self.room
 
-    def _counts(self, i: int, over_S: np.ndarray) -> bool:
+    def _would_help(self, i: int, over_S: np.ndarray) -> bool:
         """Whether there would be more room then without this layer's z."""
         return bool(self._z_L[i] and (over_S & self._alive_SL[:, i]).any())
 
@@ -108,9 +108,10 @@ class Ledger:
         if not self.quiet:
             self.quiet = True
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            tokens, slots = 1 + self._rows_L2.max(axis=0)
             logger.info(
-                f"save_percent = auto: rank {rank} receives {1 + self._rows_L2[self._latest, 1]:.2f} times its fair share "
-                f"of rows in MoE layer {self._latest + 1} of {len(self.layers)} and sheds the z that has no room; "
+                f"save_percent = auto: rank {rank} receives up to {tokens:.3f} times its fair share of tokens, {slots:.3f} of "
+                f"rows, by MoE layer {self._latest + 1} of {len(self.layers)}, and sheds the z that has no room; "
                 "not said again, see memory/experts_shed"
             )
         return self._over_S()

@@ -124,15 +124,20 @@ def trace_job(
         dims = _parallel_dims(config, world_size)
         plan = trace_training(config, dims, capability, cost)
         if sheds and plan.layers:
-            plan = plan.with_growth(trace_training(config, dims, capability, share=ep), ep)
+            tokens, rows = (trace_training(config, dims, capability, shares=shares) for shares in ((ep, 1), (ep, ep)))
+            plan = plan.with_growth(tokens, rows, ep)
     return dataclasses.replace(plan, notes=notes)
 
 
 def trace_training(
-    config: JobConfig, dims: ParallelDims, capability: tuple[int, int], cost: StepCost | None = None, share: int = 1
+    config: JobConfig,
+    dims: ParallelDims,
+    capability: tuple[int, int],
+    cost: StepCost | None = None,
+    shares: tuple[int, int] = (1, 1),
 ) -> MemoryPlan:
-    """The memory of a training step of this job as it is configured; `share` of `as_on_gpu`."""
-    with as_on_gpu(capability, share):
+    """The memory of a training step of this job as it is configured; `shares` of `as_on_gpu`."""
+    with as_on_gpu(capability, shares):
         trainer = FakeTrainer(config, dims)
         model = trainer.model_parts[0]
         places = _places(model)

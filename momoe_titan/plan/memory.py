@@ -35,7 +35,7 @@ class Moment:
         z: (MoE layer, bytes of its z alive at save_percent 100).
         base: bytes of all else.
         parts: the same, by part.
-        growth: bytes that the layer at work then takes more with twice its rows; see `with_growth`.
+        growth: bytes that the layer at work then takes more with twice its tokens and slots; see `with_growth`.
     """
 
     phase: str
@@ -62,7 +62,8 @@ class MemoryPlan:
         moments: of the step, see `Moment`.
         kept: bytes kept at the end of the forward, by part, z aside.
         layer_kept: the same by MoE layer.
-        layer_growth: bytes that each layer keeps more with twice its rows, z aside; see `with_growth`.
+        layer_growth: bytes that each layer keeps more, z aside, with twice its tokens, and with twice its slots; see
+            `with_growth`.
         num_parameters: of the whole model.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
@@ -76,7 +77,7 @@ class MemoryPlan:
     num_parameters: int
     slack: int = 0
     layer_kept: dict[str, int] = field(default_factory=dict)
-    layer_growth: dict[str, float] = field(default_factory=dict)
+    layer_growth: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     events: list[tuple[int, int, "Share | None"]] = field(default_factory=list)
 
@@ -153,25 +154,40 @@ class MemoryPlan:
             break
         return choice
 
-    def with_growth(self, grown: "MemoryPlan", share: int) -> "MemoryPlan":
-        """This plan, of a rank that receives its fair share of rows, with what takes more where it
-        receives more: `grown` is of the same job where it is `share` times that, more than is possible.
+    def with_growth(self, more_tokens: "MemoryPlan", more_rows: "MemoryPlan", share: int) -> "MemoryPlan":
+        """This plan, of a rank that receives its fair share, with what takes more where it receives more.
 
-        What a layer keeps is linear in its rows. The rest of a moment is the highest of what is:
-        convex, and so below the line through both plans.
+        What a layer keeps is linear in its tokens and its slots. The rest of a moment is the highest of
+        what is: convex, and so below the line through this plan and more_rows.
+
+        Args:
+            more_tokens: of the same job where the rank receives `share` times its tokens.
+            more_rows: the same with `share` times its slots as well.
+            share: as many as there can be, or more.
         """
         more = share - 1
-        layer_growth = {layer: (grown.layer_kept[layer] - self.layer_kept[layer]) / more for layer in self.layers}
+        kept = (self.layer_kept, more_tokens.layer_kept, more_rows.layer_kept)
+        by_layer = {layer: [plan[layer] for plan in kept] for layer in self.layers}
+        layer_growth = {layer: ((b - a) / more, (c - b) / more) for layer, (a, b, c) in by_layer.items()}
         bases: dict[tuple, int] = {}
-        for m in grown.moments:
+        for m in more_rows.moments:
             key = m.phase, *(layer for layer, _ in m.z)
             bases[key] = max(m.base, bases.get(key, 0))
         moments = []
         for m in self.moments:
             growth = (bases[m.phase, *(layer for layer, _ in m.z)] - m.base) / more
-            kept = sum(layer_growth[layer] for layer, _ in m.z)
-            moments.append(replace(m, growth=max(growth - kept, 0)))
+            of_kept = sum(sum(layer_growth[layer]) for layer, _ in m.z)
+            moments.append(replace(m, growth=max(growth - of_kept, 0)))
         return replace(self, moments=moments, layer_growth=layer_growth)
+
+    def with_rows(self, more: float) -> "MemoryPlan":
+        """The plan where each layer receives that much more than its fair share: 0.05 for 5% more."""
+        moments = []
+        for m in self.moments:
+            growth = m.growth + sum(sum(self.layer_growth[layer]) for layer, _ in m.z)
+            z = [(layer, int(n * (1 + more))) for layer, n in m.z]
+            moments.append(replace(m, z=z, base=int(m.base + more * growth)))
+        return replace(self, moments=moments, events=[])
 
     def to_dict(self) -> dict:
         values = asdict(self)

@@ -371,11 +371,11 @@ def _rms_norm(x, normalized_shape, weight=None, eps=None):
 
 
 @contextlib.contextmanager
-def as_on_gpu(capability: tuple[int, int], share: int = 1) -> Iterator[None]:
+def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> Iterator[None]:
     """While open, code on fake CPU tensors allocates as it would on a GPU of this compute capability.
 
     Kernels of momoe_titan and TorchTitan's MoE are not launched. With expert parallelism a rank
-    receives `share` times its fair share.
+    receives so many times its fair share of tokens, and of slots.
     """
     fits = lambda *wanted: capability >= wanted  # noqa: E731
     patches = [
@@ -387,10 +387,10 @@ def as_on_gpu(capability: tuple[int, int], share: int = 1) -> Iterator[None]:
         *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
         mock.patch.object(moe, "has_cuda_capability", fits),
         mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
-        mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, share)),
-        mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * share),
-        # as many ranges as for the fair share: never more rows in fewer
-        mock.patch.object(HopperGemms, "column_ranges", lambda self, rows, *args: _column_ranges(self, rows // share, *args)),
+        mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, shares)),
+        mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * shares[1]),
+        # for the fair share's rows, or fewer ranges and more memory: real ranges grow in number with the rows
+        mock.patch.object(HopperGemms, "column_ranges", lambda self, rows, *args: _column_ranges(self, rows // shares[1], *args)),
         mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(F, "rms_norm", _rms_norm),
@@ -405,11 +405,11 @@ _column_ranges = HopperGemms.column_ranges
 _send = expert_parallel.Dispatcher.send
 
 
-def _send_evenly(self, share, x_TD, ids_TK, scores_TK, make_room=None):
-    """`Dispatcher.send` where every rank gets its fair share, or a multiple: nobody knows what fake tokens choose."""
+def _send_evenly(self, shares, x_TD, ids_TK, scores_TK, make_room=None):
+    """`Dispatcher.send` where every rank gets its fair share, or multiples: nobody knows what fake tokens choose."""
     ranks = self.group.size()
-    tokens, slots = expert_parallel.fair_share(*ids_TK.shape, ranks)
-    sent, received = [[tokens, slots]] * ranks, [[share * tokens, share * slots]] * ranks
+    tokens, slots = expert_parallel.fair_share(*ids_TK.shape, self.num_experts, ranks)
+    sent, received = [[tokens, slots]] * ranks, [[shares[0] * tokens, shares[1] * slots]] * ranks
     exchanged = SimpleNamespace(tolist=lambda: [sent, received])
     with mock.patch.object(torch.ops.momoe_titan, "exchange_counts", lambda *args: exchanged):
         return _send(self, x_TD, ids_TK, scores_TK)

@@ -53,7 +53,7 @@ def attach_ledger(model, settings, world) -> Ledger:
     args, layers = model.model_args, [moe.experts for moe in moes(model)]
     z = [(str(i), 8 * SEQ // world * args.moe_args.top_k * 2 * args.moe_hidden_dim * 4) for i in range(len(layers))]
     moments = [Moment("loss", z[:i], 0, {}) for i in range(len(z) + 1)]
-    ledger = Ledger(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: 0 for n, _ in z}), layers)
+    ledger = Ledger(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: (0, 0) for n, _ in z}), layers)
     ledger.room = settings["room"] * z[0][1] + CUBLAS_BYTES
     for layer in layers:
         layer.ledger = ledger
@@ -98,6 +98,7 @@ def run(settings) -> dict:
     for step in range(STEPS):
         tokens, labels = (t.chunk(world)[rank] for t in batch(step))
         loss = loss_of(model, tokens, labels, 1 / world)
+        held = [] if ledger is None else [(i, storage().nbytes()) for i, storage in ledger._held]
         loss.backward()
         total = loss.detach()
         dist.all_reduce(total)
@@ -124,8 +125,8 @@ def run(settings) -> dict:
     dist.all_gather_object(everyone, mine)
     assert all(other == mine for other in everyone), "ranks disagree"
     if ledger is not None:
-        held = [0 if (z := storage()) is None else z.nbytes() for _, storage in ledger._held]
-        dist.all_gather_object(everyone, (ledger.shed_bytes, len(held), sum(held)))
+        assert all(storage() is None for _, storage in ledger._held), "z outlives its backward"
+        dist.all_gather_object(everyone, (ledger.shed_bytes, held))
         result["shed"] = everyone
     if settings["save"]:
         save({clean(n): t for n, t in model.state_dict().items()}, checkpoint_id=settings["save"])

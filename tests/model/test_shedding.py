@@ -22,17 +22,17 @@ def ledger_with(room: int, growth=100, kept=10, save_percent=(100.0,) * 3) -> Le
     z = [(layer, Z) for layer in LAYERS]
     moments = [Moment("forward", z[:i], BASE, {}, growth) for i in range(3)]
     moments += [Moment("loss", z, BASE, {}), Moment("backward", z[:1], BASE + 1000, {}, growth), Moment("optimizer", [], 0, {})]
-    plan = MemoryPlan(LAYERS, moments, {}, 1, slack=SLACK, layer_growth=dict.fromkeys(LAYERS, kept))
+    plan = MemoryPlan(LAYERS, moments, {}, 1, slack=SLACK, layer_growth=dict.fromkeys(LAYERS, (0.75 * kept, 0.25 * kept)))
     ledger = Ledger(plan, [Layer(percent) for percent in save_percent])
     ledger.room = BASE + SLACK + CUBLAS_BYTES + room
     return ledger
 
 
-def forward(ledger: Ledger, rows: list[float], more_sent=0) -> list[torch.Tensor]:
-    """z of each layer, empty where it is not kept at all."""
+def forward(ledger: Ledger, rows: list[float], more_sent=0, tokens=None) -> list[torch.Tensor]:
+    """z of each layer, empty where it is not kept at all. As many tokens as rows unless said otherwise."""
     kept = []
-    for layer, share in zip(ledger.layers, rows):
-        ledger.make_room(layer, share, share, more_sent)
+    for i, (layer, share) in enumerate(zip(ledger.layers, rows)):
+        ledger.make_room(layer, share if tokens is None else tokens[i], share, more_sent)
         kept.append(torch.empty(round(10 * share * ledger.save_percent(layer)), dtype=torch.uint8))
         if kept[-1].numel():
             ledger.keep(layer, kept[-1])
@@ -80,6 +80,16 @@ def test_only_the_largest_layer_at_work_counts_beyond_what_is_kept():
     for share, sheds in ((1.5, False), (1.51, True)):  # 1000 + z + 3000 * (share - 1) in the last backward
         ledger = ledger_with(4000, growth=3000, kept=0)
         assert (held(forward(ledger, [share, 0.9, share]))[0] == 0) == sheds
+
+
+def test_tokens_and_slots_take_what_each_takes():
+    # twice the slots of a layer: z 1000 and a quarter of 400; twice its tokens: three quarters of it
+    for tokens, rows, more in (([1, 1, 1], [1, 1, 2], 1100), ([1, 1, 2], [1, 1, 1], 300), ([1, 1, 2], [1, 1, 2], 1400)):
+        for room, left in ((3000 + more, 1000), (2999 + more, 0)):
+            assert held(forward(ledger_with(room, kept=400), rows, tokens=tokens))[0] == left
+    # the layer at work goes by the larger: two z and 3000 / 2 in the last forward
+    for room, left in ((3500, 1000), (3499, 0)):
+        assert held(forward(ledger_with(room, growth=3000, kept=0), [1, 1, 0.9], tokens=[1, 1, 1.5]))[0] == left
 
 
 def test_what_is_sent_beyond_the_fair_share_counts():
@@ -139,4 +149,4 @@ def test_it_is_said_once(caplog):
     for _ in range(3):
         forward(ledger, [1, 1.5, 1.5])
     said = [record.message for record in caplog.records if "sheds" in record.message]
-    assert len(said) == 1 and "rank 0 receives 1.50 times its fair share of rows in MoE layer 2 of 3" in said[0]
+    assert len(said) == 1 and "rank 0 receives up to 1.500 times its fair share of tokens, 1.500 of rows, by MoE layer 2 of 3" in said[0]

@@ -176,16 +176,26 @@ def _growth_is_exact() -> None:
     again = MemoryPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     config.momoe.save_percent = [100.0]
     layers = [SimpleNamespace(save_percent=percent, n=i) for i, percent in enumerate((50, 0, 100))]
-    for share in (1, 2, 3):
-        found = trace_training(config, plan_job._parallel_dims(config, 4), (9, 0), share=share)
+    for tokens, slots in ((1, 1), (2, 2), (3, 3), (2, 1), (3, 2)):
+        found = trace_training(config, plan_job._parallel_dims(config, 4), (9, 0), shares=(tokens, slots))
+        for layer, kept in found.layer_kept.items():
+            more_tokens, more_slots = plan.layer_growth[layer]
+            foreseen = plan.layer_kept[layer] + (tokens - 1) * more_tokens + (slots - 1) * more_slots
+            assert abs(kept - foreseen) <= 3 * 512  # blocks are rounded up
         ledger = Ledger(again, layers)
         ledger.room = 1 << 60
         for layer in layers:
-            ledger.make_room(layer, share, share, 0)
-        assert abs(ledger.least_peak - plan.slack - found.active([50, 0, 100])) <= 3 * 512  # z is rounded up
+            ledger.make_room(layer, tokens, slots, 0)
+        peak = found.active([50, 0, 100])
+        most = ledger._peak_S(ledger._rows_L2, ledger._sent_L, ledger._rows_L2.max()).max() - plan.slack
+        assert ledger.least_peak - plan.slack - 3 * 512 <= peak <= most + 3 * 512
+        if tokens == slots:
+            assert abs(most - peak) <= 3 * 512
     # layers of a recomputed block do not keep the rows that were sent to them
-    first, second, third = plan.layer_growth.values()
+    first, second, third = (sum(growth) for growth in plan.layer_growth.values())
     assert first == third != second and min(first, second) > 0
+    tokens, slots = plan.layer_growth[plan.layers[0]]
+    assert min(tokens, slots) > 0
     assert not any(m.growth for m in plan.moments if m.phase in ("loss", "optimizer"))
     assert max(m.growth for m in plan.moments if m.phase == "backward") > max(first, second)
 
