@@ -192,7 +192,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
         acc = warpgroup_mma_wait(1, deps=[acc])
         _give_back(ring, last)
         if results is not None:
-            for i in gl.static_range(results.COUNT):
+            for i in gl.static_range(results.outlet.COUNT):
                 if k == tile.k_begin + i * BK:
                     results.send(i)
         last = stage
@@ -200,7 +200,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     acc = warpgroup_mma_wait(0, deps=[acc])
     _give_back(ring, last)
     if results is not None:
-        for i in gl.static_range(1, results.COUNT):
+        for i in gl.static_range(1, results.outlet.COUNT):
             if tile.steps() <= i:
                 results.send(i)
     return acc, stage, phase
@@ -656,34 +656,18 @@ def _unpack(packed, dtype: gl.constexpr):
 
 
 @aggregate
-class Results:
-    """What a consumer has computed of a tile, (64, 256), on its way out."""
+class Outlet:
+    """Where a consumer's results go, and how."""
 
-    block_0: gl.tensor  # 64 columns, packed
-    block_1: gl.tensor
-    block_2: gl.tensor
-    block_3: gl.tensor
-    row: gl.tensor  # of the output
-    row_end: gl.tensor  # no row from here on is stored
-    col: gl.tensor
     desc: tma.tensor_descriptor
     gate_desc: tma.tensor_descriptor
     buffers: gl.shared_memory_descriptor  # (2, 64, 64)
-    COUNT: gl.constexpr  # blocks that there are
+    COUNT: gl.constexpr  # blocks of 64 columns in a tile
     GATED: gl.constexpr  # the third and the fourth go to the columns of the first two, through gate_desc
     TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
 
     @gluon.constexpr_function
-    def __init__(
-        self, block_0, block_1, block_2, block_3, row, row_end, col, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED
-    ):
-        self.block_0 = block_0
-        self.block_1 = block_1
-        self.block_2 = block_2
-        self.block_3 = block_3
-        self.row = row
-        self.row_end = row_end
-        self.col = col
+    def __init__(self, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED):
         self.desc = desc
         self.gate_desc = gate_desc
         self.buffers = buffers
@@ -691,26 +675,52 @@ class Results:
         self.GATED = gl.constexpr(GATED)
         self.TRANSPOSED = gl.constexpr(TRANSPOSED)
 
+
+@aggregate
+class Results:
+    """What a consumer has computed of a tile, (64, 256), on its way out."""
+
+    outlet: Outlet
+    block_0: gl.tensor  # 64 columns, packed
+    block_1: gl.tensor
+    block_2: gl.tensor
+    block_3: gl.tensor
+    row: gl.tensor  # of the output
+    row_end: gl.tensor  # no row from here on is stored
+    col: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, outlet, block_0, block_1, block_2, block_3, row, row_end, col):
+        self.outlet = outlet
+        self.block_0 = block_0
+        self.block_1 = block_1
+        self.block_2 = block_2
+        self.block_3 = block_3
+        self.row = row
+        self.row_end = row_end
+        self.col = col
+
     @gluon.jit
     def send(self, I: gl.constexpr):
         """Sends block I, after the ones before it."""
+        out = self.outlet
         if self.row < self.row_end:
-            block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[I], self.desc.dtype)
-            buffer = self.buffers.index(I % 2)
+            block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[I], out.desc.dtype)
+            buffer = out.buffers.index(I % 2)
             tma.store_wait(1)
-            if self.TRANSPOSED:
+            if out.TRANSPOSED:
                 buffer.permute((1, 0)).store(block)
                 where = _ragged(self.row + I * CHUNK, self.row_end, self.col)
             else:
                 buffer.store(block)
-                where = _ragged(self.row, self.row_end, self.col + (I % 2 if self.GATED else I) * CHUNK)
+                where = _ragged(self.row, self.row_end, self.col + (I % 2 if out.GATED else I) * CHUNK)
             fence_async_shared()
-            desc = self.gate_desc if self.GATED and I >= 2 else self.desc
+            desc = out.gate_desc if out.GATED and I >= 2 else out.desc
             tma.async_copy_shared_to_global(desc, where, _as_ragged(buffer, desc))
 
     @gluon.jit
     def send_all(self):
-        for i in gl.static_range(self.COUNT):
+        for i in gl.static_range(self.outlet.COUNT):
             self.send(i)
 
 
@@ -725,7 +735,7 @@ def _up_consumer(
     buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     dtype: gl.constexpr = act_desc.dtype
     FAST: gl.constexpr = dtype == gl.bfloat16
-    COUNT: gl.constexpr = 4 if Z else 2
+    outlet = Outlet(out_desc, gate_desc, buffers, 4 if Z else 2, True, False)
     stage = 0
     phase = 0
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
@@ -738,7 +748,7 @@ def _up_consumer(
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
-        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, gate_desc, buffers, COUNT, True, False)
+        before = Results(outlet, b0, b1, b2, b3, out_row, out_end, out_col)
         acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
         if ACT:
             up_0, up_1, gate_0, gate_1 = _quarters(acc)
@@ -759,7 +769,7 @@ def _up_consumer(
             out_row = row
             out_end = tile.row_end
         out_col = tile.col
-    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, gate_desc, buffers, COUNT, True, False).send_all()
+    Results(outlet, b0, b1, b2, b3, out_row, out_end, out_col).send_all()
     tma.store_wait(0)
 
 
@@ -825,11 +835,12 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
 
     TRANSPOSED: the tile is that of the transposed weight gradient of its expert.
     """
-    buffers = gl.allocate_shared_memory(out_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
+    dtype: gl.constexpr = out_desc.dtype
+    buffers = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], TILE_SMEM)
+    outlet = Outlet(out_desc, out_desc, buffers, 4, False, TRANSPOSED)
     stage = 0
     phase = 0
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
-    dtype: gl.constexpr = out_desc.dtype
     # Before the first tile there is nothing: no row is stored.
     b0, b1, b2, b3 = _pack_quarters(acc, dtype)
     out_row = gl.to_tensor(0)
@@ -840,7 +851,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
         row = tile.row + W * HALF
-        before = Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, out_desc, buffers, 4, False, TRANSPOSED)
+        before = Results(outlet, b0, b1, b2, b3, out_row, out_end, out_col)
         acc, stage, phase = _accumulate(ring, tile, acc, stage, phase, W, results=before)
         b0, b1, b2, b3 = _pack_quarters(acc, dtype)
         if TRANSPOSED:
@@ -851,7 +862,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
             out_row = row
             out_end = tile.row_end
             out_col = tile.col
-    Results(b0, b1, b2, b3, out_row, out_end, out_col, out_desc, out_desc, buffers, 4, False, TRANSPOSED).send_all()
+    Results(outlet, b0, b1, b2, b3, out_row, out_end, out_col).send_all()
     tma.store_wait(0)
 
 
