@@ -2,6 +2,7 @@
 
     python scripts/bench_moe.py --shapes 7B-n256,30B-n1024,seed-64e --save_percent 0,50,100 \
         --routing balanced,skewed --out bench.json --charts charts
+    python scripts/bench_moe.py --shapes olmoe-1b-7b --tokens 1,4,16,64 --save_percent 100 --cuda_graph   # decoding
     python scripts/bench_moe.py --from bench.json --charts charts   # draw only
     python scripts/bench_moe.py --device cpu --shapes tiny      # checks the script, not the speed
 
@@ -16,6 +17,9 @@ What is measured, in bfloat16:
     of limit  TFLOPS of forward and backward over those of an 8192^3 product in the same run.
     held MiB  still allocated between forward and backward, beyond inputs, weights and output.
     peak MiB  highest during forward and backward beyond the same, gradients included.
+    graph ms  with --cuda_graph, of ours and SonicMoE: replayed, so that no launch is waited for. The forward
+              without gradients takes other experts each time; of copy: the weights of the experts chosen over
+              its time, over the speed of a copy in the same run (bytes read and written).
     errors    norm(result - reference) / norm(reference), against momoe_mlp_ref in float32.
 Implementations that are not installed, or do not fit, are rows that say so. Results are written
 after every shape, so that a run that is cut short keeps what it has. --charts draws forward and
@@ -87,9 +91,10 @@ ROUTINGS = ("balanced", "skewed")
 class Case:
     """Inputs of one shape: tokens, weights (first F columns up, last F gate), choice, gradient."""
 
-    def __init__(self, name: str, device: torch.device, routing: str, seed: int):
+    def __init__(self, name: str, device: torch.device, routing: str, seed: int, tokens: int | None = None):
         self.name, self.device = name, device
         self.T, self.D, self.F, self.E, self.K = SHAPES[name]
+        self.T = tokens or self.T
         g = torch.Generator(device=device).manual_seed(seed)
 
         def normal(*shape, scale=1.0):
@@ -113,6 +118,10 @@ class Case:
         self.scores = chosen.clamp(-3, 3).gather(1, order).softmax(1).requires_grad_()
         self.counts = torch.bincount(self.ids.flatten(), minlength=self.E)
         self.flops = 6 * self.T * self.K * self.D * self.F
+
+    def choices(self, number: int) -> list[torch.Tensor]:
+        """The case's choice of experts, and the same moved on to other experts, `number` in all."""
+        return [(self.ids + i * self.E // number) % self.E for i in range(number)]
 
     def reference(self) -> dict[str, torch.Tensor]:
         """y and all gradients in float32, one expert at a time to bound the memory."""
@@ -141,11 +150,16 @@ class Ours:
     def __init__(self, case: Case, save_percent: float, backend: str):
         self.case, self.save_percent, self.backend = case, save_percent, backend
         self.leaves = [case.x, case.w1, case.w2, case.scores]
+        self.ids = self.own_ids(case.ids)
+
+    @staticmethod
+    def own_ids(ids_TK: torch.Tensor) -> torch.Tensor:
+        return ids_TK
 
     def forward(self):
         c = self.case
         return momoe_mlp(
-            c.x, c.w1, c.w2, c.ids, c.scores, self.save_percent, backend=self.backend
+            c.x, c.w1, c.w2, self.ids, c.scores, self.save_percent, backend=self.backend
         )[0]
 
     def gradients(self, grads):
@@ -250,9 +264,13 @@ class SonicMoE:
         self.w2 = case.w2.detach().transpose(1, 2).contiguous().requires_grad_()
         self.tokens = torch.arange(case.T, device=case.device, dtype=torch.int32)
         self.tokens = self.tokens.repeat_interleave(case.K)
-        self.ids = case.ids.flatten().int()
         self.case = case
         self.leaves = [case.x, self.w1, self.w2, case.scores]
+        self.ids = self.own_ids(case.ids)
+
+    @staticmethod
+    def own_ids(ids_TK: torch.Tensor) -> torch.Tensor:
+        return ids_TK.flatten().int()
 
     def forward(self):
         return self.functional.moe_general_routing_inputs(
@@ -423,6 +441,57 @@ def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str,
     return table
 
 
+def replayed_ms(run) -> float:
+    """Of one CUDA graph of run(): the median of ten timings, each of some ten milliseconds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()  # noqa: F841  what is freed within a capture is used again
+    clock = Clock(torch.device("cuda"))
+
+    def ms(replays):
+        start = clock.stamp()
+        for _ in range(replays):
+            graph.replay()
+        end = clock.stamp()
+        clock.wait()
+        return clock.ms(start, end) / replays
+
+    ms(2)
+    replays = max(1, int(10 / ms(2)))
+    return statistics.median(ms(replays) for _ in range(10))
+
+
+GRAPH_CHOICES = 8
+
+
+def graph_table(case: Case, implementation, limits: dict) -> dict[str, float]:
+    """Times from CUDA graphs, where the implementation can be told which experts to take."""
+    if not hasattr(implementation, "own_ids"):
+        return {}
+    both = replayed_ms(lambda: step(implementation))
+    choices = [implementation.own_ids(ids) for ids in case.choices(GRAPH_CHOICES)]
+
+    def forwards():
+        for implementation.ids in choices:
+            implementation.forward()
+
+    with torch.no_grad():
+        inference = replayed_ms(forwards) / len(choices)
+    implementation.ids = choices[0]
+    read = int((case.counts > 0).sum()) * 3 * case.D * case.F * case.w1.element_size()
+    return {
+        "graph_fwd_bwd_ms": both,
+        "graph_fwd_bwd_tflops": 3 * case.flops / both / 1e9,
+        "graph_inf_ms": inference,
+        "graph_inf_of_copy": read / inference / 1e9 / limits["copy_tb_per_s"],
+    }
+
+
 def why_not(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"not installed ({error})"
@@ -437,12 +506,19 @@ def free_memory():
         torch.cuda.empty_cache()
 
 
-def measure(name: str, routing: str, table: dict, limits: dict, args: argparse.Namespace) -> list[dict]:
-    """Rows of one shape and routing."""
+def label_of(name: str, tokens: int | None) -> str:
+    return f"{name} T={tokens}" if tokens else name
+
+
+def measure(
+    name: str, tokens: int | None, routing: str, table: dict, limits: dict, args: argparse.Namespace
+) -> list[dict]:
+    """Rows of one shape, number of tokens and routing."""
     device = torch.device(args.device)
-    rows = {label: {"shape": name, "routing": routing, "implementation": label} for label in table}
+    where = {"shape": label_of(name, tokens), "routing": routing}
+    rows = {label: {**where, "implementation": label} for label in table}
     try:
-        case = Case(name, device, routing, args.seed)
+        case = Case(name, device, routing, args.seed, tokens)
         reference = None if args.no_errors else case.reference()
     except torch.OutOfMemoryError as error:
         for row in rows.values():
@@ -480,6 +556,14 @@ def measure(name: str, routing: str, table: dict, limits: dict, args: argparse.N
     except torch.OutOfMemoryError as error:
         for label in ready:
             rows[label]["failed"] = why_not(error)
+        return list(rows.values())
+    if args.cuda_graph:
+        for label, implementation in ready.items():
+            try:
+                rows[label].update(graph_table(case, implementation, limits))
+            except Exception as error:  # a rival that cannot be captured has its other numbers
+                rows[label]["graph_failed"] = why_not(error)
+            free_memory()
     return list(rows.values())
 
 
@@ -516,11 +600,16 @@ def markdown(rows: list[dict]) -> str:
         ("fwd+bwd TFLOPS", "fwd_bwd_tflops", "{:.0f}"),
         ("inf TFLOPS", "inf_tflops", "{:.0f}"),
         ("of limit", "of_limit", "{:.0%}"),
+        ("graph fwd+bwd ms", "graph_fwd_bwd_ms", "{:.3f}"),
+        ("graph TFLOPS", "graph_fwd_bwd_tflops", "{:.0f}"),
+        ("graph inf ms", "graph_inf_ms", "{:.4f}"),
+        ("of copy", "graph_inf_of_copy", "{:.0%}"),
         ("held MiB", "held_mib", "{:.1f}"),
         ("bound MiB", "held_bound_mib", "{:.1f}"),
         ("peak MiB", "peak_mib", "{:.0f}"),
         ("first call s", "first_call_s", "{:.1f}"),
     ]
+    columns = [c for c in columns if not c[0].startswith(("graph", "of copy")) or any(c[1] in row for row in rows)]
     errors = ["y", "dx", "dscore", "dw1", "dw2"]
     heads = ["shape", "routing", "implementation", *(c[0] for c in columns), *(f"err {e}" for e in errors)]
     lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
@@ -597,6 +686,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--backend", default="auto", help="of ours: auto, triton or torch")
     parser.add_argument("--routing", default="balanced", help=f"comma-separated, of {', '.join(ROUTINGS)}")
+    parser.add_argument("--tokens", default=None, help="comma-separated; in place of the shapes' own numbers of tokens")
+    parser.add_argument("--cuda_graph", action="store_true", help="time CUDA graphs too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds_per_case", type=float, default=10.0, help="of timed runs, per shape")
     parser.add_argument(
@@ -616,6 +707,9 @@ def parse_arguments() -> argparse.Namespace:
     for routing in args.routing:
         if routing not in ROUTINGS:
             parser.error(f"--routing: {routing!r} is none of {', '.join(ROUTINGS)}")
+    args.tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else [None]
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        parser.error(f"--cuda_graph: needs a GPU, --device is {args.device!r}")
     if args.source and not args.charts:
         parser.error("--from needs --charts")
     args.save_percent = [float(p) for p in args.save_percent.split(",")]
@@ -644,18 +738,19 @@ def main() -> None:
         "rows": [],
     }
     print(json.dumps({k: v for k, v in result.items() if k != "rows"}), flush=True)
-    for name, routing in itertools.product(args.shapes, args.routing):
+    cases = list(itertools.product(args.shapes, args.tokens, args.routing))
+    for name, tokens, routing in cases:
         if time.perf_counter() - begin > args.seconds_total:
-            where = {"shape": name, "routing": routing, "failed": "no time left"}
+            where = {"shape": label_of(name, tokens), "routing": routing, "failed": "no time left"}
             rows = [{**where, "implementation": label} for label in table]
         else:
-            rows = measure(name, routing, table, result["limits"], args)
+            rows = measure(name, tokens, routing, table, result["limits"], args)
         free_memory()
         result["rows"] += rows
         print(markdown(rows) + "\n", flush=True)
         if args.out:
             Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    if len(args.shapes) * len(args.routing) > 1:
+    if len(cases) > 1:
         print(markdown(result["rows"]))
     if args.charts:
         draw(result, Path(args.charts))

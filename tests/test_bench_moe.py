@@ -8,14 +8,14 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_moe.py"
 
 def test_a_table_and_charts_for_both_routings(tmp_path):
     out, charts = tmp_path / "bench.json", tmp_path / "charts"
-    options = ["--device", "cpu", "--shapes", "tiny", "--routing", "balanced,skewed", "--save_percent", "0,100"]
+    options = ["--device", "cpu", "--shapes", "tiny", "--routing", "balanced,skewed", "--save_percent", "0,100", "--tokens", "256,16"]
     options += ["--implementations", "ours,torchtitan,sonicmoe", "--seconds_per_case", "0.1"]
     run = subprocess.run(
         [sys.executable, SCRIPT, *options, "--out", out, "--charts", charts], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 8 and f"| {rows[0]['shape']} | balanced | {rows[0]['implementation']} |" in run.stdout
+    assert len(rows) == 16 and f"| {rows[0]['shape']} | balanced | {rows[0]['implementation']} |" in run.stdout
     for row in rows:
         if row["implementation"] == "SonicMoE":
             assert "not installed" in row["failed"]
