@@ -29,9 +29,10 @@ def _combine_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (cdiv(T, BLOCK_T), cdiv(D, BLOCK_D)). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
+    num_d = tl.cdiv(D, BLOCK_D)  # the columns of a row at a time: it is read as it lies in memory
+    tokens = (tl.program_id(0) // num_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
     live = tokens < num_tokens
     inside = (cols < D)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -58,7 +59,7 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
     block_t = _ELEMENTS // block_d
     launch(
         _combine_kernel,
-        (cdiv(num_tokens, block_t), cdiv(d_model, block_d)),
+        (cdiv(num_tokens, block_t) * cdiv(d_model, block_d),),
         rows_RD,
         routing.row_TK,
         scores_TK if scores_TK is not None else rows_RD,
