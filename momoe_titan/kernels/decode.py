@@ -3,6 +3,10 @@
 Three launches, and no sorting: a row keeps the number of its slot, ``t * K + k``. Programs find the
 rows of their expert among all slots by themselves, own a stripe of its columns and stream it through
 shared memory. Plain Triton.
+
+On Hopper a launch overlaps the end of the one before (programmatic dependent launch): programs find their
+rows, and of a few slots ask for their first weights, before they wait. What they read until then, the ids
+and the weights, no kernel of the three writes; the first one waits at once, so nothing before it runs then.
 """
 
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda as tl_cuda
 
 from . import configs
 from .routing import _load_ids
@@ -58,19 +63,33 @@ def supported(dtype: torch.dtype, num_tokens: int, num_chosen: int) -> bool:
 
 
 @triton.jit
-def _expert_of_group(ids_ptr, group, num_slots, by_slot, E: tl.constexpr, SLOTS: tl.constexpr):
-    """Expert of a group of rows and how many there are: that of slot `group`, if no slot before names it, or expert `group`."""
-    slots = tl.arange(0, SLOTS)
-    ids = _load_ids(ids_ptr, slots, num_slots, E)
+def _ids_and_expert(ids_ptr, group, num_slots, by_slot, E: tl.constexpr, SLOTS: tl.constexpr, CACHE: tl.constexpr):
+    """Ids of all slots, and the expert of a group of rows: that of slot `group`, -1 if none, or expert `group`."""
+    ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E, CACHE)
     expert = group
     if by_slot:
-        expert = tl.sum(tl.where(slots == group, ids, 0))
+        expert = _load_ids(ids_ptr, group, num_slots, E, CACHE)  # in flight with the ids, before any sum over them
+    return ids, expert
+
+
+@triton.jit
+def _rows_of_group(ids, expert, group, by_slot, SLOTS: tl.constexpr):
+    """How many rows the group has: all of its expert, or none if it goes by slots and one before names the expert."""
     mine = (ids == expert) & (expert >= 0)
-    before = tl.sum((mine & (slots < group)).to(tl.int32))
     count = tl.sum(mine.to(tl.int32))
     if by_slot:
-        count = tl.where(before > 0, 0, count)
-    return expert, count
+        before = mine & (tl.arange(0, SLOTS) < group)
+        count = tl.where(tl.sum(before.to(tl.int32)) > 0, 0, count)
+    return count
+
+
+@triton.jit
+def _ask_for(ptr, stride, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Has a block of a matrix of 16-bit elements fetched into the L2, by lines of 128 bytes; what is outside: its edge instead."""
+    r = tl.minimum(row + tl.arange(0, BLOCK_ROWS), rows - 1)
+    c = tl.minimum(col + 64 * tl.arange(0, BLOCK_COLS // 64), cols - 1)
+    ptrs = (ptr + r[:, None] * stride + c[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -82,7 +101,7 @@ def _slots_of_rows(ids_ptr, expert, first, num_slots, E: tl.constexpr, BLOCK_M: 
     seen = tl.zeros((), tl.int32)
     for start in range(0, num_slots, CHUNK):
         slots = start + tl.arange(0, CHUNK)
-        mine = (_load_ids(ids_ptr, slots, num_slots, E) == expert).to(tl.int32)
+        mine = (_load_ids(ids_ptr, slots, num_slots, E, "") == expert).to(tl.int32)
         rank = seen + tl.cumsum(mine, 0) - mine
         is_row = (mine != 0)[None, :] & (rank[None, :] == rows[:, None])
         found += tl.sum(tl.where(is_row, slots[None, :] - num_slots, 0), axis=1)
@@ -107,13 +126,24 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid (groups * cdiv(F, BLOCK_N),). act (T * K, F) at slot s = up * silu(gate) of x[s // K] @ w1[ids[s]]."""
     NUM_N: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
     EVEN_N: tl.constexpr = F % BLOCK_N == 0
-    expert, count = _expert_of_group(ids_ptr, tl.program_id(0) // NUM_N, num_slots, by_slot, E, SLOTS)
-    cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    if OVERLAPS:
+        tl_cuda.gdc_wait()
+    group = tl.program_id(0) // NUM_N
+    first_col = tl.program_id(0) % NUM_N * BLOCK_N
+    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, "")
+    w_ptr = w1_ptr + expert.to(tl.int64) * (2 * D * F)
+    if OVERLAPS:
+        if (by_slot != 0) & (expert >= 0):
+            _ask_for(w_ptr, 2 * F, 0, first_col, D, 2 * F, BLOCK_K, BLOCK_N)
+            _ask_for(w_ptr, 2 * F, 0, F + first_col, D, 2 * F, BLOCK_K, BLOCK_N)
+    count = _rows_of_group(ids, expert, group, by_slot, SLOTS)
+    cols = first_col + tl.arange(0, BLOCK_N)
     col_mask = cols < F
     k = tl.arange(0, BLOCK_K)
     for first in range(0, count, BLOCK_M):  # once, unless tokens name an expert twice
@@ -121,7 +151,7 @@ def _up_kernel(
         live = slots < num_slots
         token = tl.where(live, slots // K, 0).to(tl.int64)
         x_ptrs = x_ptr + token[:, None] * D + k[None, :]
-        w_ptrs = w1_ptr + expert.to(tl.int64) * (2 * D * F) + k[:, None] * (2 * F) + cols[None, :]
+        w_ptrs = w_ptr + k[:, None] * (2 * F) + cols[None, :]
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, D, BLOCK_K):
@@ -132,6 +162,8 @@ def _up_kernel(
             gate = dot(x, w_gate, gate, "tf32", UPCAST)
             x_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * 2 * F
+        if OVERLAPS:  # not before the weights are here: the next launch's would compete with them
+            tl_cuda.gdc_launch_dependents()
         act = up * gate * tl.sigmoid(gate)
         act_ptrs = act_ptr + slots.to(tl.int64)[:, None] * F + cols[None, :]
         tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=live[:, None] & col_mask[None, :])
@@ -154,24 +186,35 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid (groups * cdiv(D, BLOCK_N) * SPLIT,). y (SPLIT, T * K, D) float32: sums over parts of F of act[s] @ w2[ids[s]]."""
     NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     PART: tl.constexpr = ((F + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
     EVEN_K: tl.constexpr = F % PART == 0
     EVEN_N: tl.constexpr = D % BLOCK_N == 0
-    pid = tl.program_id(0)
-    expert, count = _expert_of_group(ids_ptr, pid // (NUM_N * SPLIT), num_slots, by_slot, E, SLOTS)
-    split = pid // NUM_N % SPLIT
-    cols = pid % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(0) // (NUM_N * SPLIT)
+    split = tl.program_id(0) // NUM_N % SPLIT
+    first_col = tl.program_id(0) % NUM_N * BLOCK_N
+    # Before the wait from the L2: the SM's own cache may be older than the ids.
+    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, ".cg")
+    w_ptr = w2_ptr + expert.to(tl.int64) * (D * F)
+    if OVERLAPS:
+        tl_cuda.gdc_launch_dependents()
+        if (by_slot != 0) & (expert >= 0):
+            _ask_for(w_ptr, D, split * PART, first_col, F, D, BLOCK_K, BLOCK_N)
+    count = _rows_of_group(ids, expert, group, by_slot, SLOTS)
+    cols = first_col + tl.arange(0, BLOCK_N)
     col_mask = cols < D
     k = split * PART + tl.arange(0, BLOCK_K)
+    if OVERLAPS:
+        tl_cuda.gdc_wait()
     for first in range(0, count, BLOCK_M):
         slots = _slots_of_rows(ids_ptr, expert, first, num_slots, E, BLOCK_M)
         live = slots < num_slots
         rows = slots.to(tl.int64)
         a_ptrs = act_ptr + tl.where(live, rows, 0)[:, None] * F + k[None, :]
-        w_ptrs = w2_ptr + expert.to(tl.int64) * (D * F) + k[:, None] * D + cols[None, :]
+        w_ptrs = w_ptr + k[:, None] * D + cols[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, PART, BLOCK_K):
             a = load_block(a_ptrs, live, k0 + k < F, False, EVEN_K)
@@ -198,10 +241,18 @@ def _sum_kernel(
     SLOTS: tl.constexpr,
     E_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid (T, cdiv(D, BLOCK)). out[t] = sum over its used slots of score * y, parts and slots in order; counts (E) int64."""
     token = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if (token == 0) & (tl.program_id(1) == 0):
+        ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E, ".cg")
+        experts = tl.arange(0, E_POW2)
+        counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
+        tl.store(counts_ptr + experts, counts.to(tl.int64), mask=experts < E)
+    if OVERLAPS:
+        tl_cuda.gdc_wait()
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         slot = token * K + k
@@ -214,11 +265,6 @@ def _sum_kernel(
             row += tl.load(ptrs, mask=(cols < D) & (cols < tl.where(used, D, 0)), other=0.0)
         acc += tl.where(used, score, 0.0) * row
     tl.store(out_ptr + token.to(tl.int64) * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
-    if (token == 0) & (tl.program_id(1) == 0):
-        ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E)
-        experts = tl.arange(0, E_POW2)
-        counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
-        tl.store(counts_ptr + experts, counts.to(tl.int64), mask=experts < E)
 
 
 def forward(
@@ -232,7 +278,8 @@ def forward(
     by_slot = int(num_slots < num_experts)
     groups = min(num_slots, num_experts)
     slots = max(64, next_power_of_2(MAX_TOKENS * num_chosen))
-    shape = {"D": d_model, "E": num_experts, "SLOTS": slots}
+    overlaps = not configs.interpreting() and configs.device_properties(x_TD.device)[0] == (9, 0)
+    shape = {"D": d_model, "E": num_experts, "SLOTS": slots, "OVERLAPS": overlaps, "launch_pdl": overlaps}
     act = x_TD.new_empty(num_slots, ffn)
     y = x_TD.new_empty(down.split, num_slots, d_model, dtype=torch.float32)
     out_TD = torch.empty_like(x_TD)
@@ -269,7 +316,7 @@ def forward(
     )
     launch(
         _sum_kernel,
-        (num_tokens, cdiv(d_model, 512)),
+        (num_tokens, cdiv(d_model, 128)),
         y,
         ids_TK,
         scores_TK,
@@ -279,8 +326,8 @@ def forward(
         K=num_chosen,
         SPLIT=down.split,
         E_POW2=max(2, next_power_of_2(num_experts)),
-        BLOCK=512,
-        num_warps=4,
+        BLOCK=128,
+        num_warps=2,
         **shape,
     )
     return out_TD, counts_E

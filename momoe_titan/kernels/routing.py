@@ -93,9 +93,9 @@ def unpack_routing(
 
 
 @triton.jit
-def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr):
+def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr, CACHE: tl.constexpr):
     """Expert ids of the slots, int32; -1 for every id outside [0, E)."""
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1)
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1, cache_modifier=CACHE)
     return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
 
 
@@ -104,7 +104,7 @@ def _histogram_kernel(ids_ptr, hist_ptr, num_slots, num_blocks, E: tl.constexpr,
     """Grid (blocks of slots,). hist[e, block] = slots of the block that chose expert e."""
     block = tl.program_id(0)
     slots = block * SLOTS + tl.arange(0, SLOTS)
-    ids = _load_ids(ids_ptr, slots, num_slots, E)
+    ids = _load_ids(ids_ptr, slots, num_slots, E, "")
     experts = tl.arange(0, E_POW2)
     counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
     tl.store(hist_ptr + experts.to(tl.int64) * num_blocks + block, counts, mask=experts < E)
@@ -138,7 +138,7 @@ def _count(ids_ptr, num_slots, end, E: tl.constexpr, E_POW2: tl.constexpr, COUNT
     before = tl.zeros((E_POW2,), tl.int32)
     for start in range(0, num_slots, COUNTED):
         slots = start + tl.arange(0, COUNTED)
-        ids = _load_ids(ids_ptr, slots, num_slots, E)
+        ids = _load_ids(ids_ptr, slots, num_slots, E, "")
         counts += tl.histogram(ids, E_POW2, mask=ids >= 0)
         before += tl.histogram(ids, E_POW2, mask=(ids >= 0) & (slots < end))
     return counts, before
@@ -183,7 +183,7 @@ def _place_kernel(
     if pid < num_blocks:
         slots = pid * SLOTS + tl.arange(0, SLOTS)
         live = slots < num_slots
-        ids = _load_ids(ids_ptr, slots, num_slots, E)
+        ids = _load_ids(ids_ptr, slots, num_slots, E, "")
         used = ids >= 0
         chosen = tl.where(used, ids, 0)
         first = tl.cumsum(counts, 0) - counts
