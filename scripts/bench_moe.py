@@ -707,6 +707,8 @@ def parse_arguments() -> argparse.Namespace:
     for routing in args.routing:
         if routing not in ROUTINGS:
             parser.error(f"--routing: {routing!r} is none of {', '.join(ROUTINGS)}")
+    if args.tokens and not all(t.isdecimal() and int(t) for t in args.tokens.split(",")):
+        parser.error(f"--tokens: {args.tokens!r} are not all positive numbers")
     args.tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else [None]
     if args.cuda_graph and not args.device.startswith("cuda"):
         parser.error(f"--cuda_graph: needs a GPU, --device is {args.device!r}")

@@ -20,6 +20,7 @@ def test_a_table_and_charts_for_both_routings(tmp_path):
         if row["implementation"] == "SonicMoE":
             assert "not installed" in row["failed"]
             continue
+        assert row["shape"] == f"tiny T={row['T']}" and row["T"] in (256, 16)
         assert max(row["errors"].values()) < 0.02
         assert row["inf_ms"] > 0 and 0 < row["of_limit"] < 1.5
         # 30% of the tokens choose one of 8 experts, each of which would have 25%
@@ -28,6 +29,11 @@ def test_a_table_and_charts_for_both_routings(tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-    for options, message in ((["--routing", "odd"], "'odd' is none of balanced, skewed"), (["--from", "x"], "needs --charts")):
+    for options, message in (
+        (["--routing", "odd"], "'odd' is none of balanced, skewed"),
+        (["--from", "x"], "needs --charts"),
+        (["--tokens", "4,0"], "'4,0' are not all positive"),
+        (["--device", "cpu", "--cuda_graph"], "needs a GPU, --device is 'cpu'"),
+    ):
         run = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
         assert run.returncode == 2 and message in run.stderr
