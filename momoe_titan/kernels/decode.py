@@ -5,8 +5,9 @@ rows of their expert among all slots by themselves, own a stripe of its columns 
 shared memory. Plain Triton.
 
 On Hopper a launch overlaps the end of the one before (programmatic dependent launch): programs find their
-rows, and of a few slots ask for their first weights, before they wait. What they read until then, the ids
-and the weights, no kernel of the three writes; the first one waits at once, so nothing before it runs then.
+expert, and of a few slots ask for its first weights, before they wait. The first launch waits at once, so
+that all work before it is done when the others start. Until they wait they read ids and weights alone, which
+no kernel of the three writes, and write the counts alone, which no other one reads.
 """
 
 from dataclasses import dataclass
