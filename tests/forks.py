@@ -4,6 +4,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
 
 
 def in_forks(world: int, work: Callable[[int], None]) -> bool:
@@ -26,3 +29,21 @@ def in_forks(world: int, work: Callable[[int], None]) -> bool:
     if failed := {rank: code for rank, code in enumerate(codes) if code}:
         print(f"of {world} ranks failed, with exit code or -signal: {failed}", file=sys.stderr, flush=True)
     return not failed
+
+
+def in_gloo_forks(world: int, store: Path | str, work: Callable[[], None]) -> bool:
+    """work() in as many forks at once, the ranks of a gloo group; whether all of them ended well.
+
+    The group meets in the file `store`. A fork ends at once, not as the interpreter does: where a
+    thread of gloo is about to free the tensor of a last collective, and destroy_process_group leaves
+    such threads if a device mesh outlives it, Python before 3.14 ends that thread as it asks for the
+    GIL, which in C++ is std::terminate.
+    """
+
+    def rank_of_group(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+        work()
+        dist.destroy_process_group()
+
+    return in_forks(world, rank_of_group)

@@ -10,7 +10,6 @@ batches; what came of the runs is written to FOLDER/PROCESSES.pt.
 
 import gc
 import json
-import os
 import sys
 from unittest import mock
 
@@ -27,7 +26,7 @@ from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.expert_parallel import Flight
 from momoe_titan.model.shedding import Ledger
 from momoe_titan.plan.memory import CUBLAS_BYTES, MemoryPlan, Moment
-from tests.forks import in_forks
+from tests.forks import in_gloo_forks
 from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, SEQ, tiny_args
 
 STEPS = 3
@@ -133,19 +132,16 @@ def run(settings) -> dict:
     return result
 
 
-def worker(rank: int, world: int, runs: list[dict], folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", f"file://{folder}/store{world}", rank=rank, world_size=world)
+def worker(runs: list[dict], out: str) -> None:
     results = [run(settings) for settings in runs]
-    if rank == 0:
-        torch.save(results, f"{folder}/{world}.pt")
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        torch.save(results, out)
 
 
 def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
     ended_well = [
-        in_forks(world, lambda rank: worker(rank, world, its_runs, folder))
+        in_gloo_forks(world, f"{folder}/store{world}", lambda: worker(its_runs, f"{folder}/{world}.pt"))
         for world, its_runs in json.loads(runs)
     ]
     sys.exit(not all(ended_well))

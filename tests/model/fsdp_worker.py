@@ -1,12 +1,12 @@
-"""One rank of a short training run on the CPU; test_fsdp.py starts it with torchrun.
+"""Short training runs on the CPU, in several processes; test_fsdp.py starts it.
 
-Usage: fsdp_worker.py OUT JSON, where JSON holds replicate, shard (degrees), mode (activation
-checkpointing), param_dtype, backend, optimizer and non_finite_on (a rank). Every rank trains on its
-part of the same batches; rank 0 writes what came of it to OUT.
+Usage: fsdp_worker.py OUT PROCESSES JSON, where JSON is a list of runs. The processes are forks of
+this one, because importing torch takes longer than training does. A run has replicate, shard
+(degrees), mode (activation checkpointing), param_dtype, backend, optimizer and non_finite_on (a
+rank). Every rank trains on its part of the same batches; rank 0 writes what came of it to OUT.
 """
 
 import json
-import os
 import sys
 from unittest import mock
 
@@ -19,6 +19,7 @@ with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
 from torch.distributed.tensor import DTensor
 
 from momoe_titan.model import parallelize_momoe_llama
+from tests.forks import in_gloo_forks
 from tests.model.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 STEPS = 3
@@ -83,14 +84,15 @@ def run(settings) -> dict:
     return result
 
 
-def main(out: str, settings: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = [run(s) for s in json.loads(settings)]
+def worker(out: str, runs: list[dict]) -> None:
+    results = [run(settings) for settings in runs]
     if dist.get_rank() == 0:
-        torch.save(results, out + ".part")
-        os.rename(out + ".part", out)
-    dist.destroy_process_group()
+        torch.save(results, out)
+
+
+def main(out: str, processes: str, runs: str) -> None:
+    torch.set_num_threads(1)
+    sys.exit(not in_gloo_forks(int(processes), out + ".store", lambda: worker(out, json.loads(runs))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One rank of four that load a Hugging Face folder into sharded weights and save it again.
+"""Four processes load a Hugging Face folder into sharded weights and save it again.
 
 Usage: hf_worker.py FOLDER, with a folder "whole" in it; test_state_dict_adapter.py starts it.
+The processes are forks of this one, because importing torch takes longer.
 """
 
 import sys
@@ -8,7 +9,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 # TorchTitan reads the device type when it is imported, and knows no CPU.
 with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager, MODEL, ModelWrapper
 
 from momoe_titan.model import MomoeStateDictAdapter, parallelize_momoe_llama
+from tests.forks import in_gloo_forks
 from tests.model.tiny import build, job_config, tiny_args
 
 
@@ -83,9 +84,7 @@ def check(case: str, folder: str, states, read) -> None:
     )
 
 
-def main(folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def worker(folder: str) -> None:
     plain = build(tiny_args(), 0)
     manager = SimpleNamespace(
         sd_adapter=MomoeStateDictAdapter(tiny_args(), None), states={MODEL: ModelWrapper(plain)}
@@ -109,7 +108,11 @@ def main(folder: str) -> None:
             state_dict=lambda d=state_dict: d, load_state_dict=state_dict.update
         )
         check(case, folder, states, read)
-    dist.destroy_process_group()
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    sys.exit(not in_gloo_forks(4, f"{folder}/store", lambda: worker(folder)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and sees the same batches; "stop" is the step it ends with. What came of a run i
 """
 
 import json
-import os
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from momoe_titan.train import describe_cpu
-from tests.forks import in_forks
+from tests.forks import in_gloo_forks
 
 STEPS, BATCH = 3, 8
 
@@ -173,15 +172,12 @@ def merged(everyone: list[dict]) -> dict:
     return {"bias": bias, "grads": grads, "logged": logged[0]}
 
 
-def worker(rank: int, world: int, settings: dict, folder: str, index: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", f"file://{folder}/store{index}", rank=rank, world_size=world)
+def worker(settings: dict, folder: str, out: str) -> None:
     ring_attention = "momoe_titan.model.parallelize.apply_cp_to_attention_module"
     with mock.patch(ring_attention, gathered_attention):
         result = run(settings, folder)
-    if rank == 0:
-        torch.save(result, f"{folder}/{index}.pt")
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        torch.save(result, out)
 
 
 def main(folder: str, runs: str) -> None:
@@ -205,8 +201,9 @@ def main(folder: str, runs: str) -> None:
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
         register_train_spec("momoe_llama", spec)
         for index, (world, settings) in enumerate(json.loads(runs)):
+            store, out = f"{folder}/store{index}", f"{folder}/{index}.pt"
             # What failed is the last thing said.
-            if not in_forks(world, lambda rank: worker(rank, world, settings, folder, index)):
+            if not in_gloo_forks(world, store, lambda: worker(settings, folder, out)):
                 sys.exit(f"run {index} failed: {world} processes, {settings}")
 
 

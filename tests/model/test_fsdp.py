@@ -12,7 +12,6 @@ from momoe_titan.model import expert_bias_delta
 from tests.model.tiny import assert_same_run, build, tiny_args, train
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "fsdp_worker.py"
 
 
 def launch(folder, processes, runs):
@@ -28,15 +27,8 @@ def launch(folder, processes, runs):
     }
     out = folder / "results.pt"
     settings = json.dumps([{**defaults, **run} for run in runs.values()])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "tests.model.fsdp_worker"]
-    done = subprocess.run(
-        [*command, str(out), settings],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "tests.model.fsdp_worker", str(out), str(processes), settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(runs, torch.load(out), strict=True))
 
