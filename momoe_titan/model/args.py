@@ -255,6 +255,12 @@ def _check_auto(job_config: JobConfig) -> None:
 
 def _refuse_unsupported(job_config: JobConfig) -> None:
     check_activation_checkpoint(job_config)
+    training, validation = job_config.training, job_config.validation
+    if validation.enable and validation.seq_len > training.seq_len:
+        raise ValueError(
+            f"validation.seq_len is {validation.seq_len}, must be at most training.seq_len, "
+            f"{training.seq_len}: the model has no positions beyond"
+        )
     # TorchTitan's converters swap modules by type; float8 experts would need kernels of their own.
     if job_config.model.converters:
         raise ValueError(

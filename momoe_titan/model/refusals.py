@@ -105,12 +105,17 @@ def _check_context_parallel(args: "MomoeLlamaArgs", job_config: JobConfig) -> No
 
 
 def _check_seq_len(job_config: JobConfig, name: str, divisor: int) -> None:
-    if job_config.training.seq_len % divisor:
-        degree = getattr(job_config.parallelism, f"{name}_degree")
-        raise ValueError(
-            f"training.seq_len is {job_config.training.seq_len}, must be a multiple of {divisor} "
-            f"with parallelism.{name}_degree {degree}"
-        )
+    degree = getattr(job_config.parallelism, f"{name}_degree")
+    training, validation = job_config.training, job_config.validation
+    for section, seq_len in (
+        ("training", training.seq_len),
+        ("validation", validation.seq_len if validation.enable else 0),
+    ):
+        if seq_len % divisor:
+            raise ValueError(
+                f"{section}.seq_len is {seq_len}, must be a multiple of {divisor} with "
+                f"parallelism.{name}_degree {degree}"
+            )
 
 
 def _check_pipeline_parallel(args: "MomoeLlamaArgs", job_config: JobConfig) -> None:

@@ -288,6 +288,16 @@ class TestUpdateFromConfig:
         with pytest.raises(ValueError, match="model.converters"):
             tiny_args().update_from_config(config)
 
+    def test_refuses_to_validate_beyond_the_model_s_positions(self):
+        config = job_config()
+        config.validation.seq_len = 2 * config.training.seq_len
+        tiny_args().update_from_config(config)
+        config.validation.enable = True
+        with pytest.raises(ValueError, match="validation.seq_len is 32, .* training.seq_len, 16"):
+            tiny_args().update_from_config(config)
+        config.validation.seq_len = config.training.seq_len
+        tiny_args().update_from_config(config)
+
     def test_stock_backend_warns_of_settings_without_effect(self, caplog):
         tiny_args().update_from_config(
             job_config(backend="torchtitan", save_percent=[50.0], check_ids=True)

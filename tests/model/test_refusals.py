@@ -36,6 +36,11 @@ INTERLEAVED = {**PP, "pipeline_parallel_schedule": "Interleaved1F1B"}
         ({"tensor_parallel_degree": 2}, {"qk_norm": "full"}, "must be 1 with qk_norm 'full'"),
         ({"tensor_parallel_degree": 2, "training.seq_len": 15}, {}, "multiple of 2"),
         (
+            {"tensor_parallel_degree": 2, "validation.enable": True, "validation.seq_len": 15},
+            {},
+            "validation.seq_len is 15, must be a multiple of 2",
+        ),
+        (
             {"tensor_parallel_degree": 2, "enable_async_tensor_parallel": True},
             {},
             "enable_async_tensor_parallel is True, which needs compile.enable",
