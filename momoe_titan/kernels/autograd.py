@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import combine, configs, decode
-from .gemms import DX_RANGE_FLOPS, select_gemms, Y_RANGE_FLOPS
+from .gemms import DX_RANGE_FLOPS, KEPT_Y_RANGE_FLOPS, select_gemms, Y_RANGE_FLOPS
 from .reference import torch_backward, torch_forward
 from .routing import MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
 
@@ -42,13 +42,46 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % 16 else t
 
 
-def _combined(gemms, gemm, rows, w, routing, scores_TK, out_TD, max_bytes, range_flops):
-    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
+def _dw2_comes_last(num_rows: int, w2_EFD: Tensor) -> bool:
+    """Whether the backward computes dw2 when dz is let go, and holds act until then: where act is smaller than dw2.
 
-    max_bytes, range_flops: what a range should fit into, and have to do at least.
+    Its peak is dz, twice the size of act, with dw1, dx and the smaller of act and dw2.
     """
+    num_experts, _, d_model = w2_EFD.shape
+    return num_rows < num_experts * d_model
+
+
+def _y_ranges(gemms, num_rows: int, w2_EFD: Tensor, out_TD: Tensor, inference: bool) -> list[tuple[int, int]]:
+    """Columns of y at a time, so that the forward's peak, z + act + y, stays below the backward's.
+
+    As many ranges as it takes for act + y to be below dz and all gradients; more for z + act + y, only where each
+    has more to do, since they gain nothing at a low save_percent. The same ranges at every save_percent: it must not
+    change what is launched, and a plan for 100 has to foresee the others.
+    """
+    ffn = w2_EFD.shape[1]
+    act, dx, dw1, dw2 = num_rows * ffn * out_TD.element_size(), out_TD.nbytes, 2 * w2_EFD.nbytes, w2_EFD.nbytes
+    ranges = gemms.column_ranges(num_rows, ffn, out_TD, act + dx + dw1 + dw2, Y_RANGE_FLOPS)
+    if inference:
+        return ranges
+    beside_z = dx + dw1 + min(act, dw2) - act  # dz is as large as z
+    return max(ranges, gemms.column_ranges(num_rows, ffn, out_TD, beside_z, KEPT_Y_RANGE_FLOPS), key=len)
+
+
+def _dx_ranges(gemms, num_rows: int, w1_ED2F: Tensor, dx_TD: Tensor) -> list[tuple[int, int]]:
+    """Columns of dx at a time, by row: dw1 comes next and needs as much."""
+    return gemms.column_ranges(num_rows, w1_ED2F.shape[2], dx_TD, w1_ED2F.nbytes, DX_RANGE_FLOPS)
+
+
+def _let_go(z_S2F: Tensor) -> None:
+    """Free z, which autograd holds until the backward ends; not where hooks of saved tensors made it a part of more."""
+    storage = z_S2F.untyped_storage()
+    if storage.nbytes() == z_S2F.nbytes:
+        storage.resize_(0)
+
+
+def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
+    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists."""
     num_rows = rows.shape[0]
-    ranges = gemms.column_ranges(*rows.shape, out_TD, max_bytes, range_flops)
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
@@ -80,10 +113,8 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
-    # The backward ends with as much as all of z, twice the size of act, and all gradients. Without saved rows, y
-    # beside act may take as much; with them it may too, so that save_percent does not change what is launched.
-    room = act_RF.nbytes + x_TD.nbytes + w1_ED2F.nbytes + w2_EFD.nbytes
-    _combined(gemms, gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, room, Y_RANGE_FLOPS)
+    ranges = _y_ranges(gemms, num_rows, w2_EFD, out_TD, inference)
+    _combined(gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, ranges)
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
@@ -111,17 +142,30 @@ def _backward(
     dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
     if need_scores:
         combine.score_grad(dscore, routing, dscores_TK)
-    dw2 = torch.empty_like(w2_EFD) if need_w2 else w2_EFD.new_empty(0)
-    if need_w2:
+    del dscore
+    if over_z and z is not dz:
+        _let_go(z_S2F)
+
+    dw2 = w2_EFD.new_empty(0)
+    dw2_last = need_w2 and _dw2_comes_last(num_rows, w2_EFD)
+    if need_w2 and not dw2_last:
+        dw2 = torch.empty_like(w2_EFD)
         gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
-    del act_RF, dscore
+    if not dw2_last:
+        del act_RF
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
     if need_x:
-        # dw1 comes next and needs as much.
-        _combined(gemms, gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, w1_ED2F.nbytes, DX_RANGE_FLOPS)
+        ranges = _dx_ranges(gemms, num_rows, w1_ED2F, dx_TD)
+        _combined(gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, ranges)
     dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
     if need_w1:
         gemms.weight_grad(x_TD, dz, routing, dw1, gather_a=True)
+    if dw2_last:
+        del z, dz
+        if over_z:
+            _let_go(z_S2F)
+        dw2 = torch.empty_like(w2_EFD)
+        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
     return dx_TD, dw1, dw2, dscores_TK
 
 
@@ -291,7 +335,8 @@ def momoe_mlp(
         check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
             where num_rows is given, more used slots than that (synchronises with the host).
         on_keep: called with z (S, 2F) where rows of it are kept. Until the backward they may be shed,
-            `z.untyped_storage().resize_(0)`: it then computes all of z again, with the same result.
+            `z.untyped_storage().resize_(0)`: it then computes all of z again, with the same result. A backward that
+            is the last to need z frees it.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 _MAX_RANGES = 4
 _SMALL_BYTES = 64 << 20  # not worth more launches
 Y_RANGE_FLOPS = 0.75e11  # of a range of y at least: 0.16 ms at 7B-n256, where another range costs 0.05 ms
+KEPT_Y_RANGE_FLOPS = 3e11  # of one that is there for the sake of kept z alone
 DX_RANGE_FLOPS = 1.5e11  # of dx, whose ranges each read rows that are twice as wide
 _L2_BYTES = 16 << 20  # of an expert's weights: what is better read in two ranges
 

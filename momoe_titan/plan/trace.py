@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.models.moe import kernels as stock_kernels
 
 from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
-from momoe_titan.kernels.gemms import HopperGemms, select_gemms
+from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.model import expert_parallel, moe
 
 from .allocator import block_bytes
@@ -115,6 +115,7 @@ class MemoryTrace(TorchDispatchMode):
         self._z: dict[str, int] = {}
         self._z_key: tuple = ()
         self._inside: list | None = None  # moments within an op that is followed
+        self._whole: tuple[_Block, int, str] | None = None  # z, the number of its rows computed again, its layer
         self._exit = contextlib.ExitStack()
 
     def begin_step(self) -> None:
@@ -236,9 +237,11 @@ class MemoryTrace(TorchDispatchMode):
         z.z_layer, z.part = None, BACKWARD
         self._count(z, z.num_bytes)
         self.events.append((number, z.num_bytes, Share(layer, kept=False)))
+        self._whole = z, number, layer
         try:
             yield
         finally:
+            self._whole = None
             self.events.append((number, 0, Share(layer, kept=False)))
             self._count(z, -z.num_bytes)
             z.z_layer, z.part = layer, part
@@ -273,7 +276,12 @@ class MemoryTrace(TorchDispatchMode):
         change = block_bytes(num_bytes) - block.num_bytes
         if change:
             block.num_bytes += change
-            self.events.append((block.number, block.num_bytes, block.z_layer and Share(block.z_layer, kept=True)))
+            if self._whole and block is self._whole[0]:
+                _, again, layer = self._whole
+                self.events.append((block.number, block.num_bytes, Share(layer, kept=True)))
+                self.events.append((again, block.num_bytes, Share(layer, kept=False)))
+            else:
+                self.events.append((block.number, block.num_bytes, block.z_layer and Share(block.z_layer, kept=True)))
             self._count(block, change)
             if change > 0:
                 self._record()
@@ -389,8 +397,11 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
         mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, shares)),
         mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * shares[1]),
-        # for the fair share's rows, or fewer ranges and more memory: real ranges grow in number with the rows
-        mock.patch.object(HopperGemms, "column_ranges", lambda self, rows, *args: _column_ranges(self, rows // shares[1], *args)),
+        # for the fair share's rows, as if those were all: with more rows there are at least as many ranges, and where dw2
+        # then comes before dz is let go, that takes less than dw2 behind it
+        mock.patch.object(autograd, "_y_ranges", functools.partial(_y_ranges_of_share, shares)),
+        mock.patch.object(autograd, "_dx_ranges", lambda gemms, rows, *args: _dx_ranges(gemms, rows // shares[1], *args)),
+        mock.patch.object(autograd, "_dw2_comes_last", lambda rows, *args: _dw2_comes_last(rows // shares[1], *args)),
         mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(F, "rms_norm", _rms_norm),
@@ -401,8 +412,12 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         yield
 
 
-_column_ranges = HopperGemms.column_ranges
+_y_ranges, _dx_ranges, _dw2_comes_last = autograd._y_ranges, autograd._dx_ranges, autograd._dw2_comes_last
 _send = expert_parallel.Dispatcher.send
+
+
+def _y_ranges_of_share(shares, gemms, rows, w2_EFD, out_TD, inference):
+    return _y_ranges(gemms, rows // shares[1], w2_EFD, out_TD[: out_TD.shape[0] // shares[0]], inference)
 
 
 def _send_evenly(self, shares, x_TD, ids_TK, scores_TK, make_room=None):

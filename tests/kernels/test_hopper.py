@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from momoe_titan.kernels import combine, hopper
+from momoe_titan.kernels import autograd, combine, hopper
 from momoe_titan.kernels.gemms import DX_RANGE_FLOPS, HopperGemms, Y_RANGE_FLOPS
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
@@ -103,6 +103,24 @@ def test_y_comes_in_smaller_ranges():
     out = torch.empty(1, 1536, dtype=torch.bfloat16, device="meta")
     assert HopperGemms().column_ranges(196608, 256, out, 456 << 20, Y_RANGE_FLOPS) == [(0, 768), (768, 1536)]  # 7B-n256
     assert HopperGemms().column_ranges(98304, 256, out, 100 << 20, Y_RANGE_FLOPS) == [(0, 1536)]
+
+
+@pytest.mark.parametrize(
+    "shape, want",  # T, D, F, E, K; ranges at a width without gradients, with them
+    [
+        ((32768, 4096, 512, 128, 8), (1, 2)),  # 30B-n512: z and act beside y, 2816 MiB, are more than the backward's 2048
+        ((65536, 2048, 1024, 128, 8), (1, 3)),  # seed-128e-long: 5120, 3840
+        ((32768, 4096, 256, 256, 16), (2, 3)),  # 30B-n256
+        ((40960, 768, 512, 64, 4), (1, 1)),  # 1.4B-n512: 720, 668, but a range of half would have too little to do
+        ((32768, 4096, 1024, 128, 8), (1, 1)),  # 120B-n1024: less than the backward
+    ],
+)
+def test_y_makes_room_for_z(shape, want):
+    tokens, cols, ffn, experts, chosen = shape
+    out = torch.empty(tokens, cols, dtype=torch.bfloat16, device="meta")
+    w2 = torch.empty(experts, ffn, cols, dtype=torch.bfloat16, device="meta")
+    got = [len(autograd._y_ranges(HopperGemms(), tokens * chosen, w2, out, inference)) for inference in (True, False)]
+    assert tuple(got) == want
 
 
 def test_combine_of_column_ranges(device):

@@ -354,6 +354,33 @@ def test_shedding_frees_z(device, backend, shed):
     assert storage() is None
 
 
+@pytest.mark.parametrize("save_percent", [0, 37, 100])
+def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
+    """The same gradients; z, and where dw2 comes last dz too, are gone by then."""
+    from momoe_titan.kernels import autograd
+
+    gemms = type(autograd.select_gemms(torch.empty(0, 64, dtype=torch.float16, device=device), 64))
+    real, kept, seen = gemms.weight_grad, [], []
+
+    def weight_grad(self, a, b, routing, dw_EMN, **kwargs):
+        seen.append(("dw2" if kwargs.get("gather_b") else "dw1", *(z.untyped_storage().nbytes() > 0 for z in kept)))
+        real(self, a, b, routing, dw_EMN, **kwargs)
+
+    monkeypatch.setattr(gemms, "weight_grad", weight_grad)
+    x, w1, w2, ids, scores, dout = make_inputs((40, 64, 64, 4, 2), torch.float16, device)
+    leaves, results = [t.requires_grad_() for t in (x, w1, w2, scores)], []
+    for last in (False, True):
+        monkeypatch.setattr(autograd, "_dw2_comes_last", lambda *args: last)
+        kept.clear()
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend="triton", on_keep=kept.append)
+        results.append(torch.autograd.grad(out, leaves, dout))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert [name for name, *_ in seen] == ["dw2", "dw1", "dw1", "dw2"]
+    if save_percent:  # in a buffer of its own, dz needs z no more
+        has_z = gemms.dz_over_z
+        assert [alive for _, alive in seen] == [has_z, has_z, has_z, False]
+
+
 def test_another_backward_after_an_error_is_refused(device, backend, monkeypatch):
     from momoe_titan.kernels import autograd
 
