@@ -192,7 +192,7 @@ def _down_kernel(
     """Grid (groups * cdiv(D, BLOCK_N) * SPLIT,). y (SPLIT, T * K, D) float32: sums over parts of F of act[s] @ w2[ids[s]]."""
     NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     PART: tl.constexpr = ((F + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
-    EVEN_K: tl.constexpr = F % PART == 0
+    EVEN_K: tl.constexpr = F % (PART * SPLIT) == 0
     EVEN_N: tl.constexpr = D % BLOCK_N == 0
     group = tl.program_id(0) // (NUM_N * SPLIT)
     split = tl.program_id(0) // NUM_N % SPLIT

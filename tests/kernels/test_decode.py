@@ -16,6 +16,7 @@ SHAPES = {
     "odd_widths": (5, 97, 47, 30, 3),
     "many_slots": (16, 32, 40, 40, 8),  # more than a chunk of slots
     "split_sum": (2, 64, 200, 4, 1),
+    "nothing_for_the_second_part": (3, 32, 64, 5, 2),
 }
 
 
