@@ -1,17 +1,19 @@
 """The op: what is saved, what calls what. ``momoe_mlp`` validates once; everything below trusts it."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from . import combine, configs, decode
 from .gemms import DX_RANGE_FLOPS, KEPT_Y_RANGE_FLOPS, select_gemms, Y_RANGE_FLOPS
 from .reference import torch_backward, torch_forward
-from .routing import MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
+from .routing import MAX_EXPERTS, MAX_TILES, build_routing, build_routing_ref, packed_size, unpack_routing
+from .tiling import on_its_device
 
 BACKENDS = ("auto", "triton", "torch")
 _REFERENCE_TILE_ROWS = 128
@@ -171,9 +173,8 @@ def _backward(
 
 _backward_over_z = functools.partial(_backward, over_z=True)
 
-_lib.impl("moe_forward", _forward, "CompositeExplicitAutograd")
-_lib.impl("moe_backward", _backward, "CompositeExplicitAutograd")
-_lib.impl("moe_backward_over_z", _backward_over_z, "CompositeExplicitAutograd")
+for _name, _body in (("forward", _forward), ("backward", _backward), ("backward_over_z", _backward_over_z)):
+    _lib.impl(f"moe_{_name}", on_its_device(_body), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
@@ -205,24 +206,41 @@ def _setup_context(ctx, inputs, output):
 
 def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
     """Whether z is let go after this backward, which runs now and is not traced: its graph is not kept."""
-    if torch.compiler.is_compiling() or isinstance(z_S2F, FunctionalTensor):
+    if torch.compiler.is_compiling() or isinstance(z_S2F, FunctionalTensor) or torch.is_grad_enabled():
         return False
-    if torch._C._functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
+    if _functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradients as they are, and an error for who differentiates them by what they depend on."""
+
+    @staticmethod
+    def forward(ctx, num_inputs, *inputs_and_grads):
+        return tuple(grad.view_as(grad) for grad in inputs_and_grads[num_inputs:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("momoe_mlp has no second derivative")
+
+
 def _autograd_backward(ctx, dout_TD, *_):
+    if dout_TD is None:
+        return (None,) * 9
     x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
     backward = torch.ops.momoe_titan.moe_backward
     if _is_last_use(z_S2F, dout_TD):
         backward = torch.ops.momoe_titan.moe_backward_over_z
         torch.autograd.graph.increment_version(z_S2F)  # another backward after an error in this one is refused
-    dx, dw1, dw2, dscores = backward(
-        dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, ctx.save_percent, needs, ctx.backend
-    )
-    dx, dw1, dw2, dscores = (g if need else None for g, need in zip((dx, dw1, dw2, dscores), needs))
+    with torch.no_grad():
+        grads = backward(
+            dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, ctx.save_percent, needs, ctx.backend
+        )
+    if torch.is_grad_enabled():  # create_graph
+        grads = _OnceDifferentiable.apply(5, dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, *grads)
+    dx, dw1, dw2, dscores = (g if need else None for g, need in zip(grads, needs))
     return dx, dw1, dw2, None, dscores, None, None, None, None
 
 
@@ -231,7 +249,7 @@ torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, 
 
 def validate_save_percent(value, field: str = "save_percent") -> float:
     """``value`` as a float if it is a number from 0 to 100; ValueError naming ``field`` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100 or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:  # NaN neither
         raise ValueError(f"{field} must be a number from 0 to 100, got {value!r}")
     return float(value)
 
@@ -255,6 +273,8 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
             f"{[tuple(t.shape) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK)]}"
         )
     num_experts, ffn, d_model = w2_EFD.shape
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"w2 must be of 1 to {MAX_EXPERTS} experts, got {tuple(w2_EFD.shape)}")
     if w1_ED2F.shape != (num_experts, d_model, 2 * ffn):
         raise ValueError(f"w1 must be (E, D, 2F) = {(num_experts, d_model, 2 * ffn)} to go with w2, got {tuple(w1_ED2F.shape)}")
     if x_TD.shape[1] != d_model:
@@ -265,6 +285,8 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
         )
     if ids_TK.shape[1] == 0:
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
+    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt))):
+        raise ValueError(f"num_rows must be an int, got {num_rows!r}")
     if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():
         raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")
     if ids_TK.dtype not in (torch.int32, torch.int64):
@@ -297,6 +319,21 @@ def _validate_ids(ids_TK, num_experts, num_rows):
         raise ValueError(f"ids must not name an expert twice for a token, got {ids_TK[token].tolist()} for token {token}")
 
 
+def _wants_grad(*inputs: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return any(t.requires_grad for t in inputs)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise RuntimeError("momoe_mlp has no forward-mode derivative")
+    for t in inputs:
+        while not t.requires_grad and _functorch.is_functorch_wrapped_tensor(t):  # within torch.func.vmap, it says no
+            t = _functorch.get_unwrapped(t)
+        if t.requires_grad:
+            return True
+    return False
+
+
 def momoe_mlp(
     x_TD: Tensor,
     w1_ED2F: Tensor,
@@ -313,9 +350,10 @@ def momoe_mlp(
     """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
     with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
 
-    Differentiable in x, w1, w2 and scores (once: it has no second derivative).
-    Accumulates in float32, is deterministic to the bit, and neither synchronises
-    with the host nor compiles anything for a new T on the "triton" backend.
+    Differentiable in x, w1, w2 and scores, backwards and once: another derivative is
+    refused. Accumulates in float32, is deterministic to the bit, and neither synchronises
+    with the host nor compiles anything for a new T on the "triton" backend (but that up to
+    16 tokens without gradients, in 16 bits, have kernels of their own: see decode.py).
 
     Args:
         x_TD: tokens, bfloat16, float16 or float32.
@@ -343,7 +381,8 @@ def momoe_mlp(
         expert, int64 (E), not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes, devices, save_percent or backend don't fit.
+        ValueError: shapes, dtypes, devices, num_rows, save_percent or backend don't fit.
+        RuntimeError: a forward-mode derivative, or a second one, is asked for.
     """
     save_percent = validate_save_percent(save_percent)
     device_type = x_TD.device.type
@@ -354,7 +393,7 @@ def momoe_mlp(
     if check_ids:
         _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w1_ED2F, w2_EFD, scores_TK))
+    wants_grad = _wants_grad(x_TD, w1_ED2F, w2_EFD, scores_TK)
     out_TD, counts_E, z_S2F, _ = torch.ops.momoe_titan.moe_forward(
         x_TD.contiguous(),
         w1_ED2F.contiguous(),

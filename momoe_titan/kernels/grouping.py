@@ -93,4 +93,4 @@ def count_slots(ids_TK: torch.Tensor, num_experts: int, backend: str) -> torch.T
     if backend == "torch":
         ids = ids_TK[(ids_TK >= 0) & (ids_TK < num_experts)]
         return ids.bincount(minlength=num_experts)
-    return histogram(ids_TK, num_experts).sum(dim=1)
+    return histogram(ids_TK.contiguous(), num_experts).sum(dim=1)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiling import cdiv, launch, next_power_of_2
+from .tiling import cdiv, launch, next_power_of_2, on_its_device
 
 _BLOCK = 2048  # logits that one program of 4 warps holds
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -231,8 +231,8 @@ def _route_backward(dscores_TK, logits_TE, ids_TK, score_func, normalize, scale)
     return dlogits_TE
 
 
-_lib.impl("route", _route, "CompositeExplicitAutograd")
-_lib.impl("route_backward", _route_backward, "CompositeExplicitAutograd")
+_lib.impl("route", on_its_device(_route), "CompositeExplicitAutograd")
+_lib.impl("route_backward", on_its_device(_route_backward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::route", lib=_lib)
@@ -339,7 +339,7 @@ def _bfloat16_parts(t, by_rows):
     return out
 
 
-_lib.impl("bfloat16_parts", _bfloat16_parts, "CompositeExplicitAutograd")
+_lib.impl("bfloat16_parts", on_its_device(_bfloat16_parts), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("momoe_titan::bfloat16_parts", lib=_lib)

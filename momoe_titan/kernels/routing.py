@@ -16,7 +16,7 @@ import triton.language as tl
 from .configs import interpreting
 from .tiling import cdiv, launch, next_power_of_2
 
-MAX_TILES = 1 << 16  # of one expert: 16 bits of a packed tile hold its number
+MAX_TILES = MAX_EXPERTS = 1 << 16  # 16 bits of a packed tile hold its number in its expert, 16 the expert
 _SLOTS = 128  # slots that one program of the sort owns, a thread for each
 _FEW_SLOTS = 8192  # that every program can afford to count
 _COUNTED = 1024  # at a time, of few

@@ -1,5 +1,6 @@
 """Pieces that the grouped GEMM kernels share, and how a kernel is launched."""
 
+import functools
 import json
 import tempfile
 import warnings
@@ -21,6 +22,19 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n (1 for 0)."""
     return 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+def on_its_device(body):
+    """body, whose first argument is a tensor, with that tensor's CUDA device as the current one, where kernels go."""
+
+    @functools.wraps(body)
+    def run(tensor, *args, **options):
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return body(tensor, *args, **options)
+        with torch.cuda.device(tensor.device):
+            return body(tensor, *args, **options)
+
+    return run
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

@@ -40,4 +40,6 @@ def test_rows_of_tokens(name, backend, device):
     torch.testing.assert_close(dx.cpu(), times_T1 * dout)
 
     named = groups_TK[groups_TK >= 0]
-    assert count_slots(groups_TK.to(device), num_groups, backend).tolist() == named.bincount(minlength=num_groups).tolist()
+    beside_others = torch.stack([groups_TK, groups_TK + 1], dim=-1).to(device)
+    for ids in (groups_TK.to(device), beside_others[..., 0]):
+        assert count_slots(ids, num_groups, backend).tolist() == named.bincount(minlength=num_groups).tolist()

@@ -76,10 +76,11 @@ def test_forward_and_gradients(name, dtype, backend, device):
     assert got[0].dtype == dtype and counts.tolist() == counts_want.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("save_percent", [1, 37, 99, 100])
-def test_save_percent_never_changes_a_bit(save_percent, backend, device):
+def test_save_percent_never_changes_a_bit(save_percent, dtype, backend, device):
     # 90 rows over 3 experts in tiles of 16 (128 on a GPU): the border falls inside a tile and inside an expert
-    inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float16, device)
+    inputs = make_inputs(SHAPES["tiles_cross_experts"], dtype, device)
     want, _ = run(momoe_mlp, *inputs, 0, backend=backend)
     got, _ = run(momoe_mlp, *inputs, save_percent, backend=backend)
     for name, g, w in zip(NAMES, got, want):
@@ -160,6 +161,50 @@ def test_strided_inputs(device, backend):
     out.sum().backward()  # a gradient of stride 0
     got = (out.detach(), leaves[0].grad.t(), *(t.grad for t in leaves[1:]))
     assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+def test_a_second_derivative_is_refused(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+    out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], 37, backend=backend)
+    want = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    got = torch.autograd.grad(out, leaves, dout, create_graph=True)
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(got[0].square().sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: momoe_mlp(x, w1, w2, ids, scores, backend=backend)[0], (x,), (x,))
+
+
+def test_vmap_within_autograd(device, backend):
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    x.requires_grad_()
+
+    def forward(x):
+        return momoe_mlp(x, w1, w2, ids, scores, 50, backend=backend)[0]
+
+    (want,) = torch.autograd.grad(forward(x), x, dout)
+    both = torch.func.vmap(forward)(torch.stack([x, 2 * x]))
+    (got,) = torch.autograd.grad(both[0], x, dout)
+    torch.testing.assert_close(got, want)
+
+
+def test_an_output_without_a_gradient(device, backend):
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out, other):
+            return out + other
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, grad
+
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    other = torch.zeros_like(x).requires_grad_()
+    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, backend=backend)
+    Dropped.apply(out, other).sum().backward()
+    assert x.grad is None and (other.grad == 1).all()
 
 
 def test_gradients_only_where_wanted(device, backend):
@@ -271,6 +316,15 @@ def test_compiles_whole_and_for_any_token_count(device, backend):
         x, w1, w2, ids, scores, _ = make_inputs((tokens, 32, 32, 4, 2), torch.float32, device)
         assert torch.equal(compiled(x, w1, w2, ids, scores), layer(x, w1, w2, ids, scores))
     assert len(graphs) == 1
+
+
+def test_compiles_whole_for_any_save_percent(device, backend):
+    x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    want, _ = momoe_mlp(x, w1, w2, ids, scores, backend=backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(momoe_mlp, fullgraph=True, dynamic=True, backend="aot_eager")
+    for save_percent in (10.0, 37.5, 60.0):
+        assert torch.equal(compiled(x.requires_grad_(), w1, w2, ids, scores, save_percent, backend=backend)[0], want)
 
 
 def test_aot_autograd_traces_both_ways(device, backend):
@@ -443,6 +497,12 @@ BAD = {
     "x must be bfloat16, float16 or float32, got torch.float64": dict(x=torch.randn(45, 32, dtype=torch.float64)),
     "must share a dtype outside of autocast, got torch.float16": dict(x=torch.randn(45, 32).half()),
     "num_rows must be from 0 to T \\* K = 90, got 91": dict(num_rows=91),
+    "num_rows must be an int, got 45.0": dict(num_rows=45.0),
+    "num_rows must be an int, got True": dict(num_rows=True),
+    "w2 must be of 1 to 65536 experts, got \\(0, 48, 32\\)": dict(w1=torch.empty(0, 32, 96), w2=torch.empty(0, 48, 32)),
+    "w2 must be of 1 to 65536 experts, got \\(65537, 1, 32\\)": dict(
+        w1=torch.empty(65537, 32, 2), w2=torch.empty(65537, 1, 32)
+    ),
     "ids must be in \\[0, 3\\), got -1": dict(ids=torch.full((45, 2), -1), check_ids=True),
     "ids must be in \\[0, 3\\), got 5": dict(ids=torch.full((45, 2), 5), check_ids=True),
     "must not name an expert twice for a token, got \\[1, 1\\] for token 0": dict(ids=torch.full((45, 2), 1), check_ids=True),
