@@ -5,6 +5,7 @@ number of ranks) or Hugging Face folders.
 """
 
 import copy
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -63,6 +64,14 @@ def read_job(options: list[str]) -> tuple[MomoeLlamaArgs, str]:
     config = ConfigManager().parse_args(options)
     if config.model.name != "momoe_llama":
         raise ValueError(f"model.name is {config.model.name!r}, must be 'momoe_llama'")
+    if module := config.experimental.custom_import:  # which may add a flavor
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            raise ValueError(
+                f"experimental.custom_import {module!r}: {e}; a script does not look in the current "
+                "folder: add it to PYTHONPATH"
+            ) from e
     if config.model.flavor not in flavors:
         raise ValueError(f"model.flavor {config.model.flavor!r} is none of {', '.join(flavors)}")
     # What the job loads or saves, and over how many ranks, is not asked for here.

@@ -245,8 +245,12 @@ def check_config(config: "JobConfig") -> None:
 
 def complete_hf_folder(config: "JobConfig") -> None:
     """Give the last checkpoint, if it was saved in Hugging Face's format, the config.json and the
-    tokenizer that transformers needs; TorchTitan writes the weights alone."""
+    tokenizer that transformers needs; TorchTitan writes the weights alone.
+
+    A run that was at its end before has saved nothing: its last checkpoint stays what it is, and a
+    warning says so."""
     from torchtitan.protocols.train_spec import get_train_spec
+    from torchtitan.tools.logging import logger
 
     from momoe_titan.model.hf_config import saved_dtype, write_hf_config
     from momoe_titan.register import MODEL_NAME
@@ -258,6 +262,12 @@ def complete_hf_folder(config: "JobConfig") -> None:
         config.job.dump_folder, checkpoint.folder, f"step-{config.training.steps}"
     )
     if os.environ["RANK"] == "0" and os.path.isdir(folder):
+        if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+            logger.warning(
+                f"checkpoint.last_save_in_hf is true, but {folder!r} is of an earlier run and not in "
+                "Hugging Face's format: this run saved nothing. scripts/export_hf.py converts it"
+            )
+            return
         model_args = get_train_spec(MODEL_NAME).model_args[config.model.flavor]
         model_args.update_from_config(config)
         write_hf_config(folder, model_args, config.model.hf_assets_path, saved_dtype(folder))

@@ -24,6 +24,7 @@ from momoe_titan.inference import (
     stream_text,
     with_positions,
 )
+from momoe_titan.model import flavors
 from momoe_titan.model.hf_config import BIAS_FILE, read_hf_args
 from tests.model.tiny import build, moes, tiny_args
 from tests.test_train import train
@@ -133,6 +134,21 @@ def test_export_in_another_dtype_and_one_file(run, tmp_path):
         assert weight.dtype == kept, name
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_flavor_of_an_own_module(run, tmp_path, monkeypatch):
+    """Not momoe_titan.register, but a module of the user's."""
+    (tmp_path / "own_flavor.py").write_text(
+        "import copy\nfrom momoe_titan.model import flavors\n"
+        "flavors['own'] = copy.deepcopy(flavors['debugmodel'])\n"
+    )
+    own = ["--model.flavor=own", "--experimental.custom_import=own_flavor"]
+    with pytest.raises(ValueError, match="experimental.custom_import 'own_flavor': .*PYTHONPATH"):
+        read_job([*JOB, *own])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(flavors, "own", None)  # takes the module's away at the end
+    export_hf.main([str(run / "checkpoint"), str(tmp_path / "out"), *JOB, *own])
+    assert read_hf_args(str(tmp_path / "out")) == read_hf_args(str(run / "hf"))
 
 
 @pytest.mark.parametrize("backend", ["torch", "torchtitan"])

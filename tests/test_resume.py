@@ -249,6 +249,17 @@ def test_run_goes_on_behind_an_export(jobs, whole, tmp_path):
         assert passed in run.log
 
 
+def test_finished_run_again_with_an_export(jobs, whole, tmp_path):
+    """Nothing is left to train and to save: its last checkpoint is no Hugging Face folder."""
+    shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
+    files = sorted(step_folder(tmp_path, STEPS).iterdir())
+    export = "--checkpoint.last_save_model_only", "--checkpoint.last_save_in_hf"
+    again = jobs.run(tmp_path, *export)
+    assert again.status == [0], again.log[-3000:]
+    assert f"last_save_in_hf is true, but '{step_folder(tmp_path, STEPS)}' is of an earlier" in again.log
+    assert sorted(step_folder(tmp_path, STEPS).iterdir()) == files
+
+
 def test_initial_checkpoint_is_not_forgotten_in_a_kill(jobs, whole, tmp_path):
     load = "--checkpoint.initial_load_path", str(step_folder(whole()[0], STEPS))
     first = jobs.run(tmp_path, *load, die=[4, "__"])
@@ -264,6 +275,9 @@ def test_unusable_checkpoint_is_named(jobs, whole, tmp_path):
     refused = jobs.run(tmp_path, "--checkpoint.load_step=8")
     assert refused.status == [2]
     assert "error: checkpoint.load_step: the checkpoint" in refused.log.splitlines()[-1]
+    refused = jobs.run(tmp_path / "mistyped", "--checkpoint.load_step=8")
+    assert refused.status == [2]
+    assert "error: checkpoint.load_step is 8, but job.dump_folder" in refused.log.splitlines()[-1]
     refused = jobs.run(tmp_path, "--momoe.backend=torchtitan")
     assert refused.status == [2]
     assert "error: momoe.backend must not be 'torchtitan'" in refused.log.splitlines()[-1]

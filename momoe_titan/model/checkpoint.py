@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as titan
-from torchtitan.components.checkpoint import DATALOADER, MODEL, TRAIN_STATE
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
@@ -22,6 +22,8 @@ from .moe import BalancedMoE, StockMoE
 
 BALANCE_STATE = ("expert_bias", "tokens_per_expert")
 RANK_PREFIX = f"{DATALOADER}.dp_rank_"  # of the position of each data-parallel rank
+BESIDE_WEIGHTS = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}
+ONLY_WEIGHTS = "it holds only weights (checkpoint.last_save_model_only)"
 
 
 class CheckpointError(ValueError):
@@ -35,8 +37,10 @@ def read_metadata(path: str) -> Metadata:
     """What a torch.distributed.checkpoint folder says of itself.
 
     Raises:
-        CheckpointError: the folder does not hold all that was to be saved.
+        CheckpointError: the folder does not hold all that was to be saved, or is none.
     """
+    if not os.path.isdir(path):
+        raise CheckpointError("there is no such folder")
     try:
         metadata = FileSystemReader(path).read_metadata()
     except FileNotFoundError:
@@ -59,16 +63,20 @@ def read_metadata(path: str) -> Metadata:
     return metadata
 
 
-def find_fault(path: str, exclude_from_loading: list[str]) -> str | None:
-    """Why training cannot resume from this folder, or None."""
+def find_fault(path: str, exclude_from_loading: list[str], model_only: bool) -> str | None:
+    """Why this folder cannot be loaded, or None.
+
+    Args:
+        exclude_from_loading: of the job; without effect where `model_only`.
+        model_only: only weights are to be loaded, as from step 0, a seed checkpoint.
+    """
     try:
         saved = read_metadata(path).state_dict_metadata
     except CheckpointError as e:
         return str(e)
-    # Step 0 is a seed checkpoint, of which only the weights are loaded.
-    needs_state = TRAIN_STATE not in exclude_from_loading and not path.endswith("step-0")
+    needs_state = not model_only and not BESIDE_WEIGHTS.issubset(exclude_from_loading)
     if needs_state and f"{TRAIN_STATE}.step" not in saved:
-        return "it holds only weights (checkpoint.last_save_model_only)"
+        return ONLY_WEIGHTS
     return None
 
 
@@ -76,7 +84,7 @@ def find_step(folder: str, exclude_from_loading: list[str]) -> tuple[int, dict[i
     """The last step that training can resume from, or -1, and why not from each later one."""
     faults: dict[int, str] = {}
     for step in sorted(saved_steps(folder), reverse=True):
-        fault = find_fault(step_folder(folder, step), exclude_from_loading)
+        fault = find_fault(step_folder(folder, step), exclude_from_loading, model_only=step == 0)
         if fault is None:
             return step, faults
         faults[step] = fault
@@ -111,16 +119,33 @@ class CheckpointManager(titan.CheckpointManager):
         """As TorchTitan's.
 
         Raises:
-            CheckpointError: names the field by which this checkpoint was asked for.
+            CheckpointError: names the field by which this checkpoint was asked for, and what to set.
         """
         if not self.enable:
             return super().load(step)
-        if not os.path.exists(self.folder):
-            if self.initial_load_path and not self.initial_load_in_hf:
-                _check("checkpoint.initial_load_path", self.initial_load_path)
-            return super().load(step)
+        excluded = self.exclude_from_loading
         if step != -1:
-            _check("checkpoint.load_step", self._create_checkpoint_id(step))
+            if not os.path.exists(self.folder):
+                raise CheckpointError(
+                    f"checkpoint.load_step is {step}, but job.dump_folder and checkpoint.folder name "
+                    f"{self.folder!r}, and there is no such folder; load_step -1 starts a new run"
+                )
+            _check(
+                "checkpoint.load_step",
+                self._create_checkpoint_id(step),
+                find_fault(self._create_checkpoint_id(step), excluded, model_only=step == 0),
+                "load_step -1 takes the last that holds more; a run of another job.dump_folder can "
+                "start from it by checkpoint.initial_load_path",
+            )
+            return super().load(step)
+        if not os.path.exists(self.folder):
+            if (path := self.initial_load_path) and not self.initial_load_in_hf:
+                _check(
+                    "checkpoint.initial_load_path",
+                    path,
+                    find_fault(path, excluded, self.initial_load_model_only),
+                    "set checkpoint.initial_load_model_only to true",
+                )
             return super().load(step)
         step = self._find_load_step()
         if step != -1:
@@ -185,7 +210,7 @@ class CheckpointManager(titan.CheckpointManager):
             path = self._create_checkpoint_id(step)
             if found >= self.keep_latest_k:
                 self.purge_queue.put(path)
-            elif find_fault(path, []) is None:
+            elif find_fault(path, [], model_only=step == 0) is None:
                 found += 1
 
 
@@ -207,11 +232,13 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _check(field: str, path: str) -> None:
-    try:
-        read_metadata(path)
-    except CheckpointError as e:
-        raise CheckpointError(f"{field}: the checkpoint {path!r} cannot be loaded: {e}") from e
+def _check(field: str, path: str, fault: str | None, advice: str) -> None:
+    """Raise CheckpointError for a fault of a checkpoint; the advice is for one of weights only."""
+    if fault is not None:
+        raise CheckpointError(
+            f"{field}: the checkpoint {path!r} cannot be loaded: {fault}"
+            + (f"; {advice}" if fault == ONLY_WEIGHTS else "")
+        )
 
 
 def _empty(folder: str) -> None:

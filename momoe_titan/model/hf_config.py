@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.moe import MoEArgs
@@ -288,14 +289,42 @@ def folder_to_load(job_config: JobConfig) -> str:
 
 
 def check_job(args: MomoeLlamaArgs, job_config: JobConfig) -> None:
-    """Refuse a job whose model cannot be loaded from or saved to Hugging Face's format as asked.
+    """Refuse a job whose model cannot be loaded from or saved to Hugging Face's format as asked, or
+    that leaves out of a checkpoint what is in none.
 
     Raises:
-        ValueError: names the field.
+        ValueError: names the field and its value.
     """
     checkpoint = job_config.checkpoint
     if not checkpoint.enable:
         return
+    states = [MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE]
+    excluded = checkpoint.exclude_from_loading
+    if isinstance(excluded, str) or not set(excluded) <= set(states):
+        raise ValueError(
+            f"checkpoint.exclude_from_loading is {excluded!r}, must be a list of some of {states}"
+        )
+    if checkpoint.initial_load_in_hf_quantized:
+        raise ValueError(
+            "checkpoint.initial_load_in_hf_quantized is true, must be false: momoe_llama does not "
+            "load quantized weights"
+        )
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        raise ValueError(
+            "checkpoint.initial_load_model_only is false, must be true with "
+            "checkpoint.initial_load_in_hf: a Hugging Face folder holds weights only"
+        )
+    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
+        raise ValueError(
+            "checkpoint.last_save_model_only is false, must be true with checkpoint.last_save_in_hf: "
+            "a Hugging Face folder holds weights only. To have both, set last_save_in_hf to false and "
+            "convert the last checkpoint with scripts/export_hf.py"
+        )
+    if checkpoint.last_save_in_hf and checkpoint.create_seed_checkpoint:
+        raise ValueError(
+            "checkpoint.last_save_in_hf is true, must be false with "
+            "checkpoint.create_seed_checkpoint: no run starts from a seed in Hugging Face's format"
+        )
     for field in ("initial_load_in_hf", "last_save_in_hf"):
         if getattr(checkpoint, field):
             try:

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import distribute_tensor, DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 from torchtitan.tools.logging import logger
 
@@ -243,16 +244,21 @@ class MomoeStateDictAdapter(StateDictAdapter):
             return lambda matrix: matrix
         placements = []
         for i in inner:
-            dim = value.placements[i].dim
-            if type(value.placements[i]) is not Shard:
+            placement = value.placements[i]
+            if self.expert_parameters is OUR_EXPERTS:
+                dim = 1 if placement.dim == 1 else 0
+            else:
+                dim = placement.dim - 1
+            if type(placement) is Shard:
+                placements.append(Shard(dim))
+            elif isinstance(placement, _StridedShard):
+                # FSDP's, over columns that tensor parallelism shards too: the same in a matrix
+                placements.append(_StridedShard(dim, split_factor=placement.split_factor))
+            else:
                 raise ValueError(
                     f"{key} is sharded as {value.placements}, which is not converted: save a "
                     "torch.distributed checkpoint and use scripts/export_hf.py"
                 )
-            if self.expert_parameters is OUR_EXPERTS:
-                placements.append(Shard(1 if dim == 1 else 0))
-            else:
-                placements.append(Shard(dim - 1))
         # the whole matrix, without a copy of anything
         parameter = key.rpartition(".")[2]
         meta = torch.empty(value.shape, device="meta")

@@ -224,6 +224,42 @@ def test_incomplete_initial_checkpoint(tmp_path):
         Job(config).checkpointer.load()
 
 
+def test_a_step_without_a_checkpoint_is_an_error(tmp_path):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step: .*step-2.* no such folder"):
+        Job(config).checkpointer.load(2)
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+    config.job.dump_folder = str(tmp_path / "mistyped")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step is 2, but .*dump_folder.*mistyped"):
+        Job(config).checkpointer.load(2)
+
+
+def test_an_export_from_which_more_is_to_be_loaded(tmp_path):
+    config = config_for(tmp_path)
+    job = Job(config)
+    job.checkpointer.save(0, last_step=True)
+    job.checkpointer.save(1, last_step=True)
+    with pytest.raises(CheckpointError, match=r"load_step: .*step-1.* only weights .*; load_step -1"):
+        job.checkpointer.load(1)
+    assert job.checkpointer.load(0)  # of a seed no more than that
+    config.checkpoint.exclude_from_loading = ["train_state", "optimizer"]  # leaves two
+    with pytest.raises(CheckpointError, match=r"load_step: .*step-1.* only weights"):
+        Job(config).checkpointer.load(1)
+    config.checkpoint.exclude_from_loading += ["lr_scheduler", "dataloader"]
+    assert Job(config).checkpointer.load(1)
+
+    config.checkpoint.exclude_from_loading = []
+    config.job.dump_folder = str(tmp_path / "new")
+    for step in (0, 1):
+        config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / f"step-{step}")
+        config.checkpoint.initial_load_model_only = False
+        with pytest.raises(CheckpointError, match=r"initial_load_path: .* set .*initial_load_model_only"):
+            Job(config).checkpointer.load()
+        config.checkpoint.initial_load_model_only = True
+        assert Job(config).checkpointer.load()
+
+
 def test_purge_keeps_the_latest_complete_checkpoints(tmp_path):
     config = config_for(tmp_path)
     config.checkpoint.keep_latest_k = 2

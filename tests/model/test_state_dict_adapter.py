@@ -1,6 +1,7 @@
 """Hugging Face's models and ours: equal logits, both ways, on models that are built here."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,14 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch as safetensors_torch
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed import fake_pg  # noqa: F401
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager, MODEL, ModelWrapper
 
 from momoe_titan.model import flavors, MomoeLlama, MomoeStateDictAdapter
@@ -383,6 +390,80 @@ def test_jobs_that_the_formats_cannot_serve_are_refused(tmp_path):
     for job in (last, hf_job(tmp_path, initial_load_in_hf=True)):
         with pytest.raises(ValueError, match="_in_hf is true, but no Hugging Face format"):
             tiny_args(qk_norm="full").update_from_config(job)
+
+
+@pytest.mark.parametrize(
+    "field, value, others",
+    [
+        ("initial_load_in_hf_quantized", True, {"initial_load_in_hf": True}),
+        ("initial_load_model_only", False, {"initial_load_in_hf": True}),
+        ("last_save_model_only", False, {"last_save_in_hf": True}),
+        ("last_save_in_hf", True, {"create_seed_checkpoint": True}),
+        ("exclude_from_loading", ["optimizer", "optimizers"], {}),
+        ("exclude_from_loading", "optimizer", {}),
+    ],
+)
+def test_checkpoint_options_that_exclude_one_another_are_refused(field, value, others, tmp_path):
+    write_hf_config(str(tmp_path), tiny_args(), str(TOKENIZER), torch.float32)
+    tiny_args().update_from_config(hf_job(tmp_path, **others))
+    job = hf_job(tmp_path, **others, **{field: value})
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    with pytest.raises(ValueError, match=re.escape(f"checkpoint.{field} is {shown}, must be")):
+        tiny_args().update_from_config(job)
+    job.checkpoint.enable = False
+    tiny_args().update_from_config(job)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+@pytest.mark.parametrize("rank", range(4))
+def test_experts_whose_columns_are_sharded_twice(rank, backend):
+    """As by tensor parallelism in them, and FSDP over more ranks than experts."""
+    args = tiny_args(backend=backend, moe_hidden_dim=12)
+    state_dict = build(args).state_dict()
+    adapter = MomoeStateDictAdapter(args, None)
+    whole = adapter.to_hf(state_dict)
+    twice = [_StridedShard(1, split_factor=2), Shard(1)]
+    if backend == "torch":
+        placements = {"w1": [Shard(1), Shard(3)], "w2": twice}
+    else:
+        placements = {"w1": twice, "w2": [Shard(1), Shard(2)], "w3": twice}
+
+    def local_slice(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+        shape, offset = compute_local_shape_and_global_offset(
+            sharded.shape, sharded.device_mesh, sharded.placements
+        )
+        return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
+
+    dist.init_process_group("fake", rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "etp"))
+        i, j = mesh.get_coordinate()
+        pieces = {}
+        for key, tensor in state_dict.items():
+            if ".experts.w" not in key:
+                continue
+            placed = placements[key[-2:]]
+            if placed is twice:  # the columns of a rank of tensor parallelism, then FSDP's half of them
+                piece = tensor.chunk(2, 1)[j].chunk(2, 1)[i]
+            else:
+                piece = tensor.chunk(2, placed[1].dim)[j].chunk(2, 1)[i]
+            pieces[key] = piece
+            state_dict[key] = DTensor.from_local(
+                piece, mesh, placed, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+        converted = adapter.to_hf(state_dict)
+        assert converted.keys() == whole.keys()
+        for key, value in converted.items():
+            assert isinstance(value, DTensor) == (".experts." in key)
+            if isinstance(value, DTensor):
+                assert value.shape == whole[key].shape
+                assert torch.equal(value.to_local(), local_slice(whole[key], value)), key
+        back = adapter.from_hf(converted)
+        for key, piece in pieces.items():
+            assert back[key].placements == state_dict[key].placements
+            assert torch.equal(back[key].to_local(), piece), key
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
