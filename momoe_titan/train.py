@@ -132,6 +132,7 @@ def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
             "profiling.enable_memory_snapshot",
             config.profiling.enable_memory_snapshot,
         ),
+        ("profiling.enable_profiling", config.profiling.enable_profiling),
         (
             "parallelism.enable_async_tensor_parallel",
             config.parallelism.enable_async_tensor_parallel,
@@ -174,7 +175,9 @@ def check_config(config: "JobConfig") -> None:
     from torchtitan.protocols.train_spec import get_train_spec
 
     from momoe_titan.data import build_tokenizer, resolve_assets_path
+    from momoe_titan.field_checks import check_fields
 
+    check_fields(config)
     module = config.experimental.custom_import
     if module:
         try:

@@ -1,6 +1,8 @@
 """`momoe_titan.train` before the first step: what it refuses, and how it says so."""
 
+import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from torchtitan.config import ConfigManager
 
 from momoe_titan import train
+from momoe_titan.field_checks import check_fields
 
 ROOT = Path(__file__).parent.parent
 DEBUG_MODEL = ROOT / "train_configs" / "debug_model.toml"
@@ -79,6 +82,50 @@ def test_unusable_job_is_refused_before_anything_is_built(read, option, named):
     assert named in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "field, value, must",
+    [
+        ("lr_scheduler.decay_type", "exp", "one of 'linear', 'sqrt', 'cosine'"),
+        ("training.mixed_precision_param", "float16", "one of 'bfloat16', 'float32'"),
+        ("checkpoint.enable", "false", "true or false"),
+        ("training.steps", 3.5, "of type int"),
+        ("training.steps", True, "of type int"),
+        ("training.steps", 0, "at least 1"),
+        ("optimizer.lr", "3e-3", "of type float"),
+        ("optimizer.name", "SGD", "one of 'Adam', 'AdamW'"),
+        ("optimizer.implementation", "foo", "one of 'for-loop', 'foreach', 'fused'"),
+        ("compile.components", ["model", 1], "a list of str"),
+        ("training.dataset_path", 1, "of type str or left out"),
+        ("training.max_norm", -1.0, "above 0"),
+        ("training.max_norm", float("nan"), "above 0"),
+        ("training.gc_freq", 0, "at least 1"),
+        ("metrics.log_freq", 0, "at least 1"),
+        ("validation.freq", 0, "at least 1"),
+        ("validation.seq_len", 0, "at least 1"),
+        ("training.dataloader.num_workers", "2", "of type int"),
+    ],
+)
+def test_values_that_no_job_can_have_are_refused(read, field, value, must):
+    """As TorchTitan takes them from a TOML file, where it checks neither type nor range."""
+    config = read("--validation.enable")
+    *sections, name = field.split(".")
+    section = functools.reduce(getattr, sections, config)
+    assert hasattr(section, name)
+    setattr(section, name, value)
+    with pytest.raises(ValueError, match=f"^{field} is {re.escape(repr(value))}, must be {must}"):
+        train.check_config(config)
+
+
+def test_a_seed_checkpoint_needs_checkpoints(read):
+    with pytest.raises(ValueError, match="create_seed_checkpoint is true, but checkpoint.enable is false"):
+        train.check_config(read("--checkpoint.create_seed_checkpoint"))
+
+
+@pytest.mark.parametrize("config_file", sorted(DEBUG_MODEL.parent.glob("*.toml")), ids=lambda file: file.stem)
+def test_fields_of_the_configurations_are_accepted(config_file):
+    check_fields(ConfigManager().parse_args(["--job.config_file", str(config_file)]))
+
+
 def test_save_percent_of_the_wrong_length_is_refused(read):
     with pytest.raises(ValueError, match=r"momoe\.save_percent"):
         train.check_config(read("--momoe.save_percent", *["50"] * 9))
@@ -110,6 +157,7 @@ def test_pinned_memory_is_refused_on_the_cpu(read):
         "--training.enable_cpu_offload",
         "--profiling.enable_memory_snapshot",
         "--parallelism.enable_async_tensor_parallel",
+        "--profiling.enable_profiling",
         "--parallelism.context_parallel_degree=2",
     ],
 )

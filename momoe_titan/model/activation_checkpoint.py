@@ -252,6 +252,11 @@ def check_activation_checkpoint(job_config: JobConfig) -> None:
             f"activation_checkpoint.selective_ac_option is {config.selective_ac_option!r}, must be "
             "'op' or a number n for every n-th layer"
         )
+    if config.debug and config.mode in ("full", "selective"):
+        raise ValueError(
+            f"activation_checkpoint.debug is true with mode {config.mode!r}: torch's checkpoint takes no debug beside "
+            "a choice of what is recomputed, which the experts need"
+        )
     if config.mode == "memory_budget":
         if not compiled:
             raise ValueError(

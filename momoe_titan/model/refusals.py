@@ -43,12 +43,31 @@ def _check_degrees(job_config: JobConfig) -> None:
         )
     if shard == -1 and world:
         shard = world // others
+    if shard != -1:
+        _check_accumulation(job_config, replicate * shard)
     if replicate > 1 and shard == cp == 1 and tp * pp > 1:
         raise ValueError(
             f"parallelism.data_parallel_replicate_degree is {replicate} with "
             f"data_parallel_shard_degree 1, tensor_parallel_degree {tp} and "
             f"pipeline_parallel_degree {pp}: DistributedDataParallel does not compose with these. "
             "Set data_parallel_shard_degree above 1 (HSDP), or shard in place of replicating"
+        )
+
+
+def _check_accumulation(job_config: JobConfig, replicas: int) -> None:
+    training = job_config.training
+    batch = replicas * training.local_batch_size
+    if training.global_batch_size == -1:
+        return
+    if training.global_batch_size < 1 or training.global_batch_size % batch:
+        raise ValueError(
+            f"training.global_batch_size is {training.global_batch_size}, must be -1 or a multiple of {batch}: "
+            f"training.local_batch_size, {training.local_batch_size}, on {replicas} data-parallel ranks"
+        )
+    if job_config.optimizer.early_step_in_backward and training.global_batch_size > batch:
+        raise ValueError(
+            f"optimizer.early_step_in_backward is True with training.global_batch_size {training.global_batch_size}, "
+            f"more than the {batch} of one backward: a step would be taken after each"
         )
 
 
@@ -138,6 +157,12 @@ def _check_pipeline_parallel(args: "MomoeLlamaArgs", job_config: JobConfig) -> N
         )
     stages = _number_of_stages(args, job_config, issubclass(schedule, PipelineScheduleSingle))
     microbatches = training.local_batch_size // size
+    validation = job_config.validation
+    if validation.enable and validation.local_batch_size % microbatches:
+        raise ValueError(
+            f"validation.local_batch_size is {validation.local_batch_size}, must be a multiple of the {microbatches} "
+            "microbatches of training.local_batch_size and parallelism.pipeline_parallel_microbatch_size"
+        )
     name = schedule.__name__
     if name in ("Schedule1F1B", "ScheduleDualPipeV") and microbatches < stages:
         raise ValueError(
@@ -176,7 +201,15 @@ def _number_of_stages(args: "MomoeLlamaArgs", job_config: JobConfig, single: boo
             f"{parallelism.pipeline_parallel_schedule} on {pp} ranks needs "
             + (f"{pp}" if single else f"a multiple of {pp}, at least {2 * pp}")
         )
-    if not given:
+    if given:
+        layers = [f"layers.{i}" for i in range(args.n_layers)]
+        modules, named = ["tok_embeddings", *layers, "norm", "output"], [name for part in given for name in part]
+        if named != modules:
+            raise ValueError(
+                f"parallelism.module_fqns_per_model_part names {', '.join(named)}, must name each of "
+                f"{', '.join(modules)} once and in this order: a module that no stage has is left out"
+            )
+    else:
         try:
             generate_llm_fqn_per_model_part(stages, args.n_layers, first, last)
         except ValueError as e:

@@ -66,6 +66,15 @@ def strided(name: str):
     return [Shard(0), Replicate()]
 
 
+def columns_twice(name: str):
+    """As FSDP over expert tensor parallelism does where there are more ranks than experts."""
+    if name.endswith("experts.w1"):
+        return [Shard(1), Shard(3)]
+    if name.endswith("experts.w2"):
+        return [_StridedShard(1, split_factor=2), Shard(1)]
+    return [Shard(0), Replicate()]
+
+
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -102,6 +111,7 @@ def worker(folder: str) -> None:
         ("experts and their columns", ("ep", "etp"), experts_and_columns),
         ("experts and their rows", ("ep", "efsdp"), experts_and_rows),
         ("strided", ("efsdp", "ep"), strided),
+        ("columns sharded twice", ("efsdp", "etp"), columns_twice),
     ):
         state_dict = by_hand(names, placements_of)
         states = SimpleNamespace(

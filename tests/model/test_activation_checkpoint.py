@@ -101,6 +101,7 @@ class TestConfiguration:
         [
             ({"mode": "memory_budget"}, "mode is 'memory_budget', which needs compile.enable"),
             ({"mode": "selective", "selective_ac_option": "ops"}, "selective_ac_option is 'ops'"),
+            ({"mode": "full", "debug": True}, "debug is true with mode 'full'"),
         ],
         ids=str,
     )

@@ -478,7 +478,7 @@ def test_sharded_models_load_and_save_as_whole_ones_do(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     expected = saved(tmp_path / "whole")
     cases = [folder.name for folder in tmp_path.iterdir() if folder.is_dir() and folder.name != "whole"]
-    assert len(cases) == 7
+    assert len(cases) == 8
     for case in cases:
         tensors = saved(tmp_path / case)
         assert tensors.keys() == expected.keys()
