@@ -65,6 +65,14 @@ def _check_ranges(config: "JobConfig") -> None:
         section, name = path.split(".")
         if (value := getattr(getattr(config, section), name)) < 1:
             raise ValueError(f"{path} is {value}, must be at least 1")
+    for name in ("lr", "eps", "weight_decay"):
+        if not (value := getattr(config.optimizer, name)) >= 0:
+            raise ValueError(f"optimizer.{name} is {value}, must be at least 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= (value := getattr(config.optimizer, name)) < 1:
+            raise ValueError(f"optimizer.{name} is {value}, must be from 0 to below 1")
+    if config.validation.enable and (steps := config.validation.steps) < 1 and steps != -1:
+        raise ValueError(f"validation.steps is {steps}, must be at least 1, or -1 for all data")
     if not (norm := config.training.max_norm) > 0:  # a negative one turns the gradients round
         raise ValueError(f"training.max_norm is {norm}, must be above 0; inf clips nothing")
     if (name := config.optimizer.name) not in OPTIMIZERS:

@@ -203,8 +203,8 @@ class Run:
             "description": description,
             "total_steps": description.get("total_steps"),
             "last_step": steps[-1] if steps else None,
-            "begun": starts[0].begun if starts else None,
-            "updated": max((start.last for start in starts), default=None),
+            "begun": min((start.begun for start in starts if start.last), default=None),
+            "updated": max((start.last for start in starts if start.last), default=None),
             "starts": len(starts),
             "resumes": resumes,
             "notes": notes,
@@ -476,6 +476,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.live < 0 or not math.isfinite(args.live):
         parser.error(f"--live {args.live} must be a number of seconds")
+    if not 0 <= args.port < 1 << 16:
+        parser.error(f"--port {args.port} must be from 0 to 65535")
     try:
         runs = find_runs(args.runs)
         if not args.live:

@@ -53,6 +53,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str]) -> None:
     options, job = parse(argv)
+    if options.max_tokens < 1:
+        raise ValueError(f"--max_tokens is {options.max_tokens}, must be at least 1")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as e:  # the latter without a build for GPUs
+        raise ValueError(f"--device {options.device!r} is none of this machine's: {e}") from e
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
     from momoe_titan.inference import (

@@ -5,6 +5,7 @@
 #
 # CONFIG is train_configs/debug_model.toml unless given.
 # NPROC  processes, one per GPU (1)
+# LOG_RANK  the one whose output is shown (0); the last knows the loss of a pipeline
 # VENV, PYTHON: see install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,5 +22,5 @@ if [[ ${NPROC:-1} == 1 ]]; then
   exec "$bin/python" -m momoe_titan.train --job.config_file "$config" "$@"
 fi
 exec "$bin/torchrun" --nproc_per_node="$NPROC" --rdzv_backend=c10d --rdzv_endpoint=localhost:0 \
-  --local-ranks-filter=0 --role=rank --tee=3 \
+  --local-ranks-filter="${LOG_RANK:-0}" --role=rank --tee=3 \
   -m momoe_titan.train --job.config_file "$config" "$@"

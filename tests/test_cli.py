@@ -103,6 +103,9 @@ def test_unusable_job_is_refused_before_anything_is_built(read, option, named):
         ("validation.freq", 0, "at least 1"),
         ("validation.seq_len", 0, "at least 1"),
         ("training.dataloader.num_workers", "2", "of type int"),
+        ("optimizer.lr", -1.0, "at least 0"),
+        ("optimizer.beta2", 1.0, "from 0 to below 1"),
+        ("validation.steps", 0, "at least 1, or -1"),
     ],
 )
 def test_values_that_no_job_can_have_are_refused(read, field, value, must):

@@ -146,6 +146,18 @@ def test_non_finite_values_are_told_and_left_out(tmp_path):
     json.loads(dashboard.page_json([run]), parse_constant=pytest.fail)
 
 
+def test_a_run_without_an_event_spoils_no_page(runs, tmp_path):
+    folder = tmp_path / "empty" / "tb" / "20260101-0000"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1.host.1.0").touch()
+    found = dashboard.find_runs([str(tmp_path / "empty"), str(runs / "whole")])
+    for run in found:
+        run.read()
+    empty, whole = json.loads(dashboard.page_json(found), parse_constant=pytest.fail)["runs"]
+    assert (empty["begun"], empty["updated"], empty["last_step"]) == (None, None, None)
+    assert whole["begun"] <= whole["updated"] and whole["last_step"] == 100
+
+
 def test_kernels_that_keep_being_compiled(tmp_path):
     with SummaryWriter(str(tmp_path / "run" / "tb" / "20260101-0000")) as writer:
         for step in range(1, 41):
@@ -196,6 +208,10 @@ def test_command_line(runs, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         dashboard.main()
     assert "there is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["dashboard.py", str(runs), "--live", "1", "--port", "99999"])
+    with pytest.raises(SystemExit):
+        dashboard.main()
+    assert "--port 99999 must be from 0 to 65535" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["dashboard.py", str(runs), "-o", str(out)])
     dashboard.main()
     assert "2 runs" in capsys.readouterr().out

@@ -254,6 +254,8 @@ def test_what_cannot_be_done_is_said(run, tmp_path, monkeypatch):
         ),
         (generate_script, [str(cut.parent), *JOB], "step-9' cannot be read: .* 0 of"),
         (generate_script, [str(run / "checkpoint"), *JOB, "--model.flavor=9B"], "'9B' is none of"),
+        (generate_script, [str(run / "checkpoint"), *JOB, "--max_tokens=-3"], "--max_tokens is -3, must be at least 1"),
+        (generate_script, [str(run / "checkpoint"), *JOB, "--device=cuda:99"], "--device 'cuda:99' is none"),
     ):
         monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
         with pytest.raises(ValueError, match=named):

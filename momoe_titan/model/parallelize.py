@@ -67,10 +67,22 @@ def parallelize_momoe_llama(
         )
         if mesh.device_type == "cpu":
             _reduce_by_sums(model)
+        _warn_of_ranks_without_experts(model, parallel_dims)
         logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
+
+
+def _warn_of_ranks_without_experts(model: nn.Module, parallel_dims: ParallelDims) -> None:
+    """FSDP shards experts by expert, so that no more ranks hold any than there are experts."""
+    ranks = parallel_dims.fsdp_enabled and parallel_dims.get_mesh("fsdp").size()
+    experts = [block.moe.experts.num_experts for block in model.layers.values() if block.moe_enabled]
+    if experts and not parallel_dims.ep_enabled and ranks > min(experts):
+        logger.warning(
+            f"FSDP over {ranks} ranks leaves {ranks - min(experts)} of them without any of the {min(experts)} experts, and the "
+            "others with that much more: set parallelism.expert_parallel_degree, or replicate (HSDP)"
+        )
 
 
 def _compile(model: nn.Module, job_config: JobConfig, ep_enabled: bool) -> None:

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from momoe_titan.model import expert_bias_delta
+from momoe_titan.model.parallelize import _warn_of_ranks_without_experts
 from tests.model.tiny import assert_same_run, build, tiny_args, train
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +58,15 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one():
     return train(build(tiny_args(load_balance_off_layers=[2])))
+
+
+@pytest.mark.parametrize("ranks, ep, warns", [(4, False, False), (8, False, True), (8, True, False)])
+def test_ranks_that_hold_no_expert_are_warned_of(ranks, ep, warns, caplog):
+    dims = SimpleNamespace(
+        fsdp_enabled=True, ep_enabled=ep, get_mesh=lambda name: SimpleNamespace(size=lambda: ranks)
+    )
+    _warn_of_ranks_without_experts(build(tiny_args()), dims)  # 5 experts
+    assert ("leaves 3 of them without any of the 5 experts" in caplog.text) == warns
 
 
 def test_fsdp_is_the_single_process_run(one, two):
