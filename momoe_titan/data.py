@@ -14,7 +14,8 @@ TorchTitan's own datasets (`c4`, ...) stay as they are. Each loader returns a
 Hugging Face dataset with the text in a column of that name.
 
 The loader is TorchTitan's, but a checkpoint of it can be taken over by another
-number of data-parallel ranks: see `TextDataset`.
+number of data-parallel ranks, and worker processes share the documents of their
+rank: see `TextDataset`.
 """
 
 import glob
@@ -27,9 +28,11 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import (
     Dataset,
     IterableDataset,
@@ -42,9 +45,11 @@ from datasets.utils.logging import (
     get_verbosity as get_datasets_verbosity,
     set_verbosity as set_datasets_verbosity,
 )
+from torch.utils.data import get_worker_info
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Training, Validation
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataset
 from torchtitan.tools.logging import logger
@@ -400,8 +405,16 @@ class TextDataset(HuggingFaceTextDataset):
     ranks had left of their passes is shared out anew, so that each document is still
     read once. Streamed datasets have no such position; theirs is TorchTitan's.
 
+    In a worker process of the loader it is the worker's part of what the rank reads.
+    A worker that finds no document there ends, and leaves the others to go on.
+
+    Args:
+        section: Of the configuration, which messages name: "training" or "validation".
+
     Raises:
-        DataError: More ranks than documents.
+        DataError: More ranks than documents, as far as can be known at once (streamed
+            datasets other than 'local' are not read here). Iteration raises it, outside
+            of a worker process, where whole passes hold no document for this rank.
     """
 
     def __init__(
@@ -413,47 +426,157 @@ class TextDataset(HuggingFaceTextDataset):
         dp_rank: int,
         dp_world_size: int,
         infinite: bool,
+        section: str = "training",
     ) -> None:
         # As one rank, which leaves a map-style dataset whole.
         super().__init__(dataset_name, dataset_path, tokenizer, seq_len, 0, 1, infinite)
         self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
-        if not isinstance(self._data, Dataset):
-            self._data = split_dataset_by_node(self._data, dp_rank, dp_world_size)
-            return
-        if len(self._data) < dp_world_size:
+        self.section, self.described = section, f"{section}.dataset {dataset_name!r}"
+        self.place = f" ({section}.dataset_path {dataset_path!r})" if dataset_path else ""
+        # In a worker process: which one of the rank's it is, and of how many.
+        self._worker: tuple[int, int] | None = None
+        self._has_ended = False
+        self.is_streamed = not isinstance(self._data, Dataset)
+        if not self.is_streamed:
+            documents = len(self._data)
+        elif self.dataset_name == "local":
+            documents = sum(1 for _ in islice(self._data, dp_world_size))
+        else:  # elsewhere, perhaps
+            documents = dp_world_size
+        if documents < dp_world_size:
             raise DataError(
-                f"training.dataset {dataset_name!r} has fewer documents than the "
-                f"{dp_world_size} data-parallel ranks that share it: {len(self._data)}"
+                f"{self.described} has fewer documents than the "
+                f"{dp_world_size} data-parallel ranks that share it: {documents}{self.place}"
             )
-        self._ranges = self._share_of([(0, len(self._data))])
+        if self.is_streamed:
+            self._whole = self._data
+            self._data = split_dataset_by_node(self._data, dp_rank, dp_world_size)
+        else:
+            self._ranges = self._share_of([(0, len(self._data))])
 
     def _share_of(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This rank's part of some documents: as many for each rank, in their order."""
-        total = sum(stop - start for start, stop in ranges)
-        each, more = divmod(total, self.dp_world_size)
-        first = each * self.dp_rank + min(more, self.dp_rank)
-        return _cut(ranges, first, first + each + (self.dp_rank < more))
+        """This rank's, or this worker's, part of the documents of all ranks."""
+        ranges = _share(ranges, self.dp_rank, self.dp_world_size)
+        return _share(ranges, *self._worker) if self._worker else ranges
+
+    def _enter_worker(self) -> None:
+        """In a worker process, the first time: keep its part of what the rank has left."""
+        info = get_worker_info()
+        if info is None or self._worker:
+            return
+        self._worker = info.id, info.num_workers
+        if self.is_streamed:
+            self._data = self._worker_stream()
+        else:
+            self._ranges = _share(_cut(self._ranges, self._sample_idx), *self._worker)
+            self._sample_idx = 0
+        if info.id > 0:  # tokens that were read but not yet handed out
+            self._token_buffer = []
+
+    def _worker_stream(self) -> IterableDataset:
+        """The worker's part of a streamed dataset: some of the rank's files if there are
+        enough for all workers, otherwise some of the documents of each."""
+        worker, workers = self._worker
+        data, files = self._whole, self._whole.num_shards
+        if files % self.dp_world_size == 0:  # the ranks share the files
+            data = data.shard(self.dp_world_size, self.dp_rank, contiguous=False)
+            if data.num_shards >= workers:
+                return data.shard(workers, worker, contiguous=False)
+            return split_dataset_by_node(data, worker, workers)
+        if files >= workers:
+            data = data.shard(workers, worker, contiguous=False)
+            return split_dataset_by_node(data, self.dp_rank, self.dp_world_size)
+        return split_dataset_by_node(
+            data, self.dp_rank * workers + worker, self.dp_world_size * workers
+        )
 
     def _get_data_iter(self) -> Iterator[dict[str, Any]]:
-        if not isinstance(self._data, Dataset):
-            yield from super()._get_data_iter()
-            return
-        for start, stop in _cut(self._ranges, self._sample_idx):
-            yield from self._data.select(range(start, stop))
-        self._ranges = self._share_of([(0, len(self._data))])  # of the next pass
+        if not self.is_streamed:
+            for start, stop in _cut(self._ranges, self._sample_idx):
+                yield from self._data.select(range(start, stop))
+        elif self._worker is None:
+            yield from self._data
+        else:
+            # What iter(self._data) does outside of a worker process. In one it would
+            # split the files once more, and leave workers without any.
+            for _, sample in self._data._prepare_ex_iterable_for_iteration():
+                yield sample
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        self._enter_worker()
+        if self._has_ended:  # the next validation, which reads the same
+            self._start_pass()
+            self._token_buffer, self._has_ended = [], False
+        empty_passes = 0
+        # The first one may be what a checkpoint had left of a pass: nothing.
+        while empty_passes < 2:
+            n_tokens = 0
+            for sample in self._get_data_iter():
+                text = self._text_processor(sample)
+                tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+                n_tokens += len(tokens)
+                self._token_buffer.extend(tokens)
+                self._sample_idx += 1
+                while len(self._token_buffer) > self.seq_len:
+                    x = torch.tensor(self._token_buffer[: self.seq_len + 1])
+                    self._token_buffer = self._token_buffer[self.seq_len + 1 :]
+                    yield {"input": x[:-1]}, x[1:]
+            if not self.infinite:
+                self._has_ended = True
+                return
+            empty_passes = 0 if n_tokens else empty_passes + 1
+            if n_tokens:
+                logger.warning(f"Dataset {self.dataset_name} is being re-looped")
+            self._start_pass()
+            if self.is_streamed:  # read in another order of the files
+                self._data.set_epoch(self._data.epoch + 1)
+        if self._worker is None:
+            raise self.no_documents()
+        logger.warning(
+            f"{self.described} has no document for worker {self._worker[0]} of the "
+            f"{self._worker[1]} ({self.section}.dataloader.num_workers) of data-parallel "
+            f"rank {self.dp_rank}, which ends"
+        )
+
+    def _start_pass(self) -> None:
+        self._sample_idx = 0
+        if not self.is_streamed:
+            self._ranges = self._share_of([(0, len(self._data))])
+
+    def no_documents(self) -> DataError:
+        return DataError(
+            f"{self.described} has no document, or none with a token, for data-parallel "
+            f"rank {self.dp_rank} of {self.dp_world_size}, which share the documents, or the "
+            f"files where their number is a multiple of {self.dp_world_size} and they are "
+            f"streamed (momoe.data_streaming){self.place}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
+        self._enter_worker()
         state = super().state_dict()
-        if isinstance(self._data, Dataset):
+        # A copy: a worker process sends it later, when this list has grown.
+        state["token_buffer"] = list(self._token_buffer)
+        if not self.is_streamed:
             state.update(ranges=self._ranges, documents=len(self._data))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not isinstance(self._data, Dataset):
-            super().load_state_dict(state_dict)
-        elif self._knows([state_dict]):
-            super().load_state_dict(state_dict)
-            self._ranges = state_dict["ranges"]
+        self._enter_worker()
+        if not self.knows([state_dict]):
+            return
+        token_buffer = list(state_dict["token_buffer"])
+        if not self.is_streamed:
+            self._ranges, self._sample_idx = state_dict["ranges"], state_dict["sample_idx"]
+            self._token_buffer = token_buffer
+            return
+        self._data.load_state_dict(state_dict["data"])
+        try:
+            # What it does first; from here on it is also what its state_dict returns.
+            self._data._prepare_ex_iterable_for_iteration()
+            self._token_buffer = token_buffer
+        except (IndexError, KeyError, TypeError):
+            self._data.load_state_dict(None)
+            start_anew(f"the files of {self.described} are not those that it was written with")
 
     def reshard(self, states: list[dict[str, Any] | None]) -> None:
         """Go on where other ranks were.
@@ -462,7 +585,7 @@ class TextDataset(HuggingFaceTextDataset):
             states: of all ranks of the checkpoint, in the order of their ranks; None
                 for one that is unknown.
         """
-        if not self._knows(states):
+        if not self.knows(states, len(states)):
             return
         left = [r for s in states for r in _cut(s["ranges"], s["sample_idx"])]
         self._ranges, self._sample_idx = self._share_of(left), 0
@@ -475,23 +598,51 @@ class TextDataset(HuggingFaceTextDataset):
             "documents left of the pass"
         )
 
-    def _knows(self, states: list[dict[str, Any] | None]) -> bool:
-        """Whether the positions mean something here; says so where they do not."""
-        if not all(state and "ranges" in state for state in states):
+    def knows(self, states: list[dict[str, Any] | None], ranks: int | None = None) -> bool:
+        """Whether positions mean something here; says so where they do not.
+
+        Args:
+            states: of ranks of the checkpoint, or of worker processes of one; None for one
+                that is unknown.
+            ranks: how many the checkpoint has, if they are to be shared out anew.
+        """
+        was_streamed = [bool(state) and "data" in state for state in states]
+        was_not = [bool(state) and "ranges" in state for state in states]
+        if (all(was_not) and self.is_streamed) or (all(was_streamed) and not self.is_streamed):
+            then, now = ("not streamed", "streamed")[:: 1 if self.is_streamed else -1]
             reason = (
-                f"it was written by {len(states)} data-parallel ranks, now there are "
+                f"it was written when the data was {then}, now {self.described} is {now} "
+                "(momoe.data_streaming)"
+            )
+        elif ranks is not None and not all(was_not):
+            reason = (
+                f"it was written by {ranks} data-parallel ranks, now there are "
                 f"{self.dp_world_size}, and the position in a streamed dataset, or one "
                 "that worker processes read, cannot be shared out anew"
             )
-        elif (then := states[0]["documents"]) != (now := len(self._data)):
-            reason = f"{self.dataset_name!r} had {then} documents, now it has {now}"
+        elif not all(was_streamed if self.is_streamed else was_not):
+            reason = "it is not one of this loader's"
+        elif not self.is_streamed and (then := states[0]["documents"]) != len(self._data):
+            reason = f"{self.dataset_name!r} had {then} documents, now it has {len(self._data)}"
         else:
             return True
-        logger.warning(
-            f"The checkpoint's position in the data is not used: {reason}. "
-            "THE DATA STARTS AGAIN FROM ITS BEGINNING."
-        )
+        start_anew(reason)
         return False
+
+
+def start_anew(reason: str) -> None:
+    """Say why a checkpoint's position in the data has no effect."""
+    logger.warning(
+        f"The checkpoint's position in the data is not used: {reason}. "
+        "THE DATA STARTS AGAIN FROM ITS BEGINNING."
+    )
+
+
+def _share(ranges: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:
+    """Part number `index` of `count` parts of some documents: as many for each, in order."""
+    each, more = divmod(sum(stop - start for start, stop in ranges), count)
+    first = each * index + min(index, more)
+    return _cut(ranges, first, first + each + (index < more))
 
 
 def _cut(
@@ -514,7 +665,33 @@ def _cut(
 
 class TextDataloader(ParallelAwareDataloader):
     """TorchTitan's loader of a `TextDataset`, which also takes over a checkpoint of
-    another number of ranks."""
+    another number of ranks.
+
+    A position that cannot be used, such as one of another number of worker processes,
+    is a warning, and the data starts from its beginning.
+
+    Raises:
+        DataError: Iteration raises it where there is nothing for this rank to read.
+    """
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        batch = None
+        for batch in super().__iter__():
+            yield batch
+        if self.dataset.infinite:  # it ended, because no worker process found a document
+            raise self.dataset.no_documents()
+        if batch is None:
+            raise DataError(
+                f"{self.dataset.described} holds not one sequence of "
+                f"{self.dataset.section}.seq_len {self.dataset.seq_len} tokens{self.dataset.place}"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if saved := state_dict.get(self._rank_id):
+            states = self._dataset_states([pickle.loads(saved)])
+            if states is None or not self.dataset.knows(states):
+                return
+        super().load_state_dict(state_dict)
 
     def load_ranks(self, states: list[bytes]) -> None:
         """Go on where other ranks were.
@@ -522,8 +699,26 @@ class TextDataloader(ParallelAwareDataloader):
         Args:
             states: what `state_dict` holds for each rank of the checkpoint.
         """
-        # "dataset_state" is there unless worker processes read the data.
-        self.dataset.reshard([pickle.loads(s).get("dataset_state") for s in states])
+        of_ranks = self._dataset_states([pickle.loads(s) for s in states])
+        if of_ranks is not None:
+            # what worker processes had is not shared out
+            self.dataset.reshard(of_ranks if self.num_workers == 0 else [None] * len(states))
+
+    def _dataset_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any] | None] | None:
+        """What loaders say of their datasets, for each of their worker processes if they
+        have some; None, with a warning, if that is another number than this loader has."""
+        found = []
+        for state in states:
+            # "_snapshot" is there if worker processes read the data, "dataset_state" if not.
+            of_workers = state.get("_snapshot", {}).get("_worker_snapshots", {})
+            if (then := len(of_workers)) != self.num_workers:
+                start_anew(
+                    f"it was written with {self.dataset.section}.dataloader.num_workers = "
+                    f"{then}, now it is {self.num_workers}"
+                )
+                return None
+            found += [s.get("dataset_state") for s in of_workers.values() or [state]]
+        return found
 
 
 def build_dataloader(
@@ -544,7 +739,42 @@ def build_dataloader(
     options = getattr(job_config, "momoe", None)
     if options is not None:
         register_datasets(options.data_text_field, options.data_streaming)
-    config = job_config.training
+    return _build_loader(
+        "training", job_config.training, dp_world_size, dp_rank, tokenizer, infinite
+    )
+
+
+def build_validation_dataloader(
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+    infinite: bool = False,
+) -> TextDataloader:
+    """The loader of `validation.dataset`. If not `infinite`, each pass reads the same.
+
+    Raises:
+        DataError: As `build_dataloader`; or `validation.steps` is -1 and there are several
+            ranks, of which one would run out of data while the others wait for it.
+    """
+    config = job_config.validation
+    if config.steps == -1 and dp_world_size > 1:
+        raise DataError(
+            "validation.steps is -1 (all of validation.dataset), must be a number of batches "
+            f"with {dp_world_size} data-parallel ranks: their parts of the data may not be "
+            "equally long"
+        )
+    return _build_loader("validation", config, dp_world_size, dp_rank, tokenizer, infinite)
+
+
+def _build_loader(
+    section: str,
+    config: Training | Validation,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    infinite: bool,
+) -> TextDataloader:
     dataset = TextDataset(
         config.dataset,
         config.dataset_path,
@@ -553,6 +783,7 @@ def build_dataloader(
         dp_rank,
         dp_world_size,
         infinite,
+        section,
     )
     return TextDataloader(
         dataset,

@@ -13,6 +13,7 @@ from torchtitan.config import ConfigManager
 
 import momoe_titan
 from momoe_titan import data
+from momoe_titan.model import get_train_spec
 
 TOKENIZER = Path(momoe_titan.__file__).parent / "assets" / "tokenizer"
 TEXTS = ["one two three four five six\n", "def f(x):\n    return x\n", "naïve 漢字\n", "the end\n"]
@@ -295,6 +296,240 @@ def test_position_that_means_nothing_is_not_used(tmp_path, change, caplog):
     two = resharded(states, 2, *options)
     assert "THE DATA STARTS AGAIN" in caplog.text
     assert [batches(x, 2) for x in two] == [batches(x, 2) for x in resharded([], 2, *options)]
+
+
+def local(folder: Path, *options: str) -> list[str]:
+    return ["--training.dataset=local", f"--training.dataset_path={folder}", *options]
+
+
+CHANGES = {
+    "streamed": ([], ["--momoe.data_streaming"], "not streamed, now training.dataset 'local' is streamed"),
+    "not streamed": (["--momoe.data_streaming"], [], "streamed, now training.dataset 'local' is not streamed"),
+    **{
+        f"{then} to {now} workers": (
+            [f"--training.dataloader.num_workers={then}"],
+            [f"--training.dataloader.num_workers={now}"],
+            f"training.dataloader.num_workers = {then}, now it is {now}",
+        )
+        for then, now in ((0, 1), (1, 0), (2, 1))
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_data_read_in_another_way_starts_again(tmp_path, tokenizer, change, caplog):
+    before, after, message = CHANGES[change]
+    write(tmp_path / "a.jsonl", [f"text {i} " * 10 for i in range(20)])
+    loader = data.build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *before)))
+    batches(loader, 3)
+    resumed, fresh = (
+        data.build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *after))) for _ in range(2)
+    )
+    resumed.load_state_dict(loader.state_dict())
+    (warning,) = [r.getMessage() for r in caplog.records if "THE DATA STARTS AGAIN" in r.getMessage()]
+    assert message in warning
+    assert batches(resumed, 3) == batches(fresh, 3)
+
+
+def test_streamed_files_of_another_kind_start_again(tmp_path, tokenizer, caplog):
+    texts = [f"text {i} " * 10 for i in range(20)]
+    write(tmp_path / "a.jsonl", texts)
+    options = local(tmp_path, "--momoe.data_streaming")
+    loader = data.build_dataloader(1, 0, tokenizer, job(*options))
+    batches(loader, 3)
+    write(tmp_path / "b.txt", texts)
+    resumed, fresh = (data.build_dataloader(1, 0, tokenizer, job(*options)) for _ in range(2))
+    resumed.load_state_dict(loader.state_dict())
+    assert batches(resumed, 3) == batches(fresh, 3)
+    assert "the files of training.dataset 'local'" in caplog.text
+
+
+SOURCES = ["map", "one streamed", "three streamed", "kinds streamed"]
+
+
+def write_source(folder: Path, source: str) -> tuple[list[str], list[str]]:
+    """Documents, and the options to train on them."""
+    folder.mkdir(exist_ok=True)
+    texts = [f"document {i} " + "x " * (i % 7) for i in range(41)]
+    if source == "three streamed":
+        for i in range(3):
+            write(folder / f"{i}.jsonl", texts[i::3])
+    elif source == "kinds streamed":
+        write(folder / "a.txt", texts[:1])
+        write(folder / "b.jsonl", texts[1:20])
+        write(folder / "c.parquet", texts[20:])
+    else:
+        write(folder / "a.jsonl", texts)
+    options = ["--momoe.data_streaming"] if source.endswith("streamed") else []
+    return texts, local(folder, "--training.seq_len=4", *options)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("ranks, workers", [(1, 2), (1, 3), (2, 2), (3, 1)])
+def test_workers_read_each_document_once(tmp_path, tokenizer, source, ranks, workers):
+    texts, options = write_source(tmp_path, source)
+    config = job(*options, f"--training.dataloader.num_workers={workers}")
+    seen = Counter()
+    for rank in range(ranks):
+        loader = data.build_dataloader(ranks, rank, tokenizer, config, infinite=False)
+        for inputs, labels in loader:
+            seen.update([*inputs["input"].flatten().tolist(), *labels[:, -1].tolist()])
+    everything = Counter(t for text in texts for t in tokenizer.encode(text, add_bos=True, add_eos=True))
+    assert not seen - everything
+    # less than a sequence is left over in each worker
+    assert (everything - seen).total() <= 4 * ranks * workers
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_resume_where_they_were(tmp_path, tokenizer, source, workers):
+    config = job(*write_source(tmp_path, source)[1], f"--training.dataloader.num_workers={workers}")
+
+    def loader(state=None):
+        built = data.build_dataloader(1, 0, tokenizer, config)
+        if state:
+            built.load_state_dict(state)
+        return built
+
+    whole = batches(loader(), 20)
+    for taken in (1, 8):
+        first = loader()
+        assert batches(first, taken) == whole[:taken]
+        # saved again before all workers have read anything
+        second = loader(first.state_dict())
+        assert batches(second, 1) == whole[taken : taken + 1]
+        assert batches(loader(second.state_dict()), 6) == whole[taken + 1 : taken + 7]
+
+
+def test_workers_resume_in_a_later_pass(tmp_path, tokenizer):
+    config = job(*write_source(tmp_path, "map")[1], "--training.dataloader.num_workers=2")
+    loader = data.build_dataloader(1, 0, tokenizer, config)
+    iterator = iter(loader)
+    for _ in range(200):
+        next(iterator)
+    resumed = data.build_dataloader(1, 0, tokenizer, config)
+    resumed.load_state_dict(loader.state_dict())
+    assert batches(resumed, 30) == batches(iterator, 30)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--momoe.data_streaming"]])
+def test_worker_without_documents_leaves_the_others_to_go_on(tmp_path, tokenizer, streaming):
+    write(tmp_path / "a.jsonl", ["one document"])
+    options = local(tmp_path, *streaming)
+    alone, two = (
+        data.build_dataloader(1, 0, tokenizer, job(*options, f"--training.dataloader.num_workers={n}"))
+        for n in (0, 2)
+    )
+    assert batches(two, 6) == batches(alone, 6)
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_fewer_streamed_documents_than_ranks_are_refused(tmp_path, tokenizer, section):
+    write(tmp_path / "a.jsonl", ["one document"])
+    config = job(
+        *local(tmp_path, "--momoe.data_streaming", "--validation.steps=1"),
+        "--validation.dataset=local",
+        f"--validation.dataset_path={tmp_path}",
+    )
+    data.build_dataloader(1, 0, tokenizer, config)
+    build = data.build_dataloader if section == "training" else data.build_validation_dataloader
+    message = f"{section}.dataset 'local' has fewer documents than the 2 data-parallel ranks.*: 1 .*{tmp_path}"
+    for rank in range(2):
+        with pytest.raises(data.DataError, match=message):
+            build(2, rank, tokenizer, config, infinite=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rank_whose_streamed_file_is_empty_is_told(tmp_path, tokenizer, workers):
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text("\n")
+    options = local(tmp_path, "--momoe.data_streaming", f"--training.dataloader.num_workers={workers}")
+    batches(data.build_dataloader(2, 0, tokenizer, job(*options)), 3)
+    with pytest.raises(data.DataError, match="'local' has no document.* rank 1 of 2"):
+        batches(data.build_dataloader(2, 1, tokenizer, job(*options)), 1)
+
+
+def test_streamed_data_goes_on_from_the_end_of_a_pass(tmp_path, tokenizer):
+    """What a checkpoint leaves of its pass may hold no document, which is no error."""
+    write(tmp_path / "a.jsonl", TEXTS)
+    config = job(*local(tmp_path, "--momoe.data_streaming", "--training.seq_len=4"))
+    dataset = data.build_dataloader(1, 0, tokenizer, config, infinite=False).dataset
+    list(dataset)
+    resumed = data.build_dataloader(1, 0, tokenizer, config).dataset
+    resumed.load_state_dict(dataset.state_dict())
+    assert len(list(islice(resumed, 10))) == 10
+
+
+def validation(*options: str):
+    return job("--validation.local_batch_size=2", "--validation.seq_len=16", *options)
+
+
+def build_validator(config, ranks=1, rank=0):
+    """As the trainer does, after the training loader."""
+    data.register_datasets(config.momoe.data_text_field, config.momoe.data_streaming)
+    names = ["parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp", "metrics_processor"]
+    return get_train_spec().build_validator_fn(
+        job_config=config,
+        dp_world_size=ranks,
+        dp_rank=rank,
+        tokenizer=data.build_tokenizer(config),
+        **dict.fromkeys(names, "unused"),
+    )
+
+
+WORKERS = [[], ["num_workers=2"], ["num_workers=2", "persistent_workers"]]
+
+
+@pytest.mark.parametrize(
+    "source, workers",
+    [("python_stdlib_validation", []), *((s, w) for s in ("txt", "streamed") for w in WORKERS)],
+)
+def test_each_validation_on_the_whole_reads_the_same(tmp_path, source, workers):
+    options = [f"--validation.dataset={source}"]
+    if source != "python_stdlib_validation":
+        (tmp_path / "one.txt").write_text("one two three four " * 40)
+        options = ["--validation.dataset=local", f"--validation.dataset_path={tmp_path}"]
+    if source == "streamed":
+        options.append("--momoe.data_streaming")
+    options += [f"--validation.dataloader.{option}" for option in workers]
+    loader = build_validator(validation("--validation.steps=-1", *options)).validation_dataloader
+    first, second, third = (
+        [(inputs["input"].tolist(), labels.tolist()) for inputs, labels in loader] for _ in range(3)
+    )
+    assert first and first == second == third
+
+
+def test_validation_on_the_whole_is_for_one_rank(tmp_path):
+    write(tmp_path / "a.jsonl")
+    options = ["--validation.dataset=local", f"--validation.dataset_path={tmp_path}"]
+    for rank in range(2):
+        with pytest.raises(data.DataError, match="validation.steps is -1 .* with 2 data-parallel ranks"):
+            build_validator(validation(*options, "--validation.steps=-1"), 2, rank)
+        build_validator(validation(*options, "--validation.steps=1"), 2, rank)
+
+
+def test_fewer_validation_documents_than_ranks_are_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("a single document")
+    options = ["--validation.dataset=local", f"--validation.dataset_path={tmp_path}", "--validation.steps=1"]
+    message = f"validation.dataset 'local' has fewer documents than the 2 .*: 1 .validation.dataset_path '{tmp_path}"
+    for rank in range(2):
+        with pytest.raises(data.DataError, match=message):
+            build_validator(validation(*options), 2, rank)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_on_less_than_a_sequence_is_refused(tmp_path, workers):
+    (tmp_path / "one.txt").write_text("short")
+    loader = build_validator(
+        validation(
+            "--validation.dataset=local",
+            f"--validation.dataset_path={tmp_path}",
+            "--validation.steps=-1",
+            f"--validation.dataloader.num_workers={workers}",
+        )
+    ).validation_dataloader
+    with pytest.raises(data.DataError, match="validation.dataset 'local' holds not one sequence of .* 16 tokens"):
+        list(loader)
 
 
 def test_cut():

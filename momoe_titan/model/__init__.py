@@ -2,13 +2,15 @@
 
 import copy
 from collections import UserDict
+from unittest import mock
 
+from torchtitan.components import validate
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.validate import build_validator
+from torchtitan.config import JobConfig
 from torchtitan.models.moe import MoEArgs
 from torchtitan.protocols.train_spec import TrainSpec
 
-from momoe_titan.data import build_dataloader, build_tokenizer
+from momoe_titan.data import build_dataloader, build_tokenizer, build_validation_dataloader
 
 from .args import MomoeLlamaArgs
 from .load_balancing import build_momoe_optimizers, expert_bias_delta, ExpertLoadBalancer
@@ -144,6 +146,18 @@ flavors = _Flavors(
         "hf": MomoeLlamaArgs(from_hf=True),
     }
 )
+
+
+def build_validator(job_config: JobConfig, *args, **kwargs) -> validate.BaseValidator:
+    """TorchTitan's validator, on our loader.
+
+    Raises:
+        DataError: See `build_validation_dataloader`.
+    """
+    # It builds its loader itself.
+    ours = mock.patch.object(validate, "build_text_validation_dataloader", build_validation_dataloader)
+    with ours:
+        return validate.build_validator(job_config, *args, **kwargs)
 
 
 def get_train_spec() -> TrainSpec:
