@@ -1,5 +1,7 @@
 """Fields of a job that TorchTitan 0.2.2 takes as they come, checked one by one when the configuration is read."""
 
+import copy
+import os
 import types
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints, Literal, Union
@@ -21,6 +23,25 @@ def check_fields(config: "JobConfig") -> None:
         if section.name != "momoe" and is_dataclass(values):
             _check_types(section.name, values)
     _check_ranges(config)
+
+
+def check_flavor(config: "JobConfig") -> Any:
+    """A copy of the model arguments that `model.flavor` names, before the job's own settings.
+
+    Raises:
+        ValueError: `model.name` or `model.flavor` is not known.
+    """
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    try:
+        spec = get_train_spec(config.model.name)
+    except ValueError as e:
+        raise ValueError(f"model.name {config.model.name!r}: {e}") from e
+    if config.model.flavor not in spec.model_args:
+        raise ValueError(
+            f"model.flavor {config.model.flavor!r} is none of {', '.join(map(repr, spec.model_args))}"
+        )
+    return copy.deepcopy(spec.model_args[config.model.flavor])
 
 
 def _check_types(name: str, values: Any) -> None:
@@ -77,5 +98,8 @@ def _check_ranges(config: "JobConfig") -> None:
         raise ValueError(f"training.max_norm is {norm}, must be above 0; inf clips nothing")
     if (name := config.optimizer.name) not in OPTIMIZERS:
         raise ValueError(f"optimizer.name is {name!r}, must be one of {', '.join(map(repr, OPTIMIZERS))}")
-    if config.checkpoint.create_seed_checkpoint and not config.checkpoint.enable:
-        raise ValueError("checkpoint.create_seed_checkpoint is true, but checkpoint.enable is false")
+    if config.checkpoint.create_seed_checkpoint:
+        if not config.checkpoint.enable:
+            raise ValueError("checkpoint.create_seed_checkpoint is true, but checkpoint.enable is false")
+        if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"checkpoint.create_seed_checkpoint is true, which takes one process, but there are {world}")

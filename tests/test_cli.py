@@ -119,9 +119,12 @@ def test_values_that_no_job_can_have_are_refused(read, field, value, must):
         train.check_config(config)
 
 
-def test_a_seed_checkpoint_needs_checkpoints(read):
+def test_a_seed_checkpoint_needs_checkpoints_and_one_process(read, monkeypatch):
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, but checkpoint.enable is false"):
         train.check_config(read("--checkpoint.create_seed_checkpoint"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="create_seed_checkpoint is true, which takes one process, but there are 2"):
+        train.check_config(read("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
 
 
 @pytest.mark.parametrize("config_file", sorted(DEBUG_MODEL.parent.glob("*.toml")), ids=lambda file: file.stem)
