@@ -12,7 +12,6 @@ Exit status: 0 after training, 2 for a configuration that cannot be used (with a
 message that names the field), another one when training fails.
 """
 
-import copy
 import importlib
 import os
 import sys
@@ -172,10 +171,9 @@ def check_config(config: "JobConfig") -> None:
         ValueError: Names the field and its value.
     """
     from torchtitan.hf_datasets.text_datasets import DATASETS
-    from torchtitan.protocols.train_spec import get_train_spec
 
     from momoe_titan.data import build_tokenizer, resolve_assets_path
-    from momoe_titan.field_checks import check_fields
+    from momoe_titan.field_checks import check_fields, check_flavor
 
     check_fields(config)
     module = config.experimental.custom_import
@@ -213,17 +211,7 @@ def check_config(config: "JobConfig") -> None:
                 "0 (all) or at least 2"
             )
 
-    try:
-        spec = get_train_spec(config.model.name)
-    except ValueError as e:
-        raise ValueError(f"model.name {config.model.name!r}: {e}") from e
-    if config.model.flavor not in spec.model_args:
-        raise ValueError(
-            f"model.flavor {config.model.flavor!r} is none of "
-            f"{', '.join(map(repr, spec.model_args))}"
-        )
-    # The trainer updates the registered arguments; the check must not.
-    model_args = copy.deepcopy(spec.model_args[config.model.flavor])
+    model_args = check_flavor(config)
     model_args.update_from_config(config)
 
     config.model.hf_assets_path = resolve_assets_path(config.model.hf_assets_path)

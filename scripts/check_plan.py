@@ -33,7 +33,7 @@ def predict(config_file: str, options: list[str], moe: str, ac: str) -> MemoryPl
     from momoe_titan.plan.job import trace_job
 
     logger.setLevel(logging.WARNING)
-    args = ["--job.config_file", config_file, *options, "--training.global_batch_size", "-1"]
+    args = ["--job.config_file", config_file, *options, "--training.global_batch_size", "-1", "--validation.no-enable"]
     config = ConfigManager().parse_args([*args, "--job.custom_config_module=momoe_titan.job_config"])
     mode, _, option = ac.partition(":")
     config.activation_checkpoint.mode = mode

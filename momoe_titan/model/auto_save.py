@@ -24,7 +24,7 @@ from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from momoe_titan.plan.memory import budget_bytes, context_bytes, GIB, MemoryPlan
+from momoe_titan.plan.memory import budget_bytes, context_bytes, GIB, MemoryPlan, PLAN_FAILED
 
 from .args import AUTO
 from .moe import MomoeExperts
@@ -246,8 +246,11 @@ def plan_in_child(job_config: JobConfig) -> dict | None:
         if child.returncode == 0:
             return json.loads(child.stdout)["plan"]
         errors.seek(0)
-        last = errors.read().strip().splitlines()[-1:]
-    logger.warning(f"save_percent = auto: 0, since the memory could not be planned: {' '.join(last)}")
+        said = errors.read().strip()
+    _, named, reason = said.rpartition(PLAN_FAILED)
+    if not named:  # killed, or not even started
+        reason = "".join(said.splitlines()[-1:]) or f"the plan's process ended with exit status {child.returncode}"
+    logger.warning(f"save_percent = auto: 0, since the memory could not be planned: {' '.join(reason.split())}")
     return None
 
 

@@ -11,12 +11,16 @@ import argparse
 import importlib
 import json
 import logging
+import math
 import os
+import re
 import sys
 import time
+import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 
-from .memory import budget_bytes, context_bytes, CUBLAS_BYTES, GIB
+from .memory import budget_bytes, context_bytes, CUBLAS_BYTES, GIB, MemoryPlan, PLAN_FAILED
 
 SAVE_PERCENTS = (0, 25, 50, 75, 100)
 PHASES = ("forward", "loss", "backward", "clip", "optimizer")
@@ -79,20 +83,20 @@ def predict(args: argparse.Namespace, config) -> dict:
     from torchtitan.tools.logging import logger
 
     from .cost import GPUS, Network, step_time, StepCost
-    from .job import trace_job
+    from .job import check_job, trace_job
 
-    for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size", "host_us"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}, must be above 0")
+    capability = check_options(args)
     logger.setLevel(logging.WARNING)
-    importlib.import_module(config.experimental.custom_import or "momoe_titan.register")
+    module = config.experimental.custom_import or "momoe_titan.register"
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        raise ValueError(f"experimental.custom_import {module!r}: {e}") from e
     began = time.perf_counter()
-    capability = tuple(int(n) for n in args.capability.split("."))
     stages, world_size = config.parallelism.pipeline_parallel_degree, args.world_size
     cost = StepCost(args.node_size) if args.time else None
-    if args.time and stages > 1:  # one stage's ranks with all layers, whose time is then divided
-        if world_size % stages:
-            raise ValueError(f"parallelism.pipeline_parallel_degree is {stages}, must divide --world_size {world_size}")
+    if args.time and stages != 1:  # one stage's ranks with all layers, whose time is then divided
+        check_job(config, world_size)
         world_size //= stages
         config.parallelism.pipeline_parallel_degree = 1
         if world_size == config.parallelism.tensor_parallel_degree:  # no FSDP: TorchTitan then leaves autocast off
@@ -120,7 +124,7 @@ def predict(args: argparse.Namespace, config) -> dict:
                 "at_peak": {**moment.parts, "experts' z": z, "cuBLAS workspaces": CUBLAS_BYTES, "phase": moment.phase},
             }
         )
-    choice = plan.fill(budget - context)
+    choice, reserved = largest_that_fits(plan, budget - context)
     timed = {}
     if cost is not None:
         training = config.training
@@ -144,12 +148,48 @@ def predict(args: argparse.Namespace, config) -> dict:
         "context": context,
         "kept": plan.kept,
         "rows": rows,
-        "fits": {"save_percent": choice, "total": plan.reserved(choice) + context},
+        "fits": {"save_percent": choice, "total": reserved + context},
         "time": timed,
         "notes": plan.notes,
         "plan": plan.to_dict(),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def check_options(args: argparse.Namespace) -> tuple[int, int]:
+    """Refuse options that cannot be; the compute capability as two numbers.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
+    for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size", "host_us"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            raise ValueError(f"--{name} is {value}, must be finite and above 0")
+    if args.context_gib is not None and not 0 <= args.context_gib < math.inf:
+        raise ValueError(f"--context_gib is {args.context_gib}, must be finite and at least 0")
+    if not 0 <= args.overlap <= 1:
+        raise ValueError(f"--overlap is {args.overlap}, must be from 0 to 1")
+    if not (found := re.fullmatch(r"(\d+)\.(\d+)", args.capability, re.ASCII)):
+        raise ValueError(f"--capability is {args.capability!r}, must be two numbers as in 9.0")
+    return int(found[1]), int(found[2])
+
+
+def largest_that_fits(plan: MemoryPlan, room: int) -> tuple[Sequence[float], int]:
+    """The largest save_percent with which no more than `room` bytes are reserved, by layer, and what is reserved then;
+    where nothing fits, the one with which the least is.
+
+    Tried are `MemoryPlan.fill`, which goes by what is surely enough, and every whole percent for all layers alike:
+    what is reserved does not grow evenly with save_percent, and may shrink.
+    """
+    choices = [plan.fill(room), *([float(percent)] * len(plan.layers) for percent in range(101))]
+    tried = []
+    for choice in sorted(choices if plan.layers else [[]], key=sum, reverse=True):
+        reserved = plan.reserved(choice)
+        if reserved <= room:
+            return choice, reserved
+        tried.append((reserved, choice))
+    reserved, choice = min(tried)
+    return choice, reserved
 
 
 def text(p: dict) -> str:
@@ -175,14 +215,14 @@ def text(p: dict) -> str:
         lines.append(f"{row['save_percent']:>12}" + "".join(f"{v / GIB:>11.2f}" for v in values) + ("" if row["fits"] else "  too much"))
     lines += ["", f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; budget {p['budget'] / GIB:.1f}"]
     choice, total = p["fits"]["save_percent"], p["fits"]["total"]
+    mean = sum(choice) / max(1, len(choice))
     if not choice:
         lines.append("no layer has a save_percent")
     elif total > p["budget"]:
-        lines.append(f"does not fit: save_percent 0 takes {total / GIB:.1f}")
+        lines.append(f"does not fit: the least, save_percent {mean:.0f}, takes {total / GIB:.1f}")
     else:
-        mean = sum(choice) / len(choice)
         lines.append(f"largest that fits: save_percent {mean:.0f} on average, {total / GIB:.1f} GiB in total")
-        if 0 < mean < 100:
+        if len(set(choice)) > 1:
             lines.append(f"  by layer: {' '.join(f'{c:g}' for c in choice)}")
     if p["time"]:
         lines += ["", *time_text(p["time"])]
@@ -217,8 +257,13 @@ def main() -> None:
         try:
             prediction = predict(args, read_job(args, job_args))
         except (ValueError, OSError) as e:
-            print(f"momoe_titan.plan: error: {e}", file=sys.stderr)
+            print(f"{PLAN_FAILED}{e}", file=sys.stderr)
             sys.exit(2)
+        except Exception as e:
+            traceback.print_exc()
+            first = str(e).strip().partition("\n")[0]
+            print(f"{PLAN_FAILED}the job cannot be traced: {type(e).__name__}{': ' if first else ''}{first}", file=sys.stderr)
+            sys.exit(1)
     print(json.dumps(prediction) if args.json else text(prediction))
 
 

@@ -3,19 +3,24 @@
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torchtitan.train as titan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.config import JobConfig, TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torchtitan.models.llama3.infra import parallelize as llama3
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
+from momoe_titan.field_checks import check_fields, check_flavor
 from momoe_titan.kernels import autograd
 from momoe_titan.model.activation_checkpoint import compiles_model
 from momoe_titan.model.args import AUTO
@@ -28,6 +33,7 @@ from .trace import as_on_gpu, GRADIENTS, MemoryTrace, Place
 H100 = (9, 0)
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer state"
+BUCKETS = "gradient buckets of DDP"
 # Names of modules and the part that their memory counts as; the innermost one counts.
 _PARTS = {
     "tok_embeddings": "embedding",
@@ -59,13 +65,14 @@ class FakeTrainer(titan.Trainer):
         self.parallel_dims = dims
         self.train_spec = get_train_spec(config.model.name)
         self.tokenizer = None
-        self.model_args = copy.deepcopy(self.train_spec.model_args[config.model.flavor])
-        self.model_args.update_from_config(config)
+        self.model_args = _configured(check_flavor(config), config)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = self.train_spec.model_cls(self.model_args)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.loss_fn = self.train_spec.build_loss_fn(config, parallel_dims=dims)
-        self.model_parts = [self.train_spec.parallelize_fn(model, dims, config)]
+        self.buckets: GradientBuckets | None = None
+        with mock.patch.object(llama3, "replicate", self._replicate):
+            self.model_parts = [self.train_spec.parallelize_fn(model, dims, config)]
         batch = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
         accumulated = max(config.training.global_batch_size, batch) // batch
         self.gradient_accumulation_steps = min(accumulated, 2)  # a third microbatch is like the second
@@ -82,14 +89,83 @@ class FakeTrainer(titan.Trainer):
     def allocate(self) -> None:
         """Parameters and optimizer; under a FakeTensorMode, where the constructor must not run."""
         self.model_parts[0].to_empty(device="cpu").train()
+        if self.buckets is not None:
+            self.buckets.allocate(self.model_parts[0])
         self.optimizers = self.train_spec.build_optimizers_fn(
             self.model_parts, self.job_config.optimizer, self.parallel_dims
         )
+
+    def _replicate(self, model: nn.Module, device_mesh: dist.DeviceMesh, bucket_cap_mb: int) -> nn.Module:
+        self.buckets = GradientBuckets(device_mesh.get_group(), bucket_cap_mb << 20)
+        return model
 
     def batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         shape = (self.job_config.training.local_batch_size, self.job_config.training.seq_len)
         while True:
             yield {"input": torch.empty(shape, dtype=torch.int64)}, torch.empty(shape, dtype=torch.int64)
+
+
+class GradientBuckets:
+    """What DistributedDataParallel holds beside a model and its gradients: buckets into which these are copied, and
+    which are reduced when full. It stands in for its reducer, which takes no fake tensors.
+
+    Args:
+        group: of the ranks with a copy of the model.
+        max_bytes: of a bucket; one that holds less takes another gradient, whatever its size.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, max_bytes: int):
+        self.group, self.max_bytes = group, max_bytes
+        self.tensors: list[torch.Tensor] = []
+
+    def allocate(self, model: nn.Module) -> None:
+        parameters = [p for p in reversed(list(model.parameters())) if p.requires_grad]
+        members: list[list[nn.Parameter]] = []
+        room = 0
+        for p in parameters:
+            if room <= 0 or p.dtype != members[-1][0].dtype:
+                room = self.max_bytes
+                members.append([])
+            members[-1].append(p)
+            room -= p.nbytes
+        for bucket in members:
+            tensor = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype)
+            self.tensors.append(tensor)
+            self._reduce_when_full(tensor, bucket)
+
+    def _reduce_when_full(self, tensor: torch.Tensor, bucket: list[nn.Parameter]) -> None:
+        missing = len(bucket)
+
+        def arrived(parameter: nn.Parameter) -> None:
+            nonlocal missing
+            missing -= 1
+            if missing == 0:
+                missing = len(bucket)
+                dist.all_reduce(tensor, group=self.group)
+
+        for p in bucket:
+            p.register_post_accumulate_grad_hook(arrived)
+
+
+def check_job(config: JobConfig, world_size: int) -> None:
+    """Refuse what training on so many ranks, each with a GPU, refuses. Validation, which is not planned, is not looked at.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    config = copy.deepcopy(config)
+    config.validation.enable = False
+    check_fields(config)
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(world_size)):
+        _configured(check_flavor(config), config)
+
+
+def _configured(model_args: Any, config: JobConfig) -> Any:
+    """The model arguments with the job's settings, checked as on a machine with GPUs."""
+    gpu = {"is_available": lambda: True, "get_device_capability": lambda device=None: H100}
+    with mock.patch.multiple(torch.cuda, **gpu):
+        model_args.update_from_config(config)
+    return model_args
 
 
 def trace_job(
@@ -102,25 +178,31 @@ def trace_job(
     group of its own.
 
     Raises:
-        ValueError: a job that the model refuses, or with more than one pipeline stage.
+        ValueError: a job that training refuses, with more than one pipeline stage, or with
+            training.enable_cpu_offload.
     """
+    check_job(config, world_size)
     if (degree := config.parallelism.pipeline_parallel_degree) > 1:
         raise ValueError(f"parallelism.pipeline_parallel_degree is {degree}: pipeline stages are not planned yet")
+    if config.training.enable_cpu_offload:
+        raise ValueError("training.enable_cpu_offload is True: what is kept on the host is not planned")
     config = copy.deepcopy(config)
     notes = []
     traced = compiles_model(config) and config.parallelism.expert_parallel_degree == 1  # the experts' op too
     if config.compile.enable:
         config.compile.enable = False
         notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
-    config.checkpoint.enable = False
+    config.checkpoint.enable = config.validation.enable = False
     ep = config.parallelism.expert_parallel_degree
     sheds = ep > 1 and hasattr(config, "momoe") and config.momoe.save_percent == AUTO
     if hasattr(config, "momoe"):
         config.momoe.save_percent = [100.0]
+        config.momoe.check_ids = False  # reads the ids, of which fake ones have none
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
-    with mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext():
+    in_world = mock.patch.dict(os.environ, WORLD_SIZE=str(world_size))
+    with mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext(), in_world:
         dims = _parallel_dims(config, world_size)
         plan = trace_training(config, dims, capability, cost)
         if sheds and plan.layers:
@@ -141,8 +223,10 @@ def trace_training(
         trainer = FakeTrainer(config, dims)
         model = trainer.model_parts[0]
         places = _places(model)
-        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace:
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace, _clipping(trace):
             trainer.allocate()
+            for tensor in trainer.buckets.tensors if trainer.buckets else ():
+                trace.relabel(tensor, BUCKETS)
             for tensor in [*model.parameters(), *model.buffers()]:
                 trace.relabel(tensor, PARAMETERS)
             kept, layer_kept = _watch_phases(trainer, trace)
@@ -190,7 +274,8 @@ def _parallel_dims(config: JobConfig, world_size: int) -> ParallelDims:
             world_size=world_size,
         )
     except AssertionError as e:
-        raise ValueError(f"[parallelism] does not fit {world_size} ranks: {e}") from e
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        raise ValueError(f"[parallelism] does not fit {ranks}{': ' if str(e) else ''}{e}") from e
     dims.build_mesh()
     return dims
 
@@ -210,7 +295,7 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
         for found, now in ((kept, trace.parts()), (layer_kept, trace.by_layer())):
             found.clear()
             found.update(now)
-        trace.phase = "clip"  # what comes after the backward
+        trace.phase = "backward"  # of which autograd has not begun yet
         return out
 
     def optimizer(*args):
@@ -220,6 +305,19 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
     trainer.loss_fn = loss
     trainer.optimizers.register_step_pre_hook(optimizer)
     return kept, layer_kept
+
+
+@contextlib.contextmanager
+def _clipping(trace: MemoryTrace) -> Iterator[None]:
+    """Let the trace know when the trainer clips the gradients."""
+    clip_grad_norm = dist_utils.clip_grad_norm_
+
+    def clip(*args, **kwargs):
+        trace.phase = "clip"
+        return clip_grad_norm(*args, **kwargs)
+
+    with mock.patch.object(dist_utils, "clip_grad_norm_", clip):
+        yield
 
 
 def _places(model: nn.Module) -> dict[nn.Module, Place]:

@@ -13,6 +13,7 @@ GIB = 1 << 30
 # cuBLAS on a Hopper GPU keeps 32 MiB for each of its handles: forward, backward and optimizer
 # threads. Measured as what is missing without it: 0.09 GiB, whatever the batch.
 CUBLAS_BYTES = 3 * 32 * MIB
+PLAN_FAILED = "momoe_titan.plan: error: "  # the command line says so last, and behind it why
 
 
 def budget_bytes(memory_budget: float, gpu_bytes: int) -> int:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes, TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchtitan.distributed import expert_parallel as stock_expert_parallel
 from torchtitan.models.moe import kernels as stock_kernels
 
 from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
@@ -403,6 +404,7 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         mock.patch.object(autograd, "_dx_ranges", lambda gemms, rows, *args: _dx_ranges(gemms, rows // shares[1], *args)),
         mock.patch.object(autograd, "_dw2_comes_last", lambda rows, *args: _dw2_comes_last(rows // shares[1], *args)),
         mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
+        mock.patch.object(stock_expert_parallel, "all_to_all_single_autograd", _exchange_evenly),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         mock.patch.object(F, "rms_norm", _rms_norm),
     ]
@@ -428,6 +430,16 @@ def _send_evenly(self, shares, x_TD, ids_TK, scores_TK, make_room=None):
     exchanged = SimpleNamespace(tolist=lambda: [sent, received])
     with mock.patch.object(torch.ops.momoe_titan, "exchange_counts", lambda *args: exchanged):
         return _send(self, x_TD, ids_TK, scores_TK)
+
+
+_exchange = stock_expert_parallel.all_to_all_single_autograd
+
+
+def _exchange_evenly(rows, output_splits, input_splits, group):
+    """TorchTitan's exchange of tokens where every rank gets its fair share."""
+    ranks = group.size()
+    splits = [len(rows) // ranks + (i < len(rows) % ranks) for i in range(ranks)]
+    return _exchange(rows, splits, splits, group)
 
 
 def _fill_indices(counts, start, write_offsets, experts_per_rank, num_ranks, max_len, *args, **kwargs):

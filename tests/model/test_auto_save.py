@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 
 from momoe_titan.job_config import Momoe
 from momoe_titan.model import MomoeLlamaArgs
-from momoe_titan.model.auto_save import AutoSavePercent, MEASURED_STEPS, PLAN_ERROR, set_up_auto_save_percent
+from momoe_titan.model.auto_save import AutoSavePercent, MEASURED_STEPS, PLAN_ERROR, plan_in_child, set_up_auto_save_percent
 from momoe_titan.model.moe import MomoeExperts
 from momoe_titan.plan.memory import CUBLAS_BYTES, GIB, MemoryPlan, Moment, context_bytes
 from tests.model.tiny import build, job_config, moes, optimizers_for, tiny_args, train
@@ -177,6 +178,33 @@ def test_without_a_gpu_nothing_is_kept(monkeypatch):
     assert args.save_percent == [0.0]
     set_up_auto_save_percent(model, config)
     assert not hasattr(model, "auto_save_percent")
+
+
+@pytest.mark.parametrize(
+    "said, status, reason",
+    [
+        ("a warning\nmomoe_titan.plan: error: a.field is 1:\n  no good\n", 2, "a.field is 1: no good"),
+        ("Traceback\n  a line\nRuntimeError: no data\nmomoe_titan.plan: error: RuntimeError: no data\n", 1, "RuntimeError: no data"),
+        ("one\ntwo\n", 1, "two"),
+        ("", -9, "the plan's process ended with exit status -9"),
+    ],
+)
+def test_why_there_is_no_plan_is_said_in_a_line(said, status, reason, monkeypatch, caplog):
+    def child(command, stderr, **kwargs):
+        stderr.write(said)
+        return subprocess.CompletedProcess(command, status, "")
+
+    monkeypatch.setattr(subprocess, "run", child)
+    assert plan_in_child(job_config(save_percent="auto")) is None
+    assert caplog.messages[-1] == f"save_percent = auto: 0, since the memory could not be planned: {reason}"
+
+
+@pytest.mark.slow
+def test_what_the_plan_refuses_is_named(caplog):
+    config = job_config(save_percent="auto")
+    config.training.enable_cpu_offload = True
+    assert plan_in_child(config) is None
+    assert "could not be planned: training.enable_cpu_offload is True: what is kept on the host is not planned" in caplog.text
 
 
 def test_what_auto_cannot_do_is_refused():

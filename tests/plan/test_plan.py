@@ -1,14 +1,20 @@
 """The plan of a whole job: against the built model, and by its own rules."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.config import JobConfig
 from torchtitan.distributed import parallel_dims
+from torchtitan.tools.logging import logger
 
 import momoe_titan.register  # noqa: F401
 from momoe_titan.job_config import Momoe
@@ -16,11 +22,13 @@ from momoe_titan.kernels import autograd, num_saved_rows
 from momoe_titan.model import flavors, MomoeLlama
 from momoe_titan.model.auto_save import plan_in_child
 from momoe_titan.model.shedding import Ledger
-from momoe_titan.plan import job as plan_job
+from momoe_titan.plan import __main__ as command_line, job as plan_job
 from momoe_titan.plan.allocator import block_bytes
-from momoe_titan.plan.job import OPTIMIZER, PARAMETERS, trace_training
+from momoe_titan.plan.job import BUCKETS, GradientBuckets, OPTIMIZER, PARAMETERS, trace_job, trace_training
 from momoe_titan.plan.memory import budget_bytes, CUBLAS_BYTES, GIB, MemoryPlan, Moment
-from tests.forks import in_forks
+from momoe_titan.plan.trace import GRADIENTS
+from scripts import check_plan
+from tests.forks import in_forks, in_gloo_forks
 
 BATCH, SEQ = 4, 128
 NO_MESH = SimpleNamespace(
@@ -93,9 +101,19 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
     monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
     config, before = job(), autograd._is_last_use
     config.compile.enable, config.parallelism.expert_parallel_degree = compiled, degree
-    notes = plan_job.trace_job(config).notes
+    notes = plan_job.trace_job(config, degree).notes
     assert (used[0] is not before) == beside and autograd._is_last_use is before
     assert len(notes) == compiled
+
+
+def test_clipping_begins_where_the_gradients_are_clipped(plan, model):
+    """With nothing of the forward alive: not even the loss, which is let go when autograd begins."""
+    gradients = sum(block_bytes(p.nbytes) for p in model.parameters())
+    clip = max((m for m in plan.moments if m.phase == "clip"), key=lambda m: m.base)
+    assert clip.parts[GRADIENTS] == gradients and not clip.z
+    rest = clip.base - clip.parts[GRADIENTS] - clip.parts[PARAMETERS] - clip.parts[OPTIMIZER]
+    assert 0 < rest < gradients / 10
+    assert plan.peak(0, "clip") == plan.peak(100, "clip") < plan.peak(0, "backward")
 
 
 @pytest.mark.parametrize("ac", ["none", "full", "selective"])
@@ -149,6 +167,42 @@ def test_nothing_is_kept_where_nothing_fits():
     assert made_up().fill(10**9) == [100.0] * 4
 
 
+def uneven(reserved: dict[float, int]) -> MemoryPlan:
+    """What is reserved by the mean of save_percent over two layers; 100 where nothing is said."""
+    plan = MemoryPlan(["0", "1"], [], kept={}, num_parameters=1)
+    plan.fill = lambda room: [0.0, 41.0]
+    plan.reserved = lambda choice: reserved.get(sum(choice) / 2, 100)
+    return plan
+
+
+@pytest.mark.parametrize(
+    "reserved, expected",
+    [
+        ({0: 60, 20.5: 40, 100: 70}, ([0, 41], 40)),
+        ({0: 60, 20.5: 40, 25: 50, 50: 51}, ([25, 25], 50)),  # 0 takes more
+        ({0: 50, 20.5: 60}, ([0, 0], 50)),
+        ({0: 60, 20.5: 58, 75: 55, 100: 70}, ([75, 75], 55)),  # nothing fits: the least
+    ],
+)
+def test_the_command_line_goes_by_what_is_reserved(reserved, expected):
+    assert command_line.largest_that_fits(uneven(reserved), 50) == expected
+    assert command_line.largest_that_fits(MemoryPlan([], [Moment("loss", [], 7, {})], {}, 1), 0)[0] == []
+
+
+def shown(fits: dict, budget: int) -> str:
+    return command_line.text(
+        {"model": "m", "num_parameters": 1, "world_size": 1, "local_batch": [1, 1], "budget": budget * GIB, "context": 0}
+        | {"rows": [], "fits": fits, "time": {}, "notes": []}
+    )
+
+
+def test_what_fits_in_words():
+    text = shown({"save_percent": [25.0, 25.0], "total": 15 * GIB}, 16)
+    assert "largest that fits: save_percent 25 on average, 15.0 GiB in total" in text and "by layer" not in text
+    assert "by layer: 0 41" in shown({"save_percent": [0.0, 41.0], "total": 15 * GIB}, 16)
+    assert "does not fit: the least, save_percent 25, takes 17.0" in shown({"save_percent": [25.0], "total": 17 * GIB}, 16)
+
+
 def test_a_plan_survives_json(plan):
     again = MemoryPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert again.active([0, 50, 100]) == plan.active([0, 50, 100])
@@ -160,6 +214,147 @@ def test_budget():
     assert budget_bytes(0.5, 80 * GIB) == 40 * GIB
     assert budget_bytes(1, 80 * GIB) == 80 * GIB
     assert budget_bytes(70.0, 80 * GIB) == 70 * GIB
+
+
+@pytest.fixture
+def predict():
+    """What the command line says of the debug model."""
+    level = logger.level
+
+    def predict(*options: str) -> dict:
+        args, job_args = command_line.build_parser().parse_known_args(options)
+        return command_line.predict(args, command_line.read_job(args, ["--job.config_file", "train_configs/debug_model.toml", *job_args]))
+
+    yield predict
+    logger.setLevel(level)
+
+
+PIPELINE = "--time --parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_microbatch_size 0"
+DDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_parallel_shard_degree 1"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--model.flavor 500m", "model.flavor '500m' is none of 'debugmodel', "),
+        ("--model.name none", "model.name 'none'"),
+        ("--training.local_batch_size 0", "training.local_batch_size is 0, must be at least 1"),
+        ("--momoe.save_percent 50 50", "momoe.save_percent has 2 numbers"),
+        ("--parallelism.tensor_parallel_degree 2", "must be the number of processes, 1"),
+        ("--parallelism.expert_parallel_degree 2", "parallelism.expert_parallel_degree is 2, must be 1 without FSDP"),
+        ("--world_size 8 --training.global_batch_size 100", "training.global_batch_size is 100, must be -1 or a multiple of 64"),
+        (f"--world_size 4 {DDP} --parallelism.tensor_parallel_degree 2", "data_parallel_replicate_degree is 2 with .* compose"),
+        ("--world_size 2 --training.enable_cpu_offload", "training.enable_cpu_offload is True"),
+        (f"--world_size 2 {PIPELINE}", "parallelism.pipeline_parallel_microbatch_size is 0, must divide"),
+        (f"--world_size 3 {PIPELINE}", "must be the number of processes, 3"),
+        ("--experimental.custom_import no.module", "experimental.custom_import 'no.module': No module"),
+        ("--world_size 0", "--world_size is 0, must be finite and above 0"),
+        ("--gpu_memory_gib inf", "--gpu_memory_gib is inf, must be finite and above 0"),
+        ("--gpu_memory_gib nan", "--gpu_memory_gib is nan"),
+        ("--nvlink inf", "--nvlink is inf"),
+        ("--context_gib -5", "--context_gib is -5.0, must be finite and at least 0"),
+        ("--context_gib nan", "--context_gib is nan"),
+        ("--overlap -1", "--overlap is -1.0, must be from 0 to 1"),
+        ("--overlap 2", "--overlap is 2.0"),
+        ("--capability x", "--capability is 'x', must be two numbers as in 9.0"),
+        ("--capability 9", "--capability is '9'"),
+    ],
+)
+def test_what_is_refused(predict, options, message):
+    environment = dict(os.environ)
+    with pytest.raises(ValueError, match=message):
+        predict(*options.split())
+    assert environment == dict(os.environ)
+
+
+@pytest.mark.parametrize(
+    "failure, status, last",
+    [
+        (ValueError("a.field is 1"), 2, "momoe_titan.plan: error: a.field is 1"),
+        (OSError("no file"), 2, "momoe_titan.plan: error: no file"),
+        (RuntimeError("no data\nIf you are using Caffe2"), 1, "momoe_titan.plan: error: the job cannot be traced: RuntimeError: no data"),
+        (AssertionError(), 1, "momoe_titan.plan: error: the job cannot be traced: AssertionError"),
+    ],
+)
+def test_the_reason_comes_last(failure, status, last, monkeypatch, capsys):
+    def fail(*args):
+        raise failure
+
+    monkeypatch.setattr("momoe_titan.train.describe_cpu", contextlib.nullcontext)
+    monkeypatch.setattr(command_line, "read_job", fail)
+    monkeypatch.setattr(sys, "argv", ["plan"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit) as exit_:
+        command_line.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == status and said.splitlines()[-1] == last
+    assert ("Traceback" in said) == (status == 1)
+
+
+def _is_planned(options: str) -> None:
+    parallel_dims.device_type = "cpu"
+    args, job_args = command_line.build_parser().parse_known_args(options.split())
+    config = command_line.read_job(args, ["--job.config_file", "train_configs/debug_model.toml", *job_args])
+    assert command_line.predict(args, config)["rows"][0]["max_active"] > GIB / 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--momoe.check_ids",
+        "--training.seq_len 128",  # validation's is longer
+        "--world_size 2 --parallelism.expert_parallel_degree 2 --momoe.backend torchtitan",
+    ],
+)
+def test_what_only_training_or_a_cpu_cannot_do_is_planned(options):
+    assert in_forks(1, lambda rank: _is_planned(options))
+
+
+def test_runs_of_bench_memory_had_no_validation(monkeypatch):
+    configs = []
+    monkeypatch.setattr(plan_job, "trace_job", configs.append)
+    level = logger.level
+    check_plan.predict("train_configs/debug_model.toml", ["--training.seq_len", "128"], "momoe", "full")
+    logger.setLevel(level)
+    assert not configs[0].validation.enable and configs[0].training.seq_len == 128
+
+
+def _ddp_takes_the_gradients_once_more() -> None:
+    parallel_dims.device_type = "cpu"
+    config = job()
+    config.parallelism.data_parallel_replicate_degree, config.parallelism.data_parallel_shard_degree = 2, 1
+    cost = plan_job.StepCost(8)
+    plan, alone = trace_job(config, 2, cost=cost), trace_training(job(save_percent=100.0), NO_MESH, (9, 0))
+    gradients = 4 * plan.num_parameters
+    for moment in plan.moments:
+        assert gradients <= moment.parts[BUCKETS] < gradients + 512 * 10
+    for percent in (0, 100):
+        assert abs(plan.active(percent) - alone.active(percent) - gradients) < 512 * 10
+    sent = cost.sent[True, "all-reduce", False, False]
+    assert sent.num_bytes == gradients  # 2 times, half of it to the other rank
+
+
+def test_ddp_takes_the_gradients_once_more():
+    assert in_forks(1, lambda rank: _ddp_takes_the_gradients_once_more())
+
+
+def _buckets_are_the_reducers() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(300, 300 + i % 2 * 200, bias=False) for i in range(2)), nn.Linear(500, 700))
+
+    real, mesh = model(), init_device_mesh("cpu", (1,))
+    ours = GradientBuckets(mesh.get_group(), 1 << 20)
+    ours.allocate(model())
+    replicate(real, device_mesh=mesh, bucket_cap_mb=1)
+    for _ in range(3):  # buckets are made anew in the second step, and are told of in the third
+        real(torch.ones(4, 300)).sum().backward()
+    reducer = replicate.state(real)._ddp._get_ddp_logging_data()
+    assert reducer["rebuilt_bucket_sizes"] == ", ".join(str(t.nbytes) for t in ours.tensors)
+    assert not reducer["gradient_as_bucket_view"]
+
+
+def test_buckets_are_those_of_the_reducer(tmp_path):
+    assert in_gloo_forks(1, tmp_path / "store", _buckets_are_the_reducers)
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
@@ -225,6 +420,15 @@ def test_pipeline_stages_without_fsdp_are_timed_in_float32(world_size, dtype):
     kinds = json.loads(out.stdout)["time"]["100"]["by_kind"]
     width = flavors["debugmodel"].moe_hidden_dim
     assert [kind for kind in kinds if kind.startswith("experts forward")] == [f"experts forward {width}{dtype}"]
+
+
+@pytest.mark.slow
+def test_the_command_line_finds_what_its_table_shows_to_fit():
+    out = run("--model.flavor", "500M", "--training.seq_len", "2048", "--activation_checkpoint.mode", "full", "--gpu_memory_gib", "18.3")
+    assert out.returncode == 0, out.stderr
+    rows = {line.split()[0]: line for line in out.stdout.splitlines() if line.strip() and line.split()[0].isdigit()}
+    assert rows["0"].endswith("too much") and not rows["100"].endswith("too much")
+    assert "largest that fits: save_percent 100 on average" in out.stdout and "does not fit" not in out.stdout
 
 
 @pytest.mark.slow
