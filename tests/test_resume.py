@@ -208,7 +208,9 @@ def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path,
 
 @pytest.mark.slow
 def test_one_of_two_ranks_killed_in_a_save(jobs, whole, tmp_path):
-    assert jobs.run(tmp_path, ranks=2, die=[8, "__1"]).status == [-signal.SIGKILL] * 2
+    first, second = jobs.run(tmp_path, ranks=2, die=[8, "__1"]).status
+    # the first may see that the other is gone before it is killed too
+    assert first in (-signal.SIGKILL, 1) and second == -signal.SIGKILL
     assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=4)
 
 
