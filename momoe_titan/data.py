@@ -571,11 +571,14 @@ class TextDataset(HuggingFaceTextDataset):
             return
         self._data.load_state_dict(state_dict["data"])
         try:
+            if state_dict["data"]:  # of another pass than this one's it has no effect
+                self._data.set_epoch(state_dict["data"]["epoch"])
             # What it does first; from here on it is also what its state_dict returns.
             self._data._prepare_ex_iterable_for_iteration()
             self._token_buffer = token_buffer
         except (IndexError, KeyError, TypeError):
             self._data.load_state_dict(None)
+            self._data.set_epoch(0)
             start_anew(f"the files of {self.described} are not those that it was written with")
 
     def reshard(self, states: list[dict[str, Any] | None]) -> None:

@@ -74,8 +74,10 @@ def read_job(options: list[str]) -> tuple[MomoeLlamaArgs, str]:
             ) from e
     if config.model.flavor not in flavors:
         raise ValueError(f"model.flavor {config.model.flavor!r} is none of {', '.join(flavors)}")
-    # What the job loads or saves, and over how many ranks, is not asked for here.
-    config.checkpoint.enable, config.parallelism = False, Parallelism()
+    # What the job loads or saves, how it trains and over how many ranks, is not asked for here.
+    config.checkpoint.enable = config.validation.enable = False
+    config.training.global_batch_size, config.parallelism = -1, Parallelism()
+    config.activation_checkpoint.debug = False
     args = flavors[config.model.flavor]
     args.update_from_config(config)
     build_tokenizer(config)

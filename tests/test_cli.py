@@ -119,6 +119,13 @@ def test_values_that_no_job_can_have_are_refused(read, field, value, must):
         train.check_config(config)
 
 
+def test_values_that_only_the_types_forbid_are_accepted(read):
+    config = read()
+    config.training.mixed_precision_reduce = "bfloat16"
+    config.training.max_norm, config.optimizer.lr = 1, 1
+    train.check_config(config)
+
+
 def test_a_seed_checkpoint_needs_checkpoints_and_one_process(read, monkeypatch):
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, but checkpoint.enable is false"):
         train.check_config(read("--checkpoint.create_seed_checkpoint"))

@@ -401,8 +401,10 @@ def test_workers_resume_where_they_were(tmp_path, tokenizer, source, workers):
         assert batches(loader(second.state_dict()), 6) == whole[taken + 1 : taken + 7]
 
 
-def test_workers_resume_in_a_later_pass(tmp_path, tokenizer):
-    config = job(*write_source(tmp_path, "map")[1], "--training.dataloader.num_workers=2")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", SOURCES)
+def test_resume_in_a_later_pass(tmp_path, tokenizer, source, workers):
+    config = job(*write_source(tmp_path, source)[1], f"--training.dataloader.num_workers={workers}")
     loader = data.build_dataloader(1, 0, tokenizer, config)
     iterator = iter(loader)
     for _ in range(200):

@@ -136,6 +136,12 @@ def test_export_in_another_dtype_and_one_file(run, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_how_the_job_trained_is_not_asked_for(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    training = "--optimizer.early_step_in_backward --training.global_batch_size=64".split()
+    read_job([*JOB, *training, "--validation.seq_len=4096", "--validation.enable"])
+
+
 def test_flavor_of_an_own_module(run, tmp_path, monkeypatch):
     """Not momoe_titan.register, but a module of the user's."""
     (tmp_path / "own_flavor.py").write_text(

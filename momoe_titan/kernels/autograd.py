@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def _aligned(t: Tensor) -> Tensor:
 def _dw2_comes_last(num_rows: int, w2_EFD: Tensor) -> bool:
     """Whether the backward computes dw2 when dz is let go, and holds act until then: where act is smaller than dw2.
 
-    Its peak is dz, twice the size of act, with dw1, dx and the smaller of act and dw2.
+    Its peak is dz, twice the size of act, with dw1, dx and the smaller of act and dw2; or act with all gradients, if that
+    is more.
     """
     num_experts, _, d_model = w2_EFD.shape
     return num_rows < num_experts * d_model
@@ -285,7 +287,7 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
         )
     if ids_TK.shape[1] == 0:
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
-    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt))):
+    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (Integral, torch.SymInt))):
         raise ValueError(f"num_rows must be an int, got {num_rows!r}")
     if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():
         raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")

@@ -244,6 +244,8 @@ def check_activation_checkpoint(job_config: JobConfig) -> None:
     Raises:
         ValueError: names the field and its value.
     """
+    from .args import STOCK_BACKEND  # which imports this module
+
     config = job_config.activation_checkpoint
     compiled = compiles_model(job_config)
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
@@ -252,10 +254,11 @@ def check_activation_checkpoint(job_config: JobConfig) -> None:
             f"activation_checkpoint.selective_ac_option is {config.selective_ac_option!r}, must be "
             "'op' or a number n for every n-th layer"
         )
-    if config.debug and config.mode in ("full", "selective"):
+    ours = getattr(getattr(job_config, "momoe", None), "backend", None) != STOCK_BACKEND
+    if config.debug and (by_op or (ours and config.mode in ("full", "selective"))):
         raise ValueError(
             f"activation_checkpoint.debug is true with mode {config.mode!r}: torch's checkpoint takes no debug beside "
-            "a choice of what is recomputed, which the experts need"
+            "a choice of what is recomputed, which the experts, or selective_ac_option 'op', need"
         )
     if config.mode == "memory_budget":
         if not compiled:

@@ -64,7 +64,8 @@ def _check_accumulation(job_config: JobConfig, replicas: int) -> None:
             f"training.global_batch_size is {training.global_batch_size}, must be -1 or a multiple of {batch}: "
             f"training.local_batch_size, {training.local_batch_size}, on {replicas} data-parallel ranks"
         )
-    if job_config.optimizer.early_step_in_backward and training.global_batch_size > batch:
+    takes_steps = not job_config.checkpoint.create_seed_checkpoint
+    if takes_steps and job_config.optimizer.early_step_in_backward and training.global_batch_size > batch:
         raise ValueError(
             f"optimizer.early_step_in_backward is True with training.global_batch_size {training.global_batch_size}, "
             f"more than the {batch} of one backward: a step would be taken after each"
@@ -203,11 +204,13 @@ def _number_of_stages(args: "MomoeLlamaArgs", job_config: JobConfig, single: boo
         )
     if given:
         layers = [f"layers.{i}" for i in range(args.n_layers)]
-        modules, named = ["tok_embeddings", *layers, "norm", "output"], [name for part in given for name in part]
+        modules = ["tok_embeddings", *layers, "norm", "output"]
+        order = {name: i for i, name in enumerate(modules)}  # within a stage it has no effect
+        named = [name for part in given for name in sorted(part, key=lambda name: order.get(name, -1))]
         if named != modules:
             raise ValueError(
                 f"parallelism.module_fqns_per_model_part names {', '.join(named)}, must name each of "
-                f"{', '.join(modules)} once and in this order: a module that no stage has is left out"
+                f"{', '.join(modules)} once, stage by stage in this order: a module that no stage has is left out"
             )
     else:
         try:

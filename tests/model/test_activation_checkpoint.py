@@ -112,6 +112,11 @@ class TestConfiguration:
         with pytest.raises(ValueError, match=message):
             tiny_args().update_from_config(config)
 
+    def test_torchtitan_s_moe_takes_debug(self):
+        config = job_config(backend="torchtitan")
+        config.activation_checkpoint.mode, config.activation_checkpoint.debug = "full", True
+        tiny_args().update_from_config(config)
+
     def test_refuses_a_budget_that_is_no_share(self):
         config = job("memory_budget", memory_budget=1.5, compile_backend="aot_eager")
         with pytest.raises(ValueError, match="memory_budget is 1.5, must be from 0 to 1"):

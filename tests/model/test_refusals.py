@@ -65,7 +65,12 @@ INTERLEAVED = {**PP, "pipeline_parallel_schedule": "Interleaved1F1B"}
         (
             {**PP, "module_fqns_per_model_part": [["tok_embeddings", "layers.0"], ["layer.1", "layers.2", "norm", "output"]]},
             {},
-            "module_fqns_per_model_part names .* layer.1, .*, must name each of .* layers.1, ",
+            "module_fqns_per_model_part names .*, must name each of .* layers.1, ",
+        ),
+        (
+            {**PP, "module_fqns_per_model_part": [["tok_embeddings", "layers.1"], ["layers.0", "layers.2", "norm", "output"]]},
+            {},
+            "stage by stage in this order",
         ),
         (
             {**PP, "validation.enable": True, "validation.seq_len": 16, "validation.local_batch_size": 6},
@@ -119,3 +124,5 @@ def test_accepts_what_composes(monkeypatch):
     assert read(monkeypatch, settings, 16).n_layers == 3
     with pytest.raises(ValueError, match="must be the number of processes, 17"):
         read(monkeypatch, settings, 17)
+    in_any_order = [["layers.0", "tok_embeddings"], ["output", "layers.2", "layers.1", "norm"]]
+    read(monkeypatch, {**PP, "module_fqns_per_model_part": in_any_order}, 2)
