@@ -12,15 +12,17 @@ Exit status: 0 after training, 2 for a configuration that cannot be used (with a
 message that names the field), another one when training fails.
 """
 
+import atexit
 import importlib
 import os
 import sys
 import tempfile
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from unittest import mock
 
 # Before torch loads its OpenMP runtime: threads that wait for one another asleep.
@@ -310,5 +312,21 @@ def main() -> None:
             run(sys.argv[1:])
 
 
+def end_process() -> NoReturn:
+    """End with status 0, after all that Python does at its end but that end itself.
+
+    DTensor's caches keep device meshes beyond destroy_process_group, and these threads of gloo. One that
+    then frees a tensor of the last collective asks for the GIL, and Python before 3.14 ends it for that,
+    which in C++ is std::terminate: a trained job would fail on its way out.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    if not torch.cuda.is_available():
+        end_process()

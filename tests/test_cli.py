@@ -203,6 +203,26 @@ def test_was_given(tmp_path):
     assert not train.was_given("training.seq_len", ["--job.config_file", "/no/such/file"])
 
 
+def test_the_end_of_a_process_leaves_out_the_interpreter_s_alone():
+    program = """
+import atexit, threading, time
+from momoe_titan.train import end_process
+
+class Late:
+    def __del__(self):
+        print("interpreter's end")
+
+late = Late()
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("main")
+end_process()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "main\nthread\nat exit\n")
+
+
 def test_one_process_without_torchrun(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
