@@ -139,7 +139,8 @@ def test_export_in_another_dtype_and_one_file(run, tmp_path):
 def test_how_the_job_trained_is_not_asked_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     training = "--optimizer.early_step_in_backward --training.global_batch_size=64".split()
-    read_job([*JOB, *training, "--validation.seq_len=4096", "--validation.enable"])
+    args, _ = read_job([*JOB, *training, "--validation.seq_len=4096", "--validation.enable"])
+    assert args.max_seq_len == read_job(JOB)[0].max_seq_len
 
 
 def test_flavor_of_an_own_module(run, tmp_path, monkeypatch):

@@ -322,12 +322,12 @@ def _validate_ids(ids_TK, num_experts, num_rows):
 
 
 def _wants_grad(*inputs: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     if torch.compiler.is_compiling():
-        return any(t.requires_grad for t in inputs)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise RuntimeError("momoe_mlp has no forward-mode derivative")
+    if not torch.is_grad_enabled():
+        return False
     for t in inputs:
         while not t.requires_grad and _functorch.is_functorch_wrapped_tensor(t):  # within torch.func.vmap, it says no
             t = _functorch.get_unwrapped(t)

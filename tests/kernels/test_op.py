@@ -173,8 +173,9 @@ def test_a_second_derivative_is_refused(device, backend):
     for leaf in leaves:
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(got[0].square().sum(), leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        torch.func.jvp(lambda x: momoe_mlp(x, w1, w2, ids, scores, backend=backend)[0], (x,), (x,))
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda x: momoe_mlp(x, w1, w2, ids, scores, backend=backend)[0], (x,), (x,))
 
 
 def test_vmap_within_autograd(device, backend):
