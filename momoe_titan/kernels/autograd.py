@@ -150,11 +150,15 @@ def _backward(
     if over_z and z is not dz:
         _let_go(z_S2F)
 
+    def grad_w2(act_RF):
+        dw2 = torch.empty_like(w2_EFD)
+        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
+        return dw2
+
     dw2 = w2_EFD.new_empty(0)
     dw2_last = need_w2 and _dw2_comes_last(num_rows, w2_EFD)
     if need_w2 and not dw2_last:
-        dw2 = torch.empty_like(w2_EFD)
-        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
+        dw2 = grad_w2(act_RF)
     if not dw2_last:
         del act_RF
     dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
@@ -168,8 +172,7 @@ def _backward(
         del z, dz
         if over_z:
             _let_go(z_S2F)
-        dw2 = torch.empty_like(w2_EFD)
-        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
+        dw2 = grad_w2(act_RF)
     return dx_TD, dw1, dw2, dscores_TK
 
 
