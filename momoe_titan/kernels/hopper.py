@@ -14,6 +14,7 @@ from .hopper_kernels import (
     BM,
     BN,
     CHUNK,
+    PACE_SLOTS,
     RAGGED_ROWS,
     RAGGED_SMEM,
     TILE_SMEM,
@@ -30,8 +31,11 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Column tiles at a time (see `RowTiles`) where an expert's weights are so large, in bytes: (from bytes, tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
-DX_AT_A_TIME = (16 << 20, 4)
-DOWN_AT_A_TIME = (8 << 20, 4)
+ROWS_AT_A_TIME = 8  # column tiles of down and dx, whatever the weights
+
+# The programs of a launch of so many FLOPs, 4 ms and more, are kept in step: see `Pace`. A look takes about 1 us, a tile 30 to 70.
+PACED_FLOPS = 3e12
+PATIENCE = 100
 
 # Strides of a descriptor for ragged rows: see RAGGED_ROWS.
 RAGGED_OUTER = 0x7FFF0000
@@ -149,6 +153,16 @@ def _at_a_time(rule, width, cols):
     return tiles if 2 * width * cols >= from_bytes else 0
 
 
+def _pace(routing, flops):
+    """The counts of a launch's programs, and their patience: 0, and any pointer, where they need not keep in step."""
+    if flops < PACED_FLOPS:
+        return routing.offsets_E1, 0
+    device = routing.offsets_E1.device
+    counts = torch.full((PACE_SLOTS.value,), 1 << 30, dtype=torch.int32, device=device)
+    counts[: _num_programs(device)] = 0
+    return counts, PATIENCE
+
+
 def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_first, z_end):
     E, D, F2 = w1_ED2F.shape
     F = F2 // 2
@@ -164,7 +178,7 @@ def _launch_up_proj(x_TD, w1_ED2F, routing, z, act_RF, first_row, z_first, z_end
         up_proj_kernel, _grid(x_TD),
         x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
         z_up_desc, z_gate_desc, act_desc if with_act else z_up_desc,
-        *_tiles(routing), D, F, first_row, z_first, z_end,
+        *_tiles(routing), *_pace(routing, 4 * (routing.token_R.shape[0] - first_row) * D * F), D, F, first_row, z_first, z_end,
         ACT=with_act, COLS_AT_A_TIME=_at_a_time(UP_AT_A_TIME, D, F2), num_warps=4,
     )  # fmt: skip
 
@@ -201,8 +215,7 @@ def _launch_rows(in_desc, rest_desc, num_kept, first, width, w, w_is_nk, routing
         rows_kernel, _grid(out),
         in_desc, rest_desc, num_kept, first, w_desc, _ragged_block(out, out.shape[1]),
         *_tiles(routing), width, rows, first_col, out.shape[1],
-        W_IS_NK=w_is_nk,
-        COLS_AT_A_TIME=_at_a_time(DX_AT_A_TIME if w_is_nk else DOWN_AT_A_TIME, width, w.numel() // (E * width)), num_warps=4,
+        W_IS_NK=w_is_nk, COLS_AT_A_TIME=ROWS_AT_A_TIME, num_warps=4,
     )  # fmt: skip
 
 
@@ -270,6 +283,6 @@ def weight_grad(gathered_TM, rows, routing, dw, transposed=False):
         weight_grad_kernel, _grid(dw),
         gathered_TM, gathered_TM.stride(0), routing.token_R,
         _ragged_block(rows.kept, N, 64, 256), rest_desc, rows.num_kept, rows.first,
-        _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, E, M, N,
+        _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]), routing.offsets_E1, *_pace(routing, 2 * R * M * N), E, M, N,
         TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip

@@ -38,6 +38,12 @@ STAGES = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
+# Programs kept in step (see `Pace`) tell of a tile so many steps before its last one.
+PACE_STEPS = gl.constexpr(8)
+PACE_SLOTS = gl.constexpr(256)  # no Hopper GPU has more programs
+# Row tiles at a time of a weight gradient, all columns of them before the next ones.
+WEIGHT_ROWS_AT_A_TIME = gl.constexpr(16)
+
 # A descriptor for ragged rows has two extra dimensions whose strides cancel modulo 2^64, so that
 # the bounds check on the row dimension can be placed at any row (see triton.tools.ragged_tma).
 RAGGED_ROWS = gl.constexpr(1 << 30)
@@ -113,14 +119,71 @@ def _commit(ring, stage):
         async_copy.mbarrier_arrive(ring.ready.index(stage), increment_count=False)
 
 
+@aggregate
+class Pace:
+    """Keeps the programs of a launch in step, so that the L2 still has what they share when the last of them asks for it.
+
+    Programs that take the same time for every tile drift apart over milliseconds all the same. Each tells how many tiles its
+    producer has all but filled, and before the next one its producer waits until every other one has told as much, under
+    the stages that are ahead of the consumers. No result depends on it. Who has looked `patience` times in vain does not wait
+    again: some programs may not run yet, where other kernels hold their multiprocessors.
+    """
+
+    counts_ptr: gl.tensor  # (PACE_SLOTS,) int32: at the launch 0 for each program, very many in the other slots
+    patience: gl.tensor  # 0 if nobody waits and nobody tells
+
+    @gluon.constexpr_function
+    def __init__(self, counts_ptr, patience):
+        self.counts_ptr = counts_ptr
+        self.patience = patience
+
+    @gluon.jit
+    def _least(self):
+        """The least of all counts. Each warp reads all of them, so that none waits for another."""
+        layout: gl.constexpr = gl.BlockedLayout([PACE_SLOTS // 32, 1], [1, 32], [4, 1], [1, 0])
+        rows = gl.arange(0, PACE_SLOTS // 32, gl.SliceLayout(1, layout))[:, None]
+        slots = rows * 32 + gl.arange(0, 32, gl.SliceLayout(0, layout))[None, :]
+        return gl.min(gl.min(gl.load(self.counts_ptr + slots, volatile=True), 0), 0)
+
+    @gluon.jit
+    def wait(self, count, patience):
+        """Waits until all have told count. Returns the patience for the next time."""
+        looks = gl.to_tensor(0)
+        if patience > 0:
+            while (looks < patience) & (self._least() < count):
+                looks += 1
+        return gl.where(looks < patience, patience, 0)
+
+    @gluon.jit
+    def tells_at(self, tile):
+        """The step of a tile's contraction at which it is told of; -1 for none."""
+        step = tile.k_begin + gl.maximum(tile.steps() - PACE_STEPS, 0) * BK
+        return gl.where(self.patience > 0, step, -1)
+
+    @gluon.jit
+    def tell(self, count):
+        gl.store(self.counts_ptr + gl.program_id(0), count)
+
+    @gluon.jit
+    def leave(self):
+        if self.patience > 0:
+            self.tell(1 << 30)
+
+
 @gluon.jit
-def _fill(ring, tile, lhs, rhs, stage, phase):
-    """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows."""
+def _fill(ring, tile, lhs, rhs, stage, phase, pace=None, count=0, tells_at=-1):
+    """Fills the ring with the steps of one tile. A step's own tokens are fetched two steps before their rows.
+
+    pace: told at step tells_at that the program has filled count tiles.
+    """
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
     for k in range(tile.k_begin, tile.k_stop(), BK):
         # Asked for first, since to pass them on at the end of the step is to wait for them.
         new_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
+        if pace is not None:
+            if k == tells_at:
+                pace.tell(count)
         ready = ring.ready.index(stage)
         mbarrier.wait(ring.empty.index(stage), phase)
         mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
@@ -134,7 +197,7 @@ def _fill(ring, tile, lhs, rhs, stage, phase):
 
 
 @gluon.jit
-def _producer(ring, tiles, lhs, rhs):
+def _producer(ring, tiles, lhs, rhs, pace):
     """Fills the ring, tile by tile.
 
     Of an operand in two buffers, `RowsInTwo` or `StepsInTwo`, the buffer is chosen outside of the loop over steps.
@@ -143,23 +206,35 @@ def _producer(ring, tiles, lhs, rhs):
     rhs_in_two: gl.constexpr = isinstance(rhs, StepsInTwo)
     stage = 0
     phase = 1
+    count = gl.to_tensor(0)
+    tells_at = gl.to_tensor(-1)
+    if pace is not None:
+        patience = pace.patience
     word = tiles.word(tiles.begin())
     for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
         tile = tiles.tile(t, word)
         word = tiles.word(t + gl.num_programs(0))
+        if pace is not None:
+            patience = pace.wait(count, patience)
+            count += 1
+            tells_at = pace.tells_at(tile)
         if lhs_in_two:
             if _is_kept(tile.row, tile.row_end, lhs.num_kept):
-                stage, phase = _fill(ring, tile, lhs.kept, rhs, stage, phase)
+                stage, phase = _fill(ring, tile, lhs.kept, rhs, stage, phase, pace, count, tells_at)
             else:
-                stage, phase = _fill(ring, tile, lhs.rest, rhs, stage, phase)
+                stage, phase = _fill(ring, tile, lhs.rest, rhs, stage, phase, pace, count, tells_at)
         elif rhs_in_two:
             k = rhs.end_of_kept(tile)
             if k > tile.k_begin:
-                stage, phase = _fill(ring, tile.within(tile.k_begin, k), lhs, rhs.kept, stage, phase)
+                part = tile.within(tile.k_begin, k)
+                stage, phase = _fill(ring, part, lhs, rhs.kept, stage, phase, pace, count, tells_at)
             if k < tile.k_end or tile.k_begin == tile.k_end:
-                stage, phase = _fill(ring, tile.within(k, tile.k_end), lhs, rhs.rest, stage, phase)
+                part = tile.within(k, tile.k_end)
+                stage, phase = _fill(ring, part, lhs, rhs.rest, stage, phase, pace, count, tells_at)
         else:
-            stage, phase = _fill(ring, tile, lhs, rhs, stage, phase)
+            stage, phase = _fill(ring, tile, lhs, rhs, stage, phase, pace, count, tells_at)
+    if pace is not None:
+        pace.leave()
 
 
 @gluon.jit
@@ -315,7 +390,7 @@ def _uniform(value):
 
 @aggregate
 class WeightTiles:
-    """Tiles over a weight gradient (E * M, N), expert by expert; within one rows fastest."""
+    """Tiles over a weight gradient (E * M, N), expert by expert; within one, rows fastest, a few row tiles at a time."""
 
     offsets_ptr: gl.tensor
     E: gl.tensor
@@ -349,12 +424,14 @@ class WeightTiles:
     def tile(self, t, word):
         expert = t // (self.num_rows * self.num_cols)
         q = t % (self.num_rows * self.num_cols)
-        row = expert * self.M + q % self.num_rows * BM
+        first = q // (WEIGHT_ROWS_AT_A_TIME * self.num_cols) * WEIGHT_ROWS_AT_A_TIME
+        height = gl.minimum(self.num_rows - first, WEIGHT_ROWS_AT_A_TIME)
+        q -= first * self.num_cols
         return Tile(
             expert,
-            row,
+            expert * self.M + (first + q % height) * BM,
             (expert + 1) * self.M,
-            q // self.num_rows * BN,
+            q // height * BN,
             _uniform(gl.load(self.offsets_ptr + expert)),
             _uniform(gl.load(self.offsets_ptr + expert + 1)),
         )
@@ -792,10 +869,13 @@ def _first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row):
 _METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
 
 
-@gluon.jit(do_not_specialize=["first_row", "z_first", "z_end"], do_not_specialize_on_alignment=_METADATA)
+@gluon.jit(
+    do_not_specialize=["patience", "first_row", "z_first", "z_end"],
+    do_not_specialize_on_alignment=_METADATA + ["counts_ptr"],
+)
 def up_proj_kernel(
     x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
-    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, first_row, z_first, z_end,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, counts_ptr, patience, D, F, first_row, z_first, z_end,
     ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """z = gather(x_TD) @ w1[e], act = up * silu(gate).
@@ -822,7 +902,7 @@ def up_proj_kernel(
         [
             (_up_consumer, (ring, tiles, up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z, 0)),
             (_up_consumer, (ring, tiles, up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z, 1)),
-            (_producer, (ring, tiles, lhs, rhs)),
+            (_producer, (ring, tiles, lhs, rhs, Pace(counts_ptr, patience))),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -889,7 +969,7 @@ def rows_kernel(
         [
             (_store_consumer, (ring, tiles, out_desc, 0)),
             (_store_consumer, (ring, tiles, out_desc, 1)),
-            (_producer, (ring, tiles, lhs, rhs)),
+            (_producer, (ring, tiles, lhs, rhs, None)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -1033,9 +1113,12 @@ def down_proj_backward_kernel(
     )
 
 
-@gluon.jit(do_not_specialize=["num_kept", "first", "E"], do_not_specialize_on_alignment=["token_ptr", "offsets_ptr"])
+@gluon.jit(
+    do_not_specialize=["num_kept", "first", "patience", "E"],
+    do_not_specialize_on_alignment=["token_ptr", "offsets_ptr", "counts_ptr"],
+)
 def weight_grad_kernel(
-    gathered_ptr, stride, token_ptr, rows_desc, rest_desc, num_kept, first, dw_desc, offsets_ptr, E, M, N,
+    gathered_ptr, stride, token_ptr, rows_desc, rest_desc, num_kept, first, dw_desc, offsets_ptr, counts_ptr, patience, E, M, N,
     TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
@@ -1053,7 +1136,7 @@ def weight_grad_kernel(
         [
             (_store_consumer, (ring, tiles, dw_desc, 0, TRANSPOSED)),
             (_store_consumer, (ring, tiles, dw_desc, 1, TRANSPOSED)),
-            (_producer, (ring, tiles, lhs, rhs)),
+            (_producer, (ring, tiles, lhs, rhs, Pace(counts_ptr, patience))),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

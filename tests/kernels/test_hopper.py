@@ -44,9 +44,9 @@ def test_every_kernel_compiles_within_limits(tmp_path):
     kernels = sorted((row["kernel"], row["case"]) for row in rows if row["dtype"] == "torch.bfloat16")
     assert kernels == [
         *[("down_proj_backward_kernel", "down backward")] * 2,  # few column tiles at a time, or all
-        *[("rows_kernel", "down")] * 2,
-        *[("rows_kernel", "dx")] * 2,
-        *[("rows_kernel", "dx, two buffers")] * 2,
+        ("rows_kernel", "down"),
+        ("rows_kernel", "dx"),
+        ("rows_kernel", "dx, two buffers"),
         *[("up_proj_kernel", "up, none saved")] * 2,
         *[("up_proj_kernel", "up, some rows saved")] * 2,
         *[("up_proj_kernel", "z again")] * 2,
@@ -234,8 +234,11 @@ def case(request, name, monkeypatch):
     if "two programs" in name:
         monkeypatch.setattr(hopper, "_num_programs", lambda device: 2)
     if name in ("two programs", "seed"):
-        for rule in ("UP", "DOWN", "DOWN_BACKWARD", "DX"):
-            monkeypatch.setattr(hopper, f"{rule}_AT_A_TIME", (0, 2))
+        monkeypatch.setattr(hopper, "UP_AT_A_TIME", (0, 2))
+        monkeypatch.setattr(hopper, "DOWN_BACKWARD_AT_A_TIME", (0, 2))
+        monkeypatch.setattr(hopper, "ROWS_AT_A_TIME", 2)
+    if name not in ("wide", "seed"):
+        monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
     return Case(name, request.param)
 
 
@@ -364,8 +367,19 @@ def test_no_tokens():
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("name", ["7B", "wide"])
-def test_same_bits_every_time(name):
+def test_same_bits_every_time(name, monkeypatch):
+    """In step or not, and with a program that never runs, so that the others' patience ends."""
     case = Case(name, torch.bfloat16)
+    launched_with, pace = [], hopper._pace
+
+    def recorded(*args):
+        launched_with.append(pace(*args))
+        return launched_with[-1]
+
+    def one_is_missing(*args):
+        counts, _ = pace(*args)
+        counts[-1] = 0
+        return counts, 3
 
     def run():
         act, y, dx = (case.poisoned(case.R, n) for n in (case.F, case.D, case.D))
@@ -383,8 +397,13 @@ def test_same_bits_every_time(name):
         return act, y, case.joined(dz), scaled, dscore, dx, dw1, dw2
 
     first = run()
-    for _ in range(5):
+    for paced_flops, how in [(1e30, recorded), (0, recorded), (0, one_is_missing), (0, recorded), (1e30, recorded)]:
+        monkeypatch.setattr(hopper, "PACED_FLOPS", paced_flops)
+        monkeypatch.setattr(hopper, "_pace", how)
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
+    told = [counts for counts, patience in launched_with if patience]
+    assert len(told) == 2 * 4 and len(launched_with) == 4 * 4  # up, z again, dw1, dw2
+    assert all((counts == 1 << 30).all() for counts in told)
 
 
 @pytest.mark.gpu
