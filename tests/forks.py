@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -18,6 +19,7 @@ def in_forks(world: int, work: Callable[[int], None]) -> bool:
     for rank in range(world):
         if not (pid := os.fork()):
             try:
+                torch.set_num_threads(1)  # a fork waits for ever for the threads of a pool that this process has used
                 work(rank)
                 os._exit(0)
             except BaseException:
