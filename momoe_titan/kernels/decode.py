@@ -4,6 +4,10 @@ Three launches, and no sorting: a row keeps the number of its slot, ``t * K + k`
 rows of their expert among all slots by themselves, own a stripe of its columns and stream it through
 shared memory. Plain Triton.
 
+Two launches for one token whose experts are so small that all programs run at once: up and down are one, by
+hidden columns. A program multiplies its part of act by its rows of w2 as soon as it has it, so that none waits
+for all of act; what is left to sum are the parts of y.
+
 On Hopper a launch overlaps the end of the one before (programmatic dependent launch): programs find their
 expert, and of a few slots ask for its first weights, before they wait. The first launch waits at once, so
 that all work before it is done when the others start. Until they wait they read ids and weights alone, which
@@ -17,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from . import configs
+from . import configs, hopper
 from .routing import _load_ids
 from .tiling import cdiv, dot, launch, load_block, next_power_of_2
 
@@ -49,6 +53,8 @@ class Stripe:
 # Of the up and of the down projection. On one H100 the fastest of those tried, at every shape and number of tokens.
 _HOPPER = Stripe(128, 64, 8, 4), Stripe(128, 64, 4, 5, split=2)
 _ANY = Stripe(64, 64, 4, 4), Stripe(64, 64, 4, 6)  # 99 KiB of shared memory suffice
+_FUSED = Stripe(64, 64, 4, 6)  # of the up and the down projection in one
+_SUMMED_COLS, _SUMMED_PARTS = 32, 128  # a program of the sum after it, and its step
 
 
 def stripes(device: torch.device) -> tuple[Stripe, Stripe]:
@@ -108,6 +114,66 @@ def _slots_of_rows(ids_ptr, expert, first, num_slots, E: tl.constexpr, BLOCK_M: 
         found += tl.sum(tl.where(is_row, slots[None, :] - num_slots, 0), axis=1)
         seen += tl.sum(mine)
     return found + num_slots
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr,
+    w1_ptr,
+    w2_ptr,
+    y_ptr,
+    ids_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Grid (K * cdiv(F, BLOCK_N),). y (K, cdiv(F, BLOCK_N), D) float32: of a slot and BLOCK_N hidden columns, act @ w2[id]."""
+    PARTS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    UP_STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    TILE: tl.constexpr = 2 * BLOCK_N  # columns of w1, up and gate, and of w2 a step
+    EVEN_N: tl.constexpr = F % BLOCK_N == 0
+    EVEN_K: tl.constexpr = D % BLOCK_K == 0
+    if OVERLAPS:
+        tl_cuda.gdc_wait()
+    expert = _load_ids(ids_ptr, tl.program_id(0) // PARTS, K, E, "")
+    if OVERLAPS:
+        tl_cuda.gdc_launch_dependents()
+    first_col = tl.program_id(0) % PARTS * BLOCK_N
+    if expert >= 0:
+        w2_ptr += expert.to(tl.int64) * (D * F) + first_col * D
+        is_token = tl.arange(0, BLOCK_M) == 0
+        k = tl.arange(0, BLOCK_K)
+        cols = tl.arange(0, TILE)
+        hidden = first_col + cols % BLOCK_N
+        x_ptrs = x_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + k[None, :]
+        w_ptrs = w1_ptr + expert.to(tl.int64) * (2 * D * F) + k[:, None] * (2 * F) + (hidden + cols // BLOCK_N * F)[None, :]
+        acc = tl.zeros((BLOCK_M, TILE), tl.float32)
+        for step in range(0, UP_STEPS):
+            k0 = step * BLOCK_K
+            x = load_block(x_ptrs + k0, is_token, k0 + k < D, False, EVEN_K)
+            w = load_block(w_ptrs, k0 + k < D, hidden < F, EVEN_K, EVEN_N)
+            acc = dot(x, w, acc, "tf32", UPCAST)
+            w_ptrs += BLOCK_K * 2 * F
+            if OVERLAPS:
+                if step == UP_STEPS - 4:  # the first of w2, so that the memory has no pause
+                    rows = tl.minimum(F - first_col, BLOCK_N)
+                    _ask_for(w2_ptr, D, 0, 0, rows, D, BLOCK_N, TILE)
+                    _ask_for(w2_ptr, D, 0, TILE, rows, D, BLOCK_N, TILE)
+        up, gate = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+        act = (up * gate * tl.sigmoid(gate)).to(x_ptr.dtype.element_ty)
+        rows = tl.arange(0, BLOCK_N)
+        w_ptrs = w2_ptr + rows[:, None] * D + cols[None, :]
+        y_ptrs = y_ptr + tl.program_id(0) * D + tl.zeros((BLOCK_M,), tl.int32)[:, None] + cols[None, :]
+        for d0 in range(0, D, TILE):
+            w = load_block(w_ptrs + d0, first_col + rows < F, d0 + cols < D, EVEN_N, D % TILE == 0)
+            y = dot(act, w, tl.zeros((BLOCK_M, TILE), tl.float32), "tf32", UPCAST)
+            tl.store(y_ptrs + d0, y, mask=is_token[:, None] & (d0 + cols < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_slots", "by_slot"])
@@ -227,6 +293,48 @@ def _down_kernel(
         tl.store(y_ptrs, acc, mask=live[:, None] & col_mask[None, :])
 
 
+@triton.jit
+def _store_counts(ids_ptr, counts_ptr, num_slots, E: tl.constexpr, SLOTS: tl.constexpr, E_POW2: tl.constexpr):
+    ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E, ".cg")
+    experts = tl.arange(0, E_POW2)
+    counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
+    tl.store(counts_ptr + experts, counts.to(tl.int64), mask=experts < E)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    y_ptr,
+    ids_ptr,
+    scores_ptr,
+    out_ptr,
+    counts_ptr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E_POW2: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Grid (cdiv(D, BLOCK),). out = sum over the used slots of score * y and its parts, in a fixed order; counts (E) int64."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        _store_counts(ids_ptr, counts_ptr, K, E, SLOTS, E_POW2)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.static_range(0, K * PARTS, ROWS):
+        row = first + tl.arange(0, ROWS)
+        # Before the wait from the L2: the SM's own cache may be older than the ids and the scores.
+        used = _load_ids(ids_ptr, row // PARTS, K, E, ".cg") >= 0
+        score = tl.load(scores_ptr + row // PARTS, mask=used, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if OVERLAPS and first == 0:
+            tl_cuda.gdc_wait()
+        mask = used[:, None] & (cols < D)[None, :]
+        acc += score[:, None] * tl.load(y_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + cols, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def _sum_kernel(
     y_ptr,
@@ -248,10 +356,7 @@ def _sum_kernel(
     token = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if (token == 0) & (tl.program_id(1) == 0):
-        ids = _load_ids(ids_ptr, tl.arange(0, SLOTS), num_slots, E, ".cg")
-        experts = tl.arange(0, E_POW2)
-        counts = tl.histogram(ids, E_POW2, mask=ids >= 0)
-        tl.store(counts_ptr + experts, counts.to(tl.int64), mask=experts < E)
+        _store_counts(ids_ptr, counts_ptr, num_slots, E, SLOTS, E_POW2)
     if OVERLAPS:
         tl_cuda.gdc_wait()
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -268,6 +373,17 @@ def _sum_kernel(
     tl.store(out_ptr + token.to(tl.int64) * D + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
+def fuses(device: torch.device, num_tokens: int, num_chosen: int, ffn: int) -> bool:
+    """Whether up and down are one launch: of one token, if its programs all run at once, on Hopper.
+
+    With more of them there are more parts of y to read, and the memory pauses between two rounds.
+    """
+    if num_tokens != 1 or configs.interpreting():
+        return num_tokens == 1
+    is_hopper = configs.device_properties(device)[0] == (9, 0)
+    return is_hopper and num_chosen * cdiv(ffn, _FUSED.block_n) <= hopper.num_programs(device)
+
+
 def forward(
     x_TD: torch.Tensor, w1_ED2F: torch.Tensor, w2_EFD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,16 +391,50 @@ def forward(
     num_tokens, num_chosen = ids_TK.shape
     num_experts, ffn, d_model = w2_EFD.shape
     num_slots = num_tokens * num_chosen
-    up, down = stripes(x_TD.device)
     by_slot = int(num_slots < num_experts)
     groups = min(num_slots, num_experts)
     slots = max(64, next_power_of_2(MAX_TOKENS * num_chosen))
     overlaps = not configs.interpreting() and configs.device_properties(x_TD.device)[0] == (9, 0)
-    shape = {"D": d_model, "E": num_experts, "SLOTS": slots, "OVERLAPS": overlaps, "launch_pdl": overlaps}
-    act = x_TD.new_empty(num_slots, ffn)
-    y = x_TD.new_empty(down.split, num_slots, d_model, dtype=torch.float32)
+    shape = {"D": d_model, "E": num_experts, "OVERLAPS": overlaps, "launch_pdl": overlaps}
+    summed = {"K": num_chosen, "SLOTS": slots, "E_POW2": max(2, next_power_of_2(num_experts))}
     out_TD = torch.empty_like(x_TD)
     counts_E = ids_TK.new_empty(num_experts, dtype=torch.int64)
+    if fuses(x_TD.device, num_tokens, num_chosen, ffn):
+        parts = cdiv(ffn, _FUSED.block_n)
+        y = x_TD.new_empty(num_chosen * parts, d_model, dtype=torch.float32)
+        launch(
+            _fused_kernel,
+            (num_chosen * parts,),
+            x_TD,
+            w1_ED2F,
+            w2_EFD,
+            y,
+            ids_TK,
+            F=ffn,
+            K=num_chosen,
+            BLOCK_M=_BLOCK_M,
+            **shape,
+            **_FUSED.options(x_TD.dtype),
+        )
+        launch(
+            _sum_parts_kernel,
+            (cdiv(d_model, _SUMMED_COLS),),
+            y,
+            ids_TK,
+            scores_TK,
+            out_TD,
+            counts_E,
+            PARTS=parts,
+            ROWS=min(_SUMMED_PARTS, next_power_of_2(num_chosen * parts)),
+            BLOCK=_SUMMED_COLS,
+            num_warps=4,
+            **shape,
+            **summed,
+        )
+        return out_TD, counts_E
+    up, down = stripes(x_TD.device)
+    act = x_TD.new_empty(num_slots, ffn)
+    y = x_TD.new_empty(down.split, num_slots, d_model, dtype=torch.float32)
     launch(
         _up_kernel,
         (groups * cdiv(ffn, up.block_n),),
@@ -296,6 +446,7 @@ def forward(
         by_slot,
         F=ffn,
         K=num_chosen,
+        SLOTS=slots,
         BLOCK_M=_BLOCK_M,
         **shape,
         **up.options(x_TD.dtype),
@@ -311,6 +462,7 @@ def forward(
         by_slot,
         F=ffn,
         SPLIT=down.split,
+        SLOTS=slots,
         BLOCK_M=_BLOCK_M,
         **shape,
         **down.options(x_TD.dtype),
@@ -324,11 +476,10 @@ def forward(
         out_TD,
         counts_E,
         num_slots,
-        K=num_chosen,
         SPLIT=down.split,
-        E_POW2=max(2, next_power_of_2(num_experts)),
         BLOCK=128,
         num_warps=2,
         **shape,
+        **summed,
     )
     return out_TD, counts_E

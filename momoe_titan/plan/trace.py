@@ -392,7 +392,7 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         mock.patch.object(autograd, "_aligned", lambda tensor: tensor),
         mock.patch.object(configs, "interpreting", lambda: False),
         mock.patch.object(configs, "device_properties", lambda device: (capability, "GPU")),
-        mock.patch.object(hopper, "_num_programs", lambda device: _NUM_PROCESSORS),
+        mock.patch.object(hopper, "num_programs", lambda device: _NUM_PROCESSORS),
         *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
         mock.patch.object(moe, "has_cuda_capability", fits),
         mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),

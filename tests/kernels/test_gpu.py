@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from momoe_titan.kernels import gemms, hopper, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import cache_load_count, compile_count, install
+from momoe_titan.kernels.router import route
 
 from .test_op import assert_close, make_inputs, run
 
@@ -197,7 +198,25 @@ def test_offsets_past_two_to_the_31(path):
         assert ((got.float() - expected).norm() / expected.norm()).item() < 6e-3
 
 
-def test_cuda_graph_replays_forward_and_backward(path):
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(path, monkeypatch):
+    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
+    inputs = make_inputs(SHAPES["seed_odd"], torch.bfloat16, "cuda:0")
+    there = [t.to("cuda:1") for t in inputs]
+    logits = torch.randn(1030, 64, device="cuda:0")
+    for run_on in (
+        lambda x, w1, w2, ids, scores, dout: run(momoe_mlp, x, w1, w2, ids, scores, dout, 37)[0],
+        lambda x, w1, w2, ids, scores, dout: momoe_mlp(x[:4], w1, w2, ids[:4], scores[:4]),  # its own kernels
+        lambda x, *_: route(logits.to(x.device), None, 6, "softmax"),
+    ):
+        want, got = run_on(*inputs), run_on(*there)
+        assert torch.cuda.current_device() == 0
+        assert all(g.device.index == 1 and torch.equal(g.cpu(), w.cpu()) for g, w in zip(got, want))
+
+
+@pytest.mark.parametrize("paced_flops", [0, 1e30], ids=["in step", "not in step"])
+def test_cuda_graph_replays_forward_and_backward(path, paced_flops, monkeypatch):
+    monkeypatch.setattr(hopper, "PACED_FLOPS", paced_flops)
     x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
 
@@ -221,7 +240,8 @@ def test_cuda_graph_replays_forward_and_backward(path):
     assert all(torch.equal(c, w) for c, w in zip(captured, step()))
 
 
-def test_does_not_wait_for_the_gpu(path):
+def test_does_not_wait_for_the_gpu(path, monkeypatch):
+    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
     x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
     run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
     torch.cuda.set_sync_debug_mode("error")

@@ -232,7 +232,7 @@ def case(request, name, monkeypatch):
     if request.param is torch.float16 and name in ("7B", "wide", "seed"):
         pytest.skip("float16 differs from bfloat16 in nothing that depends on the shape")
     if "two programs" in name:
-        monkeypatch.setattr(hopper, "_num_programs", lambda device: 2)
+        monkeypatch.setattr(hopper, "num_programs", lambda device: 2)
     if name in ("two programs", "seed"):
         monkeypatch.setattr(hopper, "UP_AT_A_TIME", (0, 2))
         monkeypatch.setattr(hopper, "DOWN_BACKWARD_AT_A_TIME", (0, 2))
