@@ -31,7 +31,7 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Column tiles at a time (see `RowTiles`) where an expert's weights are so large, in bytes: (from bytes, tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
-ROWS_AT_A_TIME = 12  # at most, of down and dx, whatever the weights
+ROWS_AT_A_TIME = 12  # of down and dx, at most, whatever the weights
 
 # The programs of a launch of so many FLOPs, 3 ms and more, are kept in step: see `Pace`. A look takes about 1 us, a tile 30 to 70.
 PACED_FLOPS = 2e12
@@ -211,12 +211,13 @@ def recompute_z(x_TD, w1_ED2F, routing, z):
 def _launch_rows(in_desc, rest_desc, num_kept, first, width, w, w_is_nk, routing, out, first_col):
     E, rows, cols = w.shape
     num_cols = cdiv(rows if w_is_nk else cols, BN.value)  # of all ranges: another one must not compile another version
+    at_a_time = cdiv(num_cols, cdiv(num_cols, ROWS_AT_A_TIME)) if num_cols > ROWS_AT_A_TIME else 0
     w_desc = _block(w, E * rows, cols, *((256, 64) if w_is_nk else (64, 256)))
     launch(
         rows_kernel, _grid(out),
         in_desc, rest_desc, num_kept, first, w_desc, _ragged_block(out, out.shape[1]),
         *_tiles(routing), width, rows, first_col, out.shape[1],
-        W_IS_NK=w_is_nk, COLS_AT_A_TIME=cdiv(num_cols, cdiv(num_cols, ROWS_AT_A_TIME)), num_warps=4,
+        W_IS_NK=w_is_nk, COLS_AT_A_TIME=at_a_time, num_warps=4,
     )  # fmt: skip
 
 
