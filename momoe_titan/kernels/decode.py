@@ -8,10 +8,10 @@ Two launches for one token whose experts are so small that all programs run at o
 hidden columns. A program multiplies its part of act by its rows of w2 as soon as it has it, so that none waits
 for all of act; what is left to sum are the parts of y.
 
-On Hopper a launch overlaps the end of the one before (programmatic dependent launch): programs find their
+On Hopper a launch overlaps the end of the one before (programmatic dependent launch): of the three, programs find their
 expert, and of a few slots ask for its first weights, before they wait. The first launch waits at once, so
-that all work before it is done when the others start. Until they wait they read ids and weights alone, which
-no kernel of the three writes, and write the counts alone, which no other one reads.
+that all work before it is done when the others start. Until they wait they read ids, scores and weights alone, which
+none of these kernels writes, and write the counts alone, which no other one reads.
 """
 
 from dataclasses import dataclass
@@ -374,7 +374,7 @@ def _sum_kernel(
 
 
 def fuses(device: torch.device, num_tokens: int, num_chosen: int, ffn: int) -> bool:
-    """Whether up and down are one launch: of one token, if its programs all run at once, on Hopper.
+    """Whether up and down are one launch: of one token, if its programs all run at once, on Hopper; in the interpreter always.
 
     With more of them there are more parts of y to read, and the memory pauses between two rounds.
     """

@@ -38,7 +38,7 @@ STAGES = gl.constexpr(4)
 CONSUMER_REGISTERS = gl.constexpr(232)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
-# Programs kept in step (see `Pace`) tell of a tile so many steps before its last one.
+# Programs kept in step (see `Pace`) tell of a tile so many steps before its end.
 PACE_STEPS = gl.constexpr(8)
 PACE_SLOTS = gl.constexpr(256)  # no Hopper GPU has more programs
 # Row tiles at a time of a weight gradient, all columns of them before the next ones.
@@ -126,7 +126,8 @@ class Pace:
     Programs that take the same time for every tile drift apart over milliseconds all the same. Each tells how many tiles its
     producer has all but filled, and before the next one its producer waits until every other one has told as much, under
     the stages that are ahead of the consumers. No result depends on it. Who has looked `patience` times in vain does not wait
-    again: some programs may not run yet, where other kernels hold their multiprocessors.
+    again: some programs may not run yet, where other kernels hold their multiprocessors, or have a tile that takes
+    several times as long, of a weight gradient whose expert has thousands of rows more.
     """
 
     counts_ptr: gl.tensor  # (PACE_SLOTS,) int32: at the launch 0 for each program, very many in the other slots

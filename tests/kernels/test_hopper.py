@@ -236,7 +236,7 @@ def case(request, name, monkeypatch):
     if name in ("two programs", "seed"):
         monkeypatch.setattr(hopper, "UP_AT_A_TIME", (0, 2))
         monkeypatch.setattr(hopper, "DOWN_BACKWARD_AT_A_TIME", (0, 2))
-        monkeypatch.setattr(hopper, "ROWS_AT_A_TIME", 2)
+        monkeypatch.setattr(hopper, "ROWS_AT_A_TIME", 1)
     if name not in ("wide", "seed"):
         monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
     return Case(name, request.param)
@@ -404,6 +404,27 @@ def test_same_bits_every_time(name, monkeypatch):
     told = [counts for counts, patience in launched_with if patience]
     assert len(told) == 2 * 4 and len(launched_with) == 4 * 4  # up, z again, dw1, dw2
     assert all((counts == 1 << 30).all() for counts in told)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_programs_in_step_tell_of_every_tile(monkeypatch):
+    """Patience for seconds, of which none is wanted."""
+    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
+    monkeypatch.setattr(hopper, "PATIENCE", 10**7)
+    case = Case("wide", torch.bfloat16)
+    z, act, dw1 = (torch.empty(n, device="cuda", dtype=case.dtype) for n in ((case.R, 896), (case.R, 448), case.w1.shape))
+    for launch in (
+        lambda: hopper.up_proj(case.x, case.w1, case.routing, z, case.R, act),
+        lambda: hopper.weight_grad(case.x, z, case.routing, dw1),
+    ):
+        launch()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        launch()
+        events[1].record()
+        torch.cuda.synchronize()
+        assert events[0].elapsed_time(events[1]) < 500  # ms; a program that is not told of holds the others for longer
 
 
 @pytest.mark.gpu
