@@ -56,6 +56,7 @@ def dscore_parts(F):
 
 @functools.cache
 def num_programs(device):
+    """Of a launch on this device: one per multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -7,7 +7,8 @@ TMA stores, clipped at the last row of the expert, send the result out. The seco
 where none of its rows exist, too: a tile that took less time would put its program out of step
 with those that read the same operands. Results wait in registers and go out under the products of
 the next tile (`Results`): those of down, dx and the weight gradients, up's z, and its act where no z
-is kept. Act beside z, and all of down backward, go out at once. The kernels differ in their operands
+is kept. Act beside z, and all of down backward, go out at once. In long launches of up and of the weight
+gradients the producers keep in step (`Pace`). The kernels differ in their operands
 (`TokenRows`, `PlainRows`, `RowsInTwo`, `ExpertWeights`, `TokenSteps`, `PlainSteps`, `StepsInTwo`), in
 their tile order (`RowTiles`, `WeightTiles`) and in their epilogue.
 
@@ -883,7 +884,7 @@ def up_proj_kernel(
 
     Grid: one program per SM, each walks 128-row x 128-column (of F) tiles.
     Writes z rows below z_end of the tiles that reach first_row, row z_first of all first, unless z_up_desc is None,
-    and if ACT act_RF for all their rows.
+    and if ACT act_RF for all their rows. counts, patience: see `Pace`.
     """
     ring = _make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, LENDS=False)
     num_tiles = gl.load(num_tiles_ptr)
@@ -1124,7 +1125,8 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """gathered[token of the expert's rows]^T @ rows[the expert's rows], (E, M, N); stored as (E, N, M) if TRANSPOSED.
 
-    Grid: one program per SM, each walks 128x256 tiles. rows in two buffers unless rest_desc is None.
+    Grid: one program per SM, each walks 128x256 tiles. rows in two buffers unless rest_desc is None. counts, patience: see
+    `Pace`.
     """
     ring = _make_ring(dw_desc.dtype, LHS_IS_KM=True, RHS_IS_NK=False, GATHERS=True, LENDS=False)
     tiles = WeightTiles(offsets_ptr, E, M, N, gl.cdiv(M, BM), gl.cdiv(N, BN))
