@@ -252,8 +252,12 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     """Returns the (64, 256) product of consumer W over the tile's contraction, one MMA in flight.
 
     acc: any value, to be overwritten. held: the stage that holds results of the tile before, which goes back under the first
-    MMA. results: of the tile before, still in registers, sent under the first MMAs, a block each.
+    MMA. results: of the tile before, still in registers, sent under the MMAs, a block every few steps, which leaves the loads
+    room; in a tile of too few steps for that a block each.
     """
+    if results is not None:
+        wide: gl.constexpr = results.outlet.STEPS_APART
+        apart = gl.where(tile.steps() >= wide * results.outlet.COUNT, wide * BK, BK)
     last = held
     for k in range(tile.k_begin, tile.k_stop(), BK):
         mbarrier.wait(ring.ready.index(stage), phase)
@@ -270,7 +274,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
         _give_back(ring, last)
         if results is not None:
             for i in gl.static_range(results.outlet.COUNT):
-                if k == tile.k_begin + i * BK:
+                if k == tile.k_begin + i * apart:
                     results.send(i)
         last = stage
         stage, phase = _advance(stage, phase)
@@ -278,7 +282,7 @@ def _accumulate(ring, tile, acc, stage, phase, W: gl.constexpr, held=-1, results
     _give_back(ring, last)
     if results is not None:
         for i in gl.static_range(1, results.outlet.COUNT):
-            if tile.steps() <= i:
+            if tile.steps() * BK <= i * apart:
                 results.send(i)
     return acc, stage, phase
 
@@ -744,15 +748,17 @@ class Outlet:
     COUNT: gl.constexpr  # blocks of 64 columns in a tile
     GATED: gl.constexpr  # the third and the fourth go to the columns of the first two, through gate_desc
     TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
+    STEPS_APART: gl.constexpr  # blocks are sent so many steps of the next tile apart
 
     @gluon.constexpr_function
-    def __init__(self, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED):
+    def __init__(self, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED, STEPS_APART):
         self.desc = desc
         self.gate_desc = gate_desc
         self.buffers = buffers
         self.COUNT = gl.constexpr(COUNT)
         self.GATED = gl.constexpr(GATED)
         self.TRANSPOSED = gl.constexpr(TRANSPOSED)
+        self.STEPS_APART = gl.constexpr(STEPS_APART)
 
 
 @aggregate
@@ -814,7 +820,10 @@ def _up_consumer(
     buffers = gl.allocate_shared_memory(act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
     dtype: gl.constexpr = act_desc.dtype
     FAST: gl.constexpr = dtype == gl.bfloat16
-    outlet = Outlet(out_desc, gate_desc, buffers, 4 if Z else 2, True, False)
+    if Z:
+        outlet = Outlet(out_desc, gate_desc, buffers, 4, True, False, 2)
+    else:
+        outlet = Outlet(out_desc, gate_desc, buffers, 2, True, False, 1)
     stage = 0
     phase = 0
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
@@ -919,7 +928,7 @@ def _store_consumer(ring, tiles, out_desc, W: gl.constexpr, TRANSPOSED: gl.const
     """
     dtype: gl.constexpr = out_desc.dtype
     buffers = gl.allocate_shared_memory(dtype, [2, HALF, CHUNK], TILE_SMEM)
-    outlet = Outlet(out_desc, out_desc, buffers, 4, False, TRANSPOSED)
+    outlet = Outlet(out_desc, out_desc, buffers, 4, False, TRANSPOSED, 3 if isinstance(tiles, WeightTiles) else 2)
     stage = 0
     phase = 0
     acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
