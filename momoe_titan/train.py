@@ -22,6 +22,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from unittest import mock
 
@@ -67,6 +68,7 @@ def describe_cpu() -> Iterator[None]:
     to "cuda" where there is no device), and while the job runs the one that looks
     up a device's peak FLOPS (which takes an unknown device for an A100). A CPU's
     peak is not a number: no utilisation is reported rather than a wrong one.
+    Process groups have one thread: see `one_gloo_thread`.
 
     Raises:
         RuntimeError: TorchTitan was imported before and took the device for a GPU.
@@ -81,7 +83,33 @@ def describe_cpu() -> Iterator[None]:
             "momoe_titan.train must be started before torchtitan is imported on a "
             "machine without a GPU"
         )
-    with mock.patch.object(utils, "get_peak_flops", return_value=float("nan")):
+    with mock.patch.object(utils, "get_peak_flops", return_value=float("nan")), one_gloo_thread():
+        yield
+
+
+@contextmanager
+def one_gloo_thread() -> Iterator[None]:
+    """While open, gloo's process groups get one thread for their collectives in place of two.
+
+    With two, torch 2.13 writes the name of the collective that ended last from both at once, without
+    a lock. Where it is a long one, as that of DTensor's all-gathers, a block of the heap is freed twice,
+    and the process ends with a signal.
+    """
+    gloo = torch.distributed.ProcessGroupGloo
+    original = gloo.__init__
+
+    def init(
+        self: Any, store: Any, rank: int, size: int, options: Any = None, *,
+        timeout: timedelta = torch.distributed.constants.default_pg_timeout,
+    ) -> None:  # fmt: skip
+        if options is None:
+            options = gloo._Options()
+            options._devices = [gloo.create_default_device()]
+            options._threads = 1
+            options._timeout = timeout
+        original(self, store, rank, size, options)
+
+    with mock.patch.object(gloo, "__init__", init):
         yield
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from momoe_titan.train import one_gloo_thread
+
 
 def in_forks(world: int, work: Callable[[int], None]) -> bool:
     """work(rank) in as many forks of this process at once; whether all of them ended well.
@@ -44,8 +46,9 @@ def in_gloo_forks(world: int, store: Path | str, work: Callable[[], None]) -> bo
 
     def rank_of_group(rank: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
-        work()
+        with one_gloo_thread():
+            dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+            work()
         dist.destroy_process_group()
 
     return in_forks(world, rank_of_group)

@@ -223,6 +223,30 @@ end_process()
     assert (done.returncode, done.stdout) == (0, "main\nthread\nat exit\n")
 
 
+def test_gloo_has_one_thread_in_a_job_on_the_cpu():
+    program = """
+from datetime import timedelta
+from momoe_titan.train import describe_cpu, one_gloo_thread
+from torch.distributed import HashStore, ProcessGroupGloo
+
+def threads_and_timeout(*options, **timeout):
+    options = ProcessGroupGloo(HashStore(), 0, 1, *options, **timeout).options
+    return options._threads, options._timeout
+
+with describe_cpu():
+    assert threads_and_timeout(timeout=timedelta(seconds=7)) == (1, timedelta(seconds=7))
+    with one_gloo_thread():
+        assert threads_and_timeout() == (1, timedelta(minutes=30))
+    own = ProcessGroupGloo._Options()
+    own._devices, own._threads = [ProcessGroupGloo.create_default_device()], 3
+    assert threads_and_timeout(own)[0] == 3
+assert threads_and_timeout()[0] == 2
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_process_without_torchrun(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
