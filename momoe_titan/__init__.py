@@ -5,7 +5,7 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_mlp"]
 
-_HOME = {"MoE": "layers", "MoMoE": "layers", "TopKRouter": "layers", "momoe_mlp": "kernels"}
+_HOME = {"MoE": "moe.layers", "MoMoE": "moe.layers", "TopKRouter": "moe.layers", "momoe_mlp": "kernels"}
 
 
 def __getattr__(name: str):

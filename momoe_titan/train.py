@@ -79,10 +79,7 @@ def describe_cpu() -> Iterator[None]:
     ):
         from torchtitan.tools import utils
     if utils.device_type != "cpu":
-        raise RuntimeError(
-            "momoe_titan.train must be started before torchtitan is imported on a "
-            "machine without a GPU"
-        )
+        raise RuntimeError("momoe_titan.train must be started before torchtitan is imported on a machine without a GPU")
     with mock.patch.object(utils, "get_peak_flops", return_value=float("nan")), one_gloo_thread():
         yield
 
@@ -176,8 +173,7 @@ def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
         )
     if config.checkpoint.async_mode == "async_with_pinned_mem":
         raise ValueError(
-            "checkpoint.async_mode is 'async_with_pinned_mem', but this machine has no "
-            "GPU; 'async' works here"
+            "checkpoint.async_mode is 'async_with_pinned_mem', but this machine has no GPU; 'async' works here"
         )
     if not was_given("training.mixed_precision_param", args):
         config.training.mixed_precision_param = "float32"
@@ -202,8 +198,8 @@ def check_config(config: "JobConfig") -> None:
     """
     from torchtitan.hf_datasets.text_datasets import DATASETS
 
-    from momoe_titan.data import build_tokenizer, resolve_assets_path
-    from momoe_titan.field_checks import check_fields, check_flavor
+    from momoe_titan.config.fields import check_fields, check_flavor
+    from momoe_titan.data.loader import build_tokenizer, resolve_assets_path
 
     check_fields(config)
     module = config.experimental.custom_import
@@ -227,18 +223,13 @@ def check_config(config: "JobConfig") -> None:
         try:
             tempfile.TemporaryFile(dir=parent).close()
         except OSError as e:
-            raise ValueError(
-                f"checkpoint.folder {checkpoints!r} cannot be written: {e}"
-            ) from e
+            raise ValueError(f"checkpoint.folder {checkpoints!r} cannot be written: {e}") from e
         if config.checkpoint.interval < 1:
-            raise ValueError(
-                f"checkpoint.interval is {config.checkpoint.interval}, must be at least 1"
-            )
+            raise ValueError(f"checkpoint.interval is {config.checkpoint.interval}, must be at least 1")
         # One may be in the writing.
         if config.checkpoint.keep_latest_k == 1 or config.checkpoint.keep_latest_k < 0:
             raise ValueError(
-                f"checkpoint.keep_latest_k is {config.checkpoint.keep_latest_k}, must be "
-                "0 (all) or at least 2"
+                f"checkpoint.keep_latest_k is {config.checkpoint.keep_latest_k}, must be 0 (all) or at least 2"
             )
 
     model_args = check_flavor(config)
@@ -259,9 +250,7 @@ def check_config(config: "JobConfig") -> None:
         datasets.append(("validation.dataset", config.validation.dataset))
     for field, name in datasets:
         if name.lower() not in DATASETS:
-            raise ValueError(
-                f"{field} {name!r} is none of {', '.join(map(repr, DATASETS))}"
-            )
+            raise ValueError(f"{field} {name!r} is none of {', '.join(map(repr, DATASETS))}")
 
 
 def complete_hf_folder(config: "JobConfig") -> None:
@@ -273,20 +262,18 @@ def complete_hf_folder(config: "JobConfig") -> None:
     from torchtitan.protocols.train_spec import get_train_spec
     from torchtitan.tools.logging import logger
 
-    from momoe_titan.model.hf_config import saved_dtype, write_hf_config
+    from momoe_titan.model.hugging_face.config import saved_dtype, write_hf_config
     from momoe_titan.register import MODEL_NAME
 
     checkpoint = config.checkpoint
     if not (checkpoint.enable and checkpoint.last_save_in_hf and config.model.name == MODEL_NAME):
         return
-    folder = os.path.join(
-        config.job.dump_folder, checkpoint.folder, f"step-{config.training.steps}"
-    )
+    folder = os.path.join(config.job.dump_folder, checkpoint.folder, f"step-{config.training.steps}")
     if os.environ["RANK"] == "0" and os.path.isdir(folder):
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
             logger.warning(
                 f"checkpoint.last_save_in_hf is true, but {folder!r} is of an earlier run and not in "
-                "Hugging Face's format: this run saved nothing. scripts/export_hf.py converts it"
+                "Hugging Face's format: this run saved nothing. python -m momoe_titan.export converts it"
             )
             return
         model_args = get_train_spec(MODEL_NAME).model_args[config.model.flavor]
@@ -302,10 +289,10 @@ def run(args: list[str]) -> None:
     """
     from torchtitan import train as titan
 
-    from momoe_titan.data import DataError
-    from momoe_titan.model.checkpoint import CheckpointError, CheckpointManager
+    from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager
+    from momoe_titan.data.loader import DataError
 
-    accepted: "JobConfig | None" = None
+    accepted: JobConfig | None = None
 
     def build_trainer(config: "JobConfig") -> Any:
         nonlocal accepted

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from momoe_titan.data import load_stdlib  # noqa: E402
+from momoe_titan.data.loader import load_stdlib  # noqa: E402
 
 VOCAB_SIZE = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -38,10 +38,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
         ),
     )
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"vocab_size {vocab_size} not reached: the text gave "
-            f"{tokenizer.get_vocab_size()} entries"
-        )
+        raise ValueError(f"vocab_size {vocab_size} not reached: the text gave {tokenizer.get_vocab_size()} entries")
     return tokenizer
 
 

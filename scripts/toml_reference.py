@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write docs/toml_reference.md from the [momoe] section's dataclass.
 
-    python scripts/toml_reference.py            # write it
-    python scripts/toml_reference.py --check    # exit status 1 if it is not up to date
+python scripts/toml_reference.py            # write it
+python scripts/toml_reference.py --check    # exit status 1 if it is not up to date
 """
 
 import argparse
@@ -39,9 +39,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return {
         field.target.id: inspect.cleandoc(below.value.value)
         for field, below in zip(body.body, body.body[1:])
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(below, ast.Expr)
-        and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
     }
 
 
@@ -72,7 +70,7 @@ def page() -> str:
     Raises:
         ValueError: a field that nothing is said about.
     """
-    from momoe_titan.job_config import Momoe
+    from momoe_titan.config.section import Momoe
 
     docs, hints = field_docs(Momoe), typing.get_type_hints(Momoe)
     parts = [INTRO]
@@ -83,8 +81,7 @@ def page() -> str:
         if default is dataclasses.MISSING:
             default = field.default_factory()
         parts.append(
-            f"## {field.name}\n\n{describe(hints[field.name])}; default `{literal(default)}`\n\n"
-            f"{docs[field.name]}\n"
+            f"## {field.name}\n\n{describe(hints[field.name])}; default `{literal(default)}`\n\n{docs[field.name]}\n"
         )
     return "\n".join(parts)
 

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def z_is_gone_after_its_last_use(monkeypatch):
     """NaN takes the place of z where dz may: the torch backend, which leaves z alone, shows so who reads it again."""
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     over_z = []
     is_last_use, torch_backward = autograd._is_last_use, autograd.torch_backward
@@ -43,3 +43,12 @@ def freed_gpu_memory():
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Threads only get in each other's way on tensors as small as those of the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import pytest
 from torchtitan.config import ConfigManager
 
 from momoe_titan import train
-from momoe_titan.field_checks import check_fields
+from momoe_titan.config.fields import check_fields
 
 ROOT = Path(__file__).parent.parent
 DEBUG_MODEL = ROOT / "train_configs" / "debug_model.toml"

@@ -40,11 +40,9 @@ class Jobs:
         self.count = 0
         self.env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf")}
         self.env.pop("TRITON_INTERPRET", None)
-        self.env["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.job_server"],
+            [sys.executable, "-m", "tests.support.job_server"],
             cwd=ROOT,
             env=self.env,
             stdin=subprocess.PIPE,
@@ -52,16 +50,13 @@ class Jobs:
             text=True,
         )
         (folder / "various.jsonl").write_text(
-            "".join(
-                json.dumps({"text": " ".join(str(i * j) for j in range(20))}) + "\n"
-                for i in range(300)
-            )
+            "".join(json.dumps({"text": " ".join(str(i * j) for j in range(20))}) + "\n" for i in range(300))
         )
 
     def options(self, out: Path, *extra: str) -> list[str]:
         return (
             "--job.config_file train_configs/debug_model.toml --model.flavor tiny "
-            "--experimental.custom_import tests.tiny_flavor --validation.no-enable "
+            "--experimental.custom_import tests.support.tiny_flavor --validation.no-enable "
             f"--training.seq_len {SEQ} --training.local_batch_size 2 --training.steps {STEPS} "
             f"--training.dataset local --training.dataset_path {self.folder}/various.jsonl "
             f"--lr_scheduler.warmup_steps 2 --lr_scheduler.total_steps {STEPS} "
@@ -192,9 +187,7 @@ def test_killed_at_any_moment(jobs, whole, tmp_path):
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=last)
 
 
-@pytest.mark.parametrize(
-    "mode, file", [("disabled", "__"), ("disabled", ".metadata"), ("async", "__")]
-)
+@pytest.mark.parametrize("mode, file", [("disabled", "__"), ("disabled", ".metadata"), ("async", "__")])
 def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path, mode, file):
     option = f"--checkpoint.async_mode={mode}"
     assert jobs.run(tmp_path, option, die=[8, file]).status == [-signal.SIGKILL]
@@ -315,9 +308,7 @@ def test_other_layouts(jobs, tmp_path, one_document):
         (2, 10, "dp_shard=2"),
         (1, STEPS, "ep=1"),
     ):
-        part = jobs.run(
-            tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks
-        )
+        part = jobs.run(tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks)
         assert part.status == [0] * ranks, part.log[-3000:]
         assert max(part.losses) == last and f" {shown}," in part.log
         for step, loss in part.losses.items():

@@ -12,11 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parent.parent
 # Some seconds a run: the debug model on short sequences.
-SMALL = (
-    "--training.seq_len=64 --training.local_batch_size=4 --metrics.log_freq=1 "
-    "--metrics.disable_color_printing --validation.seq_len=64 --validation.local_batch_size=4 "
-    "--validation.steps=2 --lr_scheduler.warmup_steps=4"
-).split()
+SMALL = ["--training.seq_len=64", "--training.local_batch_size=4", "--metrics.log_freq=1", "--metrics.disable_color_printing", "--validation.seq_len=64", "--validation.local_batch_size=4", "--validation.steps=2", "--lr_scheduler.warmup_steps=4"]
 
 
 def train(out: Path, *options: str, processes: int = 1, on_gpu: bool = False) -> str:
@@ -96,9 +92,7 @@ def test_save_percent_changes_no_loss(tmp_path):
 @pytest.mark.slow
 def test_two_processes_learn(tmp_path):
     """FSDP over two processes, on the same global batch of other documents."""
-    output = train(
-        tmp_path, "--training.steps=12", "--training.local_batch_size=2", processes=2
-    )
+    output = train(tmp_path, "--training.steps=12", "--training.local_batch_size=2", processes=2)
     logged = losses(output)
     assert sorted(logged) == list(range(1, 13))
     assert logged[12] < logged[1] - 0.3

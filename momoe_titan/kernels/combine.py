@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing import RoutingMetadata
-from .tiling import cdiv, launch, next_power_of_2
-
+from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
+from momoe_titan.kernels.routing import RoutingMetadata
 
 # Of a block, 16 bytes a thread for 16-bit rows. 256 columns fit every range of columns that the
 # layer is cut into, so that another number of tokens, and with it of ranges, compiles nothing.
@@ -49,7 +48,9 @@ def _combine_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & inside)
 
 
-def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None, out_TD: torch.Tensor) -> None:
+def combine(
+    rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None, out_TD: torch.Tensor
+) -> None:
     """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside.
 
     Either may be a range of the columns of a wider tensor.
@@ -77,7 +78,9 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def _score_grad_kernel(dscore_ptr, row_ptr, out_ptr, num_slots, NUM_N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr):
+def _score_grad_kernel(
+    dscore_ptr, row_ptr, out_ptr, num_slots, NUM_N: tl.constexpr, N_POW2: tl.constexpr, BLOCK: tl.constexpr
+):
     """Grid (cdiv(T * K, BLOCK),). out[slot] = sum of dscore[row[slot], :], or 0 for an unused slot."""
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, N_POW2)

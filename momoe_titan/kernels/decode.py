@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from . import configs, hopper
-from .routing import _load_ids
-from .tiling import cdiv, dot, launch, load_block, next_power_of_2
+from momoe_titan.kernels import gpu
+from momoe_titan.kernels.hopper import launch as hopper
+from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
+from momoe_titan.kernels.portable.blocks import dot, load_block
+from momoe_titan.kernels.routing import _load_ids
 
 MAX_TOKENS = 16  # from here on the kernels for many tokens are as close to the memory's limit, or closer
 _MAX_SLOTS = 1024
@@ -46,7 +48,7 @@ class Stripe:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "UPCAST": configs.interpreting() and dtype == torch.bfloat16,
+            "UPCAST": gpu.interpreting() and dtype == torch.bfloat16,
         }
 
 
@@ -59,7 +61,7 @@ _SUMMED_COLS, _SUMMED_PARTS = 32, 128  # a program of the sum after it, and its 
 
 def stripes(device: torch.device) -> tuple[Stripe, Stripe]:
     """Of the up and of the down projection."""
-    if configs.interpreting() or configs.device_properties(device)[0] == (9, 0):
+    if gpu.interpreting() or gpu.device_properties(device)[0] == (9, 0):
         return _HOPPER
     return _ANY
 
@@ -96,7 +98,9 @@ def _ask_for(ptr, stride, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_
     r = tl.minimum(row + tl.arange(0, BLOCK_ROWS), rows - 1)
     c = tl.minimum(col + 64 * tl.arange(0, BLOCK_COLS // 64), cols - 1)
     ptrs = (ptr + r[:, None] * stride + c[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -152,7 +156,9 @@ def _fused_kernel(
         cols = tl.arange(0, TILE)
         hidden = first_col + cols % BLOCK_N
         x_ptrs = x_ptr + tl.zeros((BLOCK_M,), tl.int32)[:, None] + k[None, :]
-        w_ptrs = w1_ptr + expert.to(tl.int64) * (2 * D * F) + k[:, None] * (2 * F) + (hidden + cols // BLOCK_N * F)[None, :]
+        w_ptrs = (
+            w1_ptr + expert.to(tl.int64) * (2 * D * F) + k[:, None] * (2 * F) + (hidden + cols // BLOCK_N * F)[None, :]
+        )
         acc = tl.zeros((BLOCK_M, TILE), tl.float32)
         for step in range(0, UP_STEPS):
             k0 = step * BLOCK_K
@@ -331,7 +337,9 @@ def _sum_parts_kernel(
         if OVERLAPS and first == 0:
             tl_cuda.gdc_wait()
         mask = used[:, None] & (cols < D)[None, :]
-        acc += score[:, None] * tl.load(y_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        acc += score[:, None] * tl.load(
+            y_ptr + row[:, None] * D + cols[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+        )
     tl.store(out_ptr + cols, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=cols < D)
 
 
@@ -378,9 +386,9 @@ def fuses(device: torch.device, num_tokens: int, num_chosen: int, ffn: int) -> b
 
     With more of them there are more parts of y to read, and the memory pauses between two rounds.
     """
-    if num_tokens != 1 or configs.interpreting():
+    if num_tokens != 1 or gpu.interpreting():
         return num_tokens == 1
-    is_hopper = configs.device_properties(device)[0] == (9, 0)
+    is_hopper = gpu.device_properties(device)[0] == (9, 0)
     return is_hopper and num_chosen * cdiv(ffn, _FUSED.block_n) <= hopper.num_programs(device)
 
 
@@ -394,7 +402,7 @@ def forward(
     by_slot = int(num_slots < num_experts)
     groups = min(num_slots, num_experts)
     slots = max(64, next_power_of_2(MAX_TOKENS * num_chosen))
-    overlaps = not configs.interpreting() and configs.device_properties(x_TD.device)[0] == (9, 0)
+    overlaps = not gpu.interpreting() and gpu.device_properties(x_TD.device)[0] == (9, 0)
     shape = {"D": d_model, "E": num_experts, "OVERLAPS": overlaps, "launch_pdl": overlaps}
     summed = {"K": num_chosen, "SLOTS": slots, "E_POW2": max(2, next_power_of_2(num_experts))}
     out_TD = torch.empty_like(x_TD)

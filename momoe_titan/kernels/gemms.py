@@ -6,9 +6,17 @@ import logging
 import torch
 from torch import Tensor
 
-from . import configs, down_proj, hopper, rows_gemm, up_proj, weight_grad
-from .routing import RoutingMetadata
-from .tiling import cdiv
+from momoe_titan.kernels import gpu
+from momoe_titan.kernels.hopper import launch as hopper
+from momoe_titan.kernels.launch import cdiv
+from momoe_titan.kernels.portable import (
+    configs,
+    down_proj,
+    rows_gemm,
+    up_proj,
+    weight_grad,
+)
+from momoe_titan.kernels.routing import RoutingMetadata
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +67,9 @@ class PortableGemms:
         """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all, so that first_col is 0."""
         return [(0, out_TD.shape[1])]
 
-    def down_proj(self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0) -> None:
+    def down_proj(
+        self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0
+    ) -> None:
         rows_gemm.rows_gemm(self.tiles["down_proj"], act_RF, w2_EFD, routing, y_RD, w_is_nk=False)
 
     def down_proj_backward(
@@ -80,7 +90,14 @@ class PortableGemms:
         rows_gemm.rows_gemm(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD, w_is_nk=True)
 
     def weight_grad(
-        self, a: Tensor, b: Tensor, routing: RoutingMetadata, dw_EMN: Tensor, *, gather_a: bool = False, gather_b: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        routing: RoutingMetadata,
+        dw_EMN: Tensor,
+        *,
+        gather_a: bool = False,
+        gather_b: bool = False,
     ) -> None:
         config = self.tiles["weight_grad"]
         weight_grad.weight_grad(config, a, b, routing, dw_EMN, gather_a=gather_a, gather_b=gather_b)
@@ -153,7 +170,7 @@ class HopperGemms:
 
 @functools.cache
 def _say_portable(device: torch.device, dtype: torch.dtype, d_model: int, ffn: int) -> None:
-    _, device_name = configs.device_properties(device)
+    _, device_name = gpu.device_properties(device)
     logger.info(
         "momoe_titan: portable Triton kernels on %s for %s, D = %d, F = %d "
         "(the Hopper kernels need capability 9.0, bfloat16 or float16, multiples of 64, and Triton 3.6 or 3.7)",
@@ -169,8 +186,8 @@ def select_gemms(x: Tensor, ffn: int) -> PortableGemms | HopperGemms:
 
     Depends on the device, the dtype, D and F, never on a token count.
     """
-    if not configs.interpreting():
-        capability, _ = configs.device_properties(x.device)
+    if not gpu.interpreting():
+        capability, _ = gpu.device_properties(x.device)
         if hopper.supported(x.dtype, x.shape[-1], ffn, capability):
             return HopperGemms()
         if isinstance(x.shape[-1], int) and x.is_cuda:  # not while a graph is traced

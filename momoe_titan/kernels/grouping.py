@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from . import combine, reference
-from .routing import RoutingMetadata, build_routing, build_routing_ref, histogram, unpack_routing
+from momoe_titan.kernels import combine, reference
+from momoe_titan.kernels.routing import (
+    RoutingMetadata,
+    build_routing,
+    build_routing_ref,
+    histogram,
+    unpack_routing,
+)
 
 _TILE_ROWS = 128  # of tiles that nobody uses
 

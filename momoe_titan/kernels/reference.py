@@ -6,7 +6,7 @@ Both run the experts one after another and read their token counts on the host.
 import torch
 import torch.nn.functional as F
 
-from .routing import RoutingMetadata
+from momoe_titan.kernels.routing import RoutingMetadata
 
 
 def momoe_mlp_ref(
@@ -57,7 +57,12 @@ def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Te
 
 
 def torch_forward(
-    x_TD: torch.Tensor, w1_ED2F: torch.Tensor, w2_EFD: torch.Tensor, scores_TK: torch.Tensor, routing: RoutingMetadata, num_saved: int
+    x_TD: torch.Tensor,
+    w1_ED2F: torch.Tensor,
+    w2_EFD: torch.Tensor,
+    scores_TK: torch.Tensor,
+    routing: RoutingMetadata,
+    num_saved: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward of the op: out_TD and z_S2F, the first ``num_saved`` rows of z."""
     ffn = w2_EFD.shape[1]

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .tiling import cdiv, launch, next_power_of_2, on_its_device
+from momoe_titan.kernels import gpu
+from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2, on_its_device
 
 _BLOCK = 2048  # logits that one program of 4 warps holds
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -33,7 +33,7 @@ _lib.define("bfloat16_parts(Tensor t, bool by_rows) -> Tensor")
 
 def runs_here(t: Tensor) -> bool:
     """Whether the kernels of this file can take t, or a tensor like it."""
-    return t.is_cuda and not configs.interpreting()
+    return t.is_cuda and not gpu.interpreting()
 
 
 @triton.jit
@@ -414,6 +414,8 @@ def float32_product(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     GPU is multiplied on tensor cores; where it is infinite, the result is NaN there.
     """
     plain = type(x_TD) in (Tensor, torch.nn.Parameter) and type(w_ED) in (Tensor, torch.nn.Parameter)
-    tensor_cores = plain and runs_here(x_TD) and x_TD.dtype == torch.bfloat16 and w_ED.dtype in (torch.bfloat16, torch.float32)
+    tensor_cores = (
+        plain and runs_here(x_TD) and x_TD.dtype == torch.bfloat16 and w_ED.dtype in (torch.bfloat16, torch.float32)
+    )
     with torch.autocast(x_TD.device.type, enabled=False):
         return (_TensorCoreProduct if tensor_cores else _Float32Product).apply(x_TD, w_ED)

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import interpreting
-from .tiling import cdiv, launch, next_power_of_2
+from momoe_titan.kernels.gpu import interpreting
+from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_TILES = MAX_EXPERTS = 1 << 16  # 16 bits of a packed tile hold its number in its expert, 16 the expert
 _SLOTS = 128  # slots that one program of the sort owns, a thread for each
@@ -83,7 +83,12 @@ def _splits(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, 
 
 
 def unpack_routing(
-    packed: torch.Tensor, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None = None
+    packed: torch.Tensor,
+    num_tokens: int,
+    num_chosen: int,
+    num_experts: int,
+    tile_rows: int,
+    num_rows: int | None = None,
 ) -> RoutingMetadata:
     """Views of a packed buffer as RoutingMetadata; num_rows as it was for build_routing."""
     views = packed.split_with_sizes(_splits(num_tokens, num_chosen, num_experts, tile_rows, num_rows))
@@ -100,7 +105,9 @@ def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr, CACHE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
-def _histogram_kernel(ids_ptr, hist_ptr, num_slots, num_blocks, E: tl.constexpr, SLOTS: tl.constexpr, E_POW2: tl.constexpr):
+def _histogram_kernel(
+    ids_ptr, hist_ptr, num_slots, num_blocks, E: tl.constexpr, SLOTS: tl.constexpr, E_POW2: tl.constexpr
+):
     """Grid (blocks of slots,). hist[e, block] = slots of the block that chose expert e."""
     block = tl.program_id(0)
     slots = block * SLOTS + tl.arange(0, SLOTS)

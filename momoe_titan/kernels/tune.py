@@ -12,11 +12,11 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from . import configs, down_proj, up_proj, weight_grad
-from .configs import TileConfig
-from .gemms import HopperGemms, select_gemms
-from .routing import build_routing, unpack_routing
-from .rows_gemm import rows_gemm
+from momoe_titan.kernels.gemms import HopperGemms, select_gemms
+from momoe_titan.kernels.portable import configs, down_proj, up_proj, weight_grad
+from momoe_titan.kernels.portable.configs import TileConfig
+from momoe_titan.kernels.portable.rows_gemm import rows_gemm
+from momoe_titan.kernels.routing import build_routing, unpack_routing
 
 _TILES = {
     # (block_n, block_k) of the row-tiled kernels, whose block_m is the table's; (block_m, block_n, block_k) of the other
@@ -35,7 +35,9 @@ def candidates(kernel: str, block_m: int) -> list[TileConfig]:
     return [TileConfig(*t, warps, stages) for t in tiles for warps, stages in _WARPS_AND_STAGES]
 
 
-def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, TileConfig]:
+def tune(
+    tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, TileConfig]:
     """Time every candidate of every GEMM on random, nearly balanced routing; returns the fastest of each.
 
     A candidate that does not compile, fit or run is skipped.
@@ -67,12 +69,20 @@ def tune(tokens: int, dim: int, ffn: int, experts: int, chosen: int, dtype: torc
         for config in dict.fromkeys([best[kernel], *candidates(kernel, tile_rows)]):
             try:
                 times[config] = do_bench(lambda: call(config), warmup=5, rep=30, return_mode="median")
-            except (triton.runtime.errors.OutOfResources, triton.CompilationError, torch.OutOfMemoryError, RuntimeError) as error:
+            except (
+                triton.runtime.errors.OutOfResources,
+                triton.CompilationError,
+                torch.OutOfMemoryError,
+                RuntimeError,
+            ) as error:
                 print(f"  {kernel} {config}: skipped ({type(error).__name__})")
         if not times:
             continue
         default, best[kernel] = best[kernel], min(times, key=times.get)
-        print(f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, built-in {times.get(default, float('nan')):.3f} ms", flush=True)
+        print(
+            f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, built-in {times.get(default, float('nan')):.3f} ms",
+            flush=True,
+        )
     return best
 
 

@@ -1,29 +1,13 @@
-"""The TorchTitan model "momoe_llama": flavors and train spec."""
+"""The llama-MoE model for TorchTitan. `momoe_titan.register` makes the job's train spec of it."""
 
-import copy
-from collections import UserDict
-from unittest import mock
-
-from torchtitan.components import validate
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.config import JobConfig
-from torchtitan.models.moe import MoEArgs
-from torchtitan.protocols.train_spec import TrainSpec
-
-from momoe_titan.data import build_dataloader, build_tokenizer, build_validation_dataloader
-
-from .args import MomoeLlamaArgs
-from .load_balancing import build_momoe_optimizers, expert_bias_delta, ExpertLoadBalancer
-from .loss import build_loss
-from .metrics import build_momoe_metrics_processor
-from .model import MomoeLlama
-from .moe import MomoeExperts, MomoeMoE, MomoeRouter, StockMoE
-from .parallelize import parallelize_momoe_llama
-from .pipeline import pipeline_momoe_llama
-from .state_dict_adapter import MomoeStateDictAdapter
+from momoe_titan.model.args import MomoeLlamaArgs
+from momoe_titan.model.flavors import flavors
+from momoe_titan.model.hugging_face.weights import MomoeStateDictAdapter
+from momoe_titan.model.model import MomoeLlama
+from momoe_titan.model.moe import MomoeExperts, MomoeMoE, MomoeRouter, StockMoE
+from momoe_titan.model.parallel.parallelize import parallelize_momoe_llama
 
 __all__ = [
-    "ExpertLoadBalancer",
     "MomoeExperts",
     "MomoeLlama",
     "MomoeLlamaArgs",
@@ -31,147 +15,6 @@ __all__ = [
     "MomoeRouter",
     "MomoeStateDictAdapter",
     "StockMoE",
-    "build_momoe_optimizers",
-    "expert_bias_delta",
     "flavors",
-    "get_train_spec",
     "parallelize_momoe_llama",
 ]
-
-
-class _Flavors(UserDict):
-    """A dict that hands out copies: a job writes its settings into the arguments it gets."""
-
-    def __getitem__(self, flavor: str) -> MomoeLlamaArgs:
-        return copy.deepcopy(super().__getitem__(flavor))
-
-
-def _sigmoid_moe(num_experts: int, top_k: int, num_shared_experts: int) -> MoEArgs:
-    # Sigmoid scores, so that the bias of loss-free balancing moves on the scale of the scores
-    # whatever the number of experts (arXiv 2408.15664, section 4.1).
-    return MoEArgs(
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
-        score_func="sigmoid",
-        route_norm=True,
-        score_before_experts=False,
-    )
-
-
-def _softmax_moe(num_experts: int, top_k: int) -> MoEArgs:
-    return MoEArgs(
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=0,
-        score_func="softmax",
-        route_norm=True,
-        score_before_experts=False,
-    )
-
-
-flavors = _Flavors(
-    {
-        # 4.9M parameters: for tests, and to see a loss fall on two CPU cores
-        "debugmodel": MomoeLlamaArgs(
-            dim=256,
-            n_layers=4,
-            n_heads=4,
-            n_kv_heads=2,
-            vocab_size=2048,
-            rope_theta=10000,
-            n_dense_layers=1,
-            dense_hidden_dim=512,
-            moe_hidden_dim=128,
-            moe_args=_sigmoid_moe(num_experts=8, top_k=2, num_shared_experts=1),
-        ),
-        # 537M in total, 140M active per token
-        "500M": MomoeLlamaArgs(
-            dim=768,
-            n_layers=12,
-            n_heads=12,
-            n_kv_heads=4,
-            vocab_size=32768,
-            rope_theta=10000,
-            moe_hidden_dim=512,
-            moe_args=_sigmoid_moe(num_experts=32, top_k=4, num_shared_experts=1),
-        ),
-        # the MoE layer of SonicMoE's 1.4B model (arXiv 2512.14080): D=768, F=256, E=128, K=8
-        "1.4B": MomoeLlamaArgs(
-            dim=768,
-            n_layers=18,
-            n_heads=12,
-            n_kv_heads=4,
-            vocab_size=32768,
-            rope_theta=10000,
-            moe_hidden_dim=256,
-            moe_args=_sigmoid_moe(num_experts=128, top_k=8, num_shared_experts=0),
-        ),
-        # the MoE layer of SonicMoE's 7B model: D=1536, F=256, E=128, K=8
-        "7B": MomoeLlamaArgs(
-            dim=1536,
-            n_layers=44,
-            n_heads=12,
-            n_kv_heads=4,
-            vocab_size=32768,
-            rope_theta=10000,
-            moe_hidden_dim=256,
-            moe_args=_sigmoid_moe(num_experts=128, top_k=8, num_shared_experts=0),
-        ),
-        # Qwen3-30B-A3B
-        "30B": MomoeLlamaArgs(
-            dim=2048,
-            n_layers=48,
-            n_heads=32,
-            n_kv_heads=4,
-            head_dim=128,
-            qk_norm="per_head",
-            vocab_size=151936,
-            norm_eps=1e-6,
-            rope_theta=1000000,
-            moe_hidden_dim=768,
-            moe_args=_softmax_moe(num_experts=128, top_k=8),
-        ),
-        "mixtral-8x7b": MomoeLlamaArgs(
-            dim=4096,
-            n_layers=32,
-            n_heads=32,
-            n_kv_heads=8,
-            vocab_size=32000,
-            rope_theta=1000000,
-            moe_hidden_dim=14336,
-            moe_args=_softmax_moe(num_experts=8, top_k=2),
-        ),
-        # whatever the Hugging Face folder of the job holds
-        "hf": MomoeLlamaArgs(from_hf=True),
-    }
-)
-
-
-def build_validator(job_config: JobConfig, *args, **kwargs) -> validate.BaseValidator:
-    """TorchTitan's validator, on our loader.
-
-    Raises:
-        DataError: See `build_validation_dataloader`.
-    """
-    # It builds its loader itself.
-    ours = mock.patch.object(validate, "build_text_validation_dataloader", build_validation_dataloader)
-    with ours:
-        return validate.build_validator(job_config, *args, **kwargs)
-
-
-def get_train_spec() -> TrainSpec:
-    return TrainSpec(
-        model_cls=MomoeLlama,
-        model_args=flavors,
-        parallelize_fn=parallelize_momoe_llama,
-        pipelining_fn=pipeline_momoe_llama,
-        build_optimizers_fn=build_momoe_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_tokenizer,
-        build_loss_fn=build_loss,
-        build_validator_fn=build_validator,
-        build_metrics_processor_fn=build_momoe_metrics_processor,
-        state_dict_adapter=MomoeStateDictAdapter,
-    )

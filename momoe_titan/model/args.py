@@ -1,6 +1,7 @@
 """Arguments of the llama-MoE model, and what a job's configuration may ask of it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torchtitan.config import JobConfig
@@ -9,16 +10,16 @@ from torchtitan.models.moe import MoEArgs
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
 from torchtitan.tools.logging import logger
 
-from momoe_titan.kernels import BACKENDS as KERNEL_BACKENDS, validate_save_percent
+from momoe_titan.config.hugging_face import folder_to_load
+from momoe_titan.config.job import check_job
+from momoe_titan.config.section import AUTO, BACKENDS, BALANCE_RULES, STOCK_BACKEND
+from momoe_titan.model.hugging_face.config import (
+    fields_from_hf_config,
+    hf_format,
+    read_hf_fields,
+)
+from momoe_titan.save_percent import validate_save_percent
 
-from .activation_checkpoint import check_activation_checkpoint
-from .expert_parallel import check_expert_parallel
-from .refusals import check_parallelism
-
-AUTO = "auto"
-STOCK_BACKEND = "torchtitan"
-BACKENDS = (*KERNEL_BACKENDS, STOCK_BACKEND)
-BALANCE_RULES = ("sign", "proportional")
 QK_NORMS = ("none", "per_head", "full")
 
 
@@ -50,9 +51,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             (checkpoint.initial_load_path or model.hf_assets_path), in place of what stands here.
     """
 
-    rope_scaling_args: RoPEScalingArgs = field(
-        default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0)
-    )
+    rope_scaling_args: RoPEScalingArgs = field(default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0))
     head_dim: int | None = None
     qk_norm: str = "none"
     n_dense_layers: int = 0
@@ -94,10 +93,8 @@ class MomoeLlamaArgs(TransformerModelArgs):
         Raises:
             ValueError: names the field, as written in TOML, and its value.
         """
-        from . import hf_config  # which imports this module
-
         if self.from_hf:
-            hf_args = hf_config.read_hf_args(hf_config.folder_to_load(job_config))
+            hf_args = read_hf_args(folder_to_load(job_config))
             self.__dict__.update(vars(hf_args), from_hf=True)
         super().update_from_config(job_config, **kwargs)
         self.moe_args._debug_force_load_balance = job_config.debug.moe_force_load_balance
@@ -119,11 +116,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             self.check_ids = momoe.check_ids
             self.vocab_size = momoe.vocab_size or self.vocab_size
         self.validate(section="momoe.")
-        _check_auto(job_config)
-        _refuse_unsupported(job_config)
-        hf_config.check_job(self, job_config)
-        check_expert_parallel(self, job_config)
-        check_parallelism(self, job_config)
+        check_job(self, job_config)
 
     def validate(self, section: str = "") -> None:
         """Check the fields against each other.
@@ -145,22 +138,16 @@ class MomoeLlamaArgs(TransformerModelArgs):
         _at_least("n_dense_layers", self.n_dense_layers, 0)
         _at_least("moe_args.num_shared_experts", moe.num_shared_experts, 0)
         if self.n_dense_layers > self.n_layers:
-            raise ValueError(
-                f"n_dense_layers is {self.n_dense_layers}, more than n_layers, {self.n_layers}"
-            )
+            raise ValueError(f"n_dense_layers is {self.n_dense_layers}, more than n_layers, {self.n_layers}")
         if self.n_dense_layers:
             _at_least("dense_hidden_dim", self.dense_hidden_dim, 1)
         if self.n_kv_heads is not None:
             _at_least("n_kv_heads", self.n_kv_heads, 1)
             if self.n_heads % self.n_kv_heads:
-                raise ValueError(
-                    f"n_heads is {self.n_heads}, must be a multiple of n_kv_heads, "
-                    f"{self.n_kv_heads}"
-                )
+                raise ValueError(f"n_heads is {self.n_heads}, must be a multiple of n_kv_heads, {self.n_kv_heads}")
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(
-                f"dim is {self.dim}, must be a multiple of n_heads, {self.n_heads}, "
-                "where head_dim is not given"
+                f"dim is {self.dim}, must be a multiple of n_heads, {self.n_heads}, where head_dim is not given"
             )
         # RoPE turns pairs of columns.
         if self.attention_head_dim < 2 or self.attention_head_dim % 2:
@@ -173,17 +160,12 @@ class MomoeLlamaArgs(TransformerModelArgs):
                 "queries and keys need attn_type 'sdpa'"
             )
         if moe.top_k > moe.num_experts:
-            raise ValueError(
-                f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}"
-            )
+            raise ValueError(f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}")
         if moe.score_func not in ("softmax", "sigmoid"):
-            raise ValueError(
-                f"moe_args.score_func is {moe.score_func!r}, must be 'softmax' or 'sigmoid'"
-            )
+            raise ValueError(f"moe_args.score_func is {moe.score_func!r}, must be 'softmax' or 'sigmoid'")
         if moe.score_before_experts:
             raise ValueError(
-                "moe_args.score_before_experts is True, must be False: "
-                "scores multiply the experts' outputs"
+                "moe_args.score_before_experts is True, must be False: scores multiply the experts' outputs"
             )
         if moe.num_expert_groups is not None:
             raise ValueError(
@@ -200,21 +182,17 @@ class MomoeLlamaArgs(TransformerModelArgs):
                 f"{self.save_percent}, must have 1 or one per MoE layer, {len(moe_layers)}"
             )
         self.save_percent = [
-            validate_save_percent(p, field=f"{section}save_percent[{i}]")
-            for i, p in enumerate(self.save_percent)
+            validate_save_percent(p, field=f"{section}save_percent[{i}]") for i, p in enumerate(self.save_percent)
         ]
         for name, allowed in (("backend", BACKENDS), ("load_balance_rule", BALANCE_RULES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{section}{name} is {getattr(self, name)!r}, must be one of {allowed}"
-                )
+                raise ValueError(f"{section}{name} is {getattr(self, name)!r}, must be one of {allowed}")
         rate = self.load_balance_rate
         if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
             raise ValueError(f"{section}load_balance_rate is {rate!r}, must be finite and >= 0")
         if strangers := [i for i in self.load_balance_off_layers if i not in moe_layers]:
             raise ValueError(
-                f"{section}load_balance_off_layers names {strangers}, but the MoE layers are "
-                f"{list(moe_layers)}"
+                f"{section}load_balance_off_layers names {strangers}, but the MoE layers are {list(moe_layers)}"
             )
         if self.backend == STOCK_BACKEND:
             if any(self.save_percent):
@@ -223,9 +201,20 @@ class MomoeLlamaArgs(TransformerModelArgs):
                     f"{STOCK_BACKEND!r}: TorchTitan's MoE saves what autograd saves."
                 )
             if self.check_ids:
-                logger.warning(
-                    f"{section}check_ids has no effect with {section}backend = {STOCK_BACKEND!r}."
-                )
+                logger.warning(f"{section}check_ids has no effect with {section}backend = {STOCK_BACKEND!r}.")
+
+    def hf_format(self) -> str:
+        """transformers' `model_type` of the class that computes what this model computes.
+
+        Raises:
+            ValueError: there is none; says why.
+        """
+        return hf_format(self)
+
+    def differences_from_hf(self, folder: str) -> list[tuple[str, Any, Any]]:
+        """(field, value in the folder's config.json, value here) of what the outputs depend on."""
+        theirs, ours = _computed(read_hf_args(folder)), _computed(self)
+        return [(field, theirs[field], value) for field, value in ours.items() if theirs[field] != value]
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and FLOPs per token by TorchTitan's count (active parameters only)."""
@@ -237,33 +226,50 @@ def _at_least(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} is {value!r}, must be an integer of at least {minimum}")
 
 
-def _check_auto(job_config: JobConfig) -> None:
-    momoe = getattr(job_config, "momoe", None)
-    if momoe is None or momoe.save_percent != AUTO:
-        return
-    if (degree := job_config.parallelism.pipeline_parallel_degree) != 1:
-        raise ValueError(
-            f"momoe.save_percent is {AUTO!r}, which knows no pipeline stages, but "
-            f"parallelism.pipeline_parallel_degree is {degree}"
-        )
-    if momoe.backend == STOCK_BACKEND:
-        logger.warning(
-            f"momoe.save_percent has no effect with momoe.backend = {STOCK_BACKEND!r}: "
-            "TorchTitan's MoE saves what autograd saves."
-        )
+def args_from_hf_config(config: dict[str, Any]) -> MomoeLlamaArgs:
+    """Arguments of the model that a config.json describes.
+
+    Raises:
+        ValueError: names what of it this model does not have.
+    """
+    return MomoeLlamaArgs(**fields_from_hf_config(config))
 
 
-def _refuse_unsupported(job_config: JobConfig) -> None:
-    check_activation_checkpoint(job_config)
-    training, validation = job_config.training, job_config.validation
-    if validation.enable and validation.seq_len > training.seq_len:
-        raise ValueError(
-            f"validation.seq_len is {validation.seq_len}, must be at most training.seq_len, "
-            f"{training.seq_len}: the model has no positions beyond"
+def read_hf_args(folder: str) -> MomoeLlamaArgs:
+    """Arguments of the model in a Hugging Face folder.
+
+    Raises:
+        ValueError: no readable config.json, or another kind of model; names the file.
+    """
+    return MomoeLlamaArgs(**read_hf_fields(folder))
+
+
+def _computed(args: MomoeLlamaArgs) -> dict[str, Any]:
+    """The arguments on which the model's outputs depend."""
+    fields = {
+        name: getattr(args, name)
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "qk_norm",
+            "vocab_size",
+            "norm_eps",
+            "rope_theta",
+            "n_dense_layers",
+            "moe_hidden_dim",
         )
-    # TorchTitan's converters swap modules by type; float8 experts would need kernels of their own.
-    if job_config.model.converters:
-        raise ValueError(
-            f"model.converters is {job_config.model.converters}, must be empty: "
-            "quantised experts are not supported"
-        )
+    }
+    fields["n_kv_heads"] = args.n_kv_heads or args.n_heads
+    fields["head_dim"] = args.attention_head_dim
+    fields["dense_hidden_dim"] = args.dense_hidden_dim if args.n_dense_layers else 0
+    for name in (
+        "num_experts",
+        "top_k",
+        "num_shared_experts",
+        "score_func",
+        "route_norm",
+        "route_scale",
+    ):
+        fields[f"moe_args.{name}"] = getattr(args.moe_args, name)
+    return fields

@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import distribute_tensor, DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.models.llama3.model.model import (
-    apply_rotary_emb,
     Attention,
-    precompute_freqs_cis,
     Transformer,
+    apply_rotary_emb,
+    precompute_freqs_cis,
 )
 from torchtitan.models.moe import FeedForward
 from torchtitan.protocols.model import AttentionMasksType
 
-from .args import MomoeLlamaArgs, STOCK_BACKEND
-from .moe import BalancedMoE, MomoeMoE, StockMoE
+from momoe_titan.config.section import STOCK_BACKEND
+from momoe_titan.model.args import MomoeLlamaArgs
+from momoe_titan.model.moe import BalancedMoE, MomoeMoE, StockMoE
 
 
 class MomoeAttention(Attention):
@@ -70,9 +71,7 @@ class MomoeAttention(Attention):
         if self.qk_norm == "per_head":
             xq, xk = self.q_norm(xq), self.k_norm(xk)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis, positions=positions)
-        out_BHLd = self.inner_attention(
-            *(x.transpose(1, 2) for x in (xq, xk, xv)), enable_gqa=self.enable_gqa
-        )
+        out_BHLd = self.inner_attention(*(x.transpose(1, 2) for x in (xq, xk, xv)), enable_gqa=self.enable_gqa)
         return self.wo(out_BHLd.transpose(1, 2).flatten(-2))
 
 
@@ -102,9 +101,7 @@ class MomoeBlock(nn.Module):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, L, D) -> (B, L, D); the other arguments are those of TorchTitan's Attention."""
-        h_BLD = x_BLD + self.attention(
-            self.attention_norm(x_BLD), freqs_cis, attention_masks, positions
-        )
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attention_masks, positions)
         feed_forward = self.moe if self.moe_enabled else self.feed_forward
         return h_BLD + feed_forward(self.ffn_norm(h_BLD))
 
@@ -205,9 +202,7 @@ def whole_parameters(*modules: nn.Module) -> Iterator[None]:
         for module, name, shard in shards:
             whole = module._parameters[name].detach()
             # src_data_rank=None: all ranks hold the same tensor, nothing is sent
-            new = distribute_tensor(
-                whole, shard.device_mesh, shard.placements, src_data_rank=None
-            )
+            new = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
             shard.to_local().copy_(new.to_local())
     finally:
         for module, name, shard in shards:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +14,21 @@ from torchtitan.models.utils import trunc_normal_
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import has_cuda_capability
 
-from momoe_titan.counting import (
+from momoe_titan.kernels import momoe_mlp
+from momoe_titan.kernels.router import float32_product, route, runs_here
+from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.model.parallel.dispatch import Dispatcher
+from momoe_titan.model.parallel.tensor import (
+    gather_rows,
+    local_weight,
+    sum_and_scatter_rows,
+)
+from momoe_titan.moe.expert_stats import (
     accumulate_counts,
     accumulate_entropy,
     feeds_balancing,
     records_entropy,
 )
-from momoe_titan.kernels import momoe_mlp
-from momoe_titan.kernels.router import float32_product, route, runs_here
-
-from .tensor_parallel import gather_rows, local_weight, sum_and_scatter_rows
-
-if TYPE_CHECKING:
-    from .expert_parallel import Dispatcher
-    from .shedding import Ledger
 
 
 class Float32Linear(nn.Linear):
@@ -167,7 +167,7 @@ class MomoeExperts(nn.Module):
         self.check_ids = check_ids
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.ledger: "Ledger | None" = None
+        self.ledger: Ledger | None = None
 
     def forward(
         self,
@@ -317,13 +317,9 @@ class MomoeMoE(BalancedMoE):
         backend: str = "auto",
         check_ids: bool = False,
     ):
-        super().__init__(
-            moe_args, dim, hidden_dim, balance_rate=balance_rate, balance_rule=balance_rule
-        )
-        self.experts = MomoeExperts(
-            dim, hidden_dim, moe_args.num_experts, save_percent, backend, check_ids
-        )
-        self.dispatcher: "Dispatcher | None" = None
+        super().__init__(moe_args, dim, hidden_dim, balance_rate=balance_rate, balance_rule=balance_rule)
+        self.experts = MomoeExperts(dim, hidden_dim, moe_args.num_experts, save_percent, backend, check_ids)
+        self.dispatcher: Dispatcher | None = None
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> out (B, L, D), without waiting for the device but for the sizes of what

@@ -20,7 +20,14 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .memory import budget_bytes, context_bytes, CUBLAS_BYTES, GIB, MemoryPlan, PLAN_FAILED
+from momoe_titan.memory.plan import (
+    CUBLAS_BYTES,
+    GIB,
+    PLAN_FAILED,
+    MemoryPlan,
+    budget_bytes,
+    context_bytes,
+)
 
 SAVE_PERCENTS = (0, 25, 50, 75, 100)
 PHASES = ("forward", "loss", "backward", "clip", "optimizer")
@@ -53,10 +60,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s a GPU sends within its node")
     parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")
     parser.add_argument("--node_size", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--overlap", type=float, default=0.9, help="share of the compute time that can hide FSDP's traffic")
-    parser.add_argument("--host_us", type=float, default=100.0, help="microseconds of the host per op; less where it is fast or the model compiled")
+    parser.add_argument(
+        "--overlap", type=float, default=0.9, help="share of the compute time that can hide FSDP's traffic"
+    )
+    parser.add_argument(
+        "--host_us",
+        type=float,
+        default=100.0,
+        help="microseconds of the host per op; less where it is fast or the model compiled",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--job_json", action="store_true", help="read the whole job as JSON from standard input, not from a file")
+    parser.add_argument(
+        "--job_json", action="store_true", help="read the whole job as JSON from standard input, not from a file"
+    )
     return parser
 
 
@@ -82,8 +98,8 @@ def predict(args: argparse.Namespace, config) -> dict:
     """
     from torchtitan.tools.logging import logger
 
-    from .cost import GPUS, Network, step_time, StepCost
-    from .job import check_job, trace_job
+    from momoe_titan.plan.cost import GPUS, Network, StepCost, step_time
+    from momoe_titan.plan.job import check_job, trace_job
 
     capability = check_options(args)
     logger.setLevel(logging.WARNING)
@@ -202,7 +218,9 @@ def text(p: dict) -> str:
     ]
     shown = [row["at_peak"] for row in p["rows"] if row["save_percent"] in (0, 100)]
     lines += ["at the peak of the step          save_percent 0          100"]
-    names = sorted({name for row in shown for name in row if name != "phase"}, key=lambda n: -max(r.get(n, 0) for r in shown))
+    names = sorted(
+        {name for row in shown for name in row if name != "phase"}, key=lambda n: -max(r.get(n, 0) for r in shown)
+    )
     for name in names:
         values = [row.get(name, 0) / GIB for row in shown]
         if max(values) >= 0.005:
@@ -212,8 +230,15 @@ def text(p: dict) -> str:
     lines += ["save_percent" + "".join(f"{h:>11}" for h in head)]
     for row in p["rows"]:
         values = [row[k] for k in (*PHASES, "max_active", "max_reserved", "total")]
-        lines.append(f"{row['save_percent']:>12}" + "".join(f"{v / GIB:>11.2f}" for v in values) + ("" if row["fits"] else "  too much"))
-    lines += ["", f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; budget {p['budget'] / GIB:.1f}"]
+        lines.append(
+            f"{row['save_percent']:>12}"
+            + "".join(f"{v / GIB:>11.2f}" for v in values)
+            + ("" if row["fits"] else "  too much")
+        )
+    lines += [
+        "",
+        f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; budget {p['budget'] / GIB:.1f}",
+    ]
     choice, total = p["fits"]["save_percent"], p["fits"]["total"]
     mean = sum(choice) / max(1, len(choice))
     if not choice:
@@ -262,7 +287,10 @@ def main() -> None:
         except Exception as e:
             traceback.print_exc()
             first = str(e).strip().partition("\n")[0]
-            print(f"{PLAN_FAILED}the job cannot be traced: {type(e).__name__}{': ' if first else ''}{first}", file=sys.stderr)
+            print(
+                f"{PLAN_FAILED}the job cannot be traced: {type(e).__name__}{': ' if first else ''}{first}",
+                file=sys.stderr,
+            )
             sys.exit(1)
     print(json.dumps(prediction) if args.json else text(prediction))
 

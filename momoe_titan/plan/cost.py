@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.flop_counter import flop_registry
 
-from momoe_titan.model import expert_parallel  # noqa: F401 - registers the ops below
+from momoe_titan.model.parallel import dispatch  # noqa: F401 - registers the ops below
 
 ops = torch.ops
 _FORWARD = ops.momoe_titan.moe_forward
@@ -215,7 +215,12 @@ def seconds(kind: str, work: Work, gpu: Gpu) -> float:
 
 
 def step_time(
-    cost: StepCost, gpu: Gpu, network: Network, save_percent: float, num_microbatches: int, pipeline: tuple[int, int] = (1, 1)
+    cost: StepCost,
+    gpu: Gpu,
+    network: Network,
+    save_percent: float,
+    num_microbatches: int,
+    pipeline: tuple[int, int] = (1, 1),
 ) -> dict:
     """Seconds of a step and what they are made of.
 

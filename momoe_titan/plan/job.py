@@ -14,21 +14,21 @@ import torch.distributed as dist
 import torchtitan.train as titan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchtitan.config import JobConfig, TORCH_DTYPE_MAP
-from torchtitan.distributed import ParallelDims, utils as dist_utils
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.llama3.infra import parallelize as llama3
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
-from momoe_titan.field_checks import check_fields, check_flavor
-from momoe_titan.kernels import autograd
-from momoe_titan.model.activation_checkpoint import compiles_model
-from momoe_titan.model.args import AUTO
+from momoe_titan.config.activation_checkpoint import compiles_model
+from momoe_titan.config.fields import check_fields, check_flavor
+from momoe_titan.config.section import AUTO
+from momoe_titan.kernels import op as autograd
+from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.moe import MomoeExperts
-
-from .cost import StepCost
-from .memory import MemoryPlan, Moment
-from .trace import as_on_gpu, GRADIENTS, MemoryTrace, Place
+from momoe_titan.plan.cost import StepCost
+from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place, as_on_gpu
 
 H100 = (9, 0)
 PARAMETERS = "parameters"
@@ -202,7 +202,10 @@ def trace_job(
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
     in_world = mock.patch.dict(os.environ, WORLD_SIZE=str(world_size))
-    with mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext(), in_world:
+    with (
+        mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext(),
+        in_world,
+    ):
         dims = _parallel_dims(config, world_size)
         plan = trace_training(config, dims, capability, cost)
         if sheds and plan.layers:

@@ -22,16 +22,20 @@ from torch import nn
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import _disable_current_modes, TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torchtitan.distributed import expert_parallel as stock_expert_parallel
 from torchtitan.models.moe import kernels as stock_kernels
 
-from momoe_titan.kernels import autograd, combine, configs, down_proj, hopper, router, routing, rows_gemm, up_proj, weight_grad
+from momoe_titan.kernels import combine, gpu, router, routing
+from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.gemms import select_gemms
-from momoe_titan.model import expert_parallel, moe
-
-from .allocator import block_bytes
+from momoe_titan.kernels.hopper import launch as hopper
+from momoe_titan.kernels.portable import down_proj, rows_gemm, up_proj, weight_grad
+from momoe_titan.memory.allocator import block_bytes
+from momoe_titan.memory.plan import Share
+from momoe_titan.model import moe
+from momoe_titan.model.parallel import dispatch as expert_parallel
 
 FORWARD = torch.ops.momoe_titan.moe_forward.default
 _BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
@@ -55,13 +59,6 @@ class Place(NamedTuple):
 
     part: str
     layer: str | None = None  # name of the MoE layer
-
-
-class Share(NamedTuple):
-    """What a block is of an MoE layer's z: the rows that save_percent keeps, or the others, computed in the backward."""
-
-    layer: str
-    kept: bool
 
 
 @dataclass
@@ -369,7 +366,9 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
         )
         return out[0]
     # cuDNN comes first in TorchTitan's order; FlashAttention keeps as much
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, True, dropout_p, is_causal, False, scale=scale)
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, attn_mask, True, dropout_p, is_causal, False, scale=scale
+    )
     return out[0]
 
 
@@ -390,8 +389,8 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
     patches = [
         *(mock.patch.object(file, "launch", lambda *args, **kwargs: None) for file in _KERNEL_FILES),
         mock.patch.object(autograd, "_aligned", lambda tensor: tensor),
-        mock.patch.object(configs, "interpreting", lambda: False),
-        mock.patch.object(configs, "device_properties", lambda device: (capability, "GPU")),
+        mock.patch.object(gpu, "interpreting", lambda: False),
+        mock.patch.object(gpu, "device_properties", lambda device: (capability, "GPU")),
         mock.patch.object(hopper, "num_programs", lambda device: _NUM_PROCESSORS),
         *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
         mock.patch.object(moe, "has_cuda_capability", fits),
@@ -401,7 +400,9 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         # for the fair share's rows, as if those were all: with more rows there are at least as many ranges, and where dw2
         # then comes before dz is let go, that takes less than dw2 behind it
         mock.patch.object(autograd, "_y_ranges", functools.partial(_y_ranges_of_share, shares)),
-        mock.patch.object(autograd, "_dx_ranges", lambda gemms, rows, *args: _dx_ranges(gemms, rows // shares[1], *args)),
+        mock.patch.object(
+            autograd, "_dx_ranges", lambda gemms, rows, *args: _dx_ranges(gemms, rows // shares[1], *args)
+        ),
         mock.patch.object(autograd, "_dw2_comes_last", lambda rows, *args: _dw2_comes_last(rows // shares[1], *args)),
         mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
         mock.patch.object(stock_expert_parallel, "all_to_all_single_autograd", _exchange_evenly),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from momoe_titan.kernels.configs import interpreting
+from momoe_titan.kernels.gpu import interpreting
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,10 @@ def test_every_kernel_compiles_without_spills(arch, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
-        [sys.executable, Path(__file__).parent / "compile_ahead.py", arch], env=env, capture_output=True, text=True
+        [sys.executable, Path(__file__).parents[1] / "support" / "compile_ahead.py", arch],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import configs, gemms, hopper, tiling
-from momoe_titan.kernels.configs import KERNELS, TileConfig
+from momoe_titan.kernels import gemms
+from momoe_titan.kernels import launch as tiling
+from momoe_titan.kernels.hopper import launch as hopper
+from momoe_titan.kernels.portable import configs
+from momoe_titan.kernels.portable.configs import KERNELS, TileConfig
 
 GPU = "Some GPU"
 KEY = configs.cache_key(torch.bfloat16, 1536, 256)
@@ -79,7 +82,9 @@ def test_an_unwritable_cache_warns(tmp_path):
         assert not configs.save_tuned(GPU, KEY, dict.fromkeys(KERNELS, TileConfig(128, 64, 32, 4, 3)))
 
 
-@pytest.mark.parametrize("d_model, ffn, dtype", [(600, 256, torch.bfloat16), (1536, 97, torch.bfloat16), (512, 512, torch.float32)])
+@pytest.mark.parametrize(
+    "d_model, ffn, dtype", [(600, 256, torch.bfloat16), (1536, 97, torch.bfloat16), (512, 512, torch.float32)]
+)
 def test_small_tiles_for_odd_widths_and_float32(d_model, ffn, dtype):
     assert tiles(d_model, ffn, dtype)["down_proj"].block_n < tiles()["down_proj"].block_n
 
@@ -146,11 +151,17 @@ def test_a_compiled_kernel_is_found_by_no_less_than_triton_compiles_for():
         args += base, base[1:], torch.nn.Parameter(base, requires_grad=False)
     tensor = torch.empty(256, 256, dtype=torch.bfloat16)
     for t in (tensor, tensor.half()):
-        args += hopper._block(t, 256, 256, 64, 64), hopper._block(t, 256, 256, 64, 128), hopper._block(t, 256, 256, 256, 64)
+        args += (
+            hopper._block(t, 256, 256, 64, 64),
+            hopper._block(t, 256, 256, 64, 128),
+            hopper._block(t, 256, 256, 256, 64),
+        )
         args += hopper._ragged_block(t, 256), hopper._ragged_block(t, 256, 64, 256), hopper._up_and_gate(t, 128)
     kinds = {}
     for arg in args:
-        kinds.setdefault(tuple(tiling._specialisation([arg])), set()).add(native_specialize_impl(CUDABackend, arg, False, True, True))
+        kinds.setdefault(tuple(tiling._specialisation([arg])), set()).add(
+            native_specialize_impl(CUDABackend, arg, False, True, True)
+        )
     assert max(len(theirs) for theirs in kinds.values()) == 1
     assert len(kinds) > 20
 
@@ -171,7 +182,10 @@ def test_runs_without_a_usable_triton_cache(tmp_path):
         "ids = torch.rand(64, 4, device='cuda').topk(2)[1];"
         "print(momoe_mlp(x, w1, w2, ids, torch.rand(64, 2, device='cuda'))[0].isfinite().all().item())"
     )
-    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "file" / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path / "file" / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     run = subprocess.run([sys.executable, "-W", "always", "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == "True" and "is not usable" in run.stderr

@@ -5,9 +5,8 @@ import torch
 
 from momoe_titan.kernels import decode, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import cache_load_count, compile_count
-from momoe_titan.kernels.configs import interpreting
-
-from .test_op import error, make_inputs
+from momoe_titan.kernels.gpu import interpreting
+from tests.kernels.test_op import error, make_inputs
 
 # (T, D, F, E, K) and why it is here
 SHAPES = {
@@ -89,7 +88,9 @@ def test_fake_implementation(device):
     x, w1, w2, ids, scores, _ = make_inputs((3, 32, 32, 4, 2), torch.float16, device)
     for backend in ("triton", "torch"):
         args = (x, w1, w2, ids, scores, ids.numel(), 0.0, True, backend)
-        torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.gpu
@@ -101,7 +102,10 @@ def test_replays_from_a_graph_and_compiles_once():
             momoe_mlp(x[:tokens], w1, w2, ids[:tokens], scores[:tokens])
             counts.append(compile_count() + cache_load_count())
         assert set(counts[1:]) == {counts[1]}  # one token has kernels of its own
-        some = [slice(4), *(slice(t, t + 1) for t in range(8))]  # one token after another: the launches of two forwards overlap
+        some = [
+            slice(4),
+            *(slice(t, t + 1) for t in range(8)),
+        ]  # one token after another: the launches of two forwards overlap
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = [momoe_mlp(x[s], w1, w2, ids[s], scores[s])[0] for s in some]

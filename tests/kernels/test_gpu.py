@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from momoe_titan.kernels import gemms, hopper, momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels import gemms, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import cache_load_count, compile_count, install
+from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.router import route
-
-from .test_op import assert_close, make_inputs, run
+from tests.kernels.test_op import assert_close, make_inputs, run
 
 pytestmark = pytest.mark.gpu
 install()

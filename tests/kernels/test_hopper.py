@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from momoe_titan.kernels import autograd, combine, hopper
-from momoe_titan.kernels.gemms import DX_RANGE_FLOPS, HopperGemms, Y_RANGE_FLOPS
+from momoe_titan.kernels import combine
+from momoe_titan.kernels import op as autograd
+from momoe_titan.kernels.gemms import DX_RANGE_FLOPS, Y_RANGE_FLOPS, HopperGemms
+from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
 SHARED_LIMIT = 227 * 1024
@@ -22,9 +24,21 @@ CASES = {  # (T, D, F, E, K): why
     "7B": (2048, 1536, 256, 128, 8),
     "wide": (4096, 4096, 448, 5, 3),  # up_proj takes few column tiles at a time; several tiles for each program
     "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
-    "two programs, three steps": (300, 128, 192, 5, 3),  # of down_proj, under which four blocks of the tile before go out
+    "two programs, three steps": (
+        300,
+        128,
+        192,
+        5,
+        3,
+    ),  # of down_proj, under which four blocks of the tile before go out
     "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
-    "two programs, one expert": (900, 576, 320, 4, 1),  # dw: tiles of 15 steps, whose blocks go out apart, among tiles of one
+    "two programs, one expert": (
+        900,
+        576,
+        320,
+        4,
+        1,
+    ),  # dw: tiles of 15 steps, whose blocks go out apart, among tiles of one
     "seed": (1000, 2176, 1152, 64, 6),
 }
 ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -37,7 +51,7 @@ on_hopper = pytest.mark.skipif(
 def test_every_kernel_compiles_within_limits(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    script = Path(__file__).parent / "compile_hopper.py"
+    script = Path(__file__).parents[1] / "support" / "compile_hopper.py"
     run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
@@ -82,7 +96,13 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
 @pytest.mark.parametrize(
     "rows, width, cols, max_mib, want",
     [
-        (196608, 512, 1536, 192, [(0, 768), (768, 1536)]),  # 7B-n256, dx: 576 MiB would take three, but each has little to do
+        (
+            196608,
+            512,
+            1536,
+            192,
+            [(0, 768), (768, 1536)],
+        ),  # 7B-n256, dx: 576 MiB would take three, but each has little to do
         (196608, 256, 1536, 192, [(0, 1536)]),  # half of that: one
         (131072, 2048, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster with experts as large as these
         (131072, 1024, 4096, 1024, [(0, 4096)]),
@@ -109,7 +129,10 @@ def test_y_comes_in_smaller_ranges():
 @pytest.mark.parametrize(
     "shape, want",  # T, D, F, E, K; ranges at a width without gradients, with them
     [
-        ((32768, 4096, 512, 128, 8), (1, 2)),  # 30B-n512: z and act beside y, 2816 MiB, are more than the backward's 2048
+        (
+            (32768, 4096, 512, 128, 8),
+            (1, 2),
+        ),  # 30B-n512: z and act beside y, 2816 MiB, are more than the backward's 2048
         ((65536, 2048, 1024, 128, 8), (1, 3)),  # seed-128e-long: 5120, 3840
         ((32768, 4096, 256, 256, 16), (2, 3)),  # 30B-n256
         ((40960, 768, 512, 64, 4), (1, 1)),  # 1.4B-n512: 720, 668, but a range of half would have too little to do
@@ -414,7 +437,9 @@ def test_programs_in_step_tell_of_every_tile(monkeypatch):
     monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
     monkeypatch.setattr(hopper, "PATIENCE", 10**7)
     case = Case("wide", torch.bfloat16)
-    z, act, dw1 = (torch.empty(n, device="cuda", dtype=case.dtype) for n in ((case.R, 896), (case.R, 448), case.w1.shape))
+    z, act, dw1 = (
+        torch.empty(n, device="cuda", dtype=case.dtype) for n in ((case.R, 896), (case.R, 448), case.w1.shape)
+    )
     for launch in (
         lambda: hopper.up_proj(case.x, case.w1, case.routing, z, case.R, act),
         lambda: hopper.weight_grad(case.x, z, case.routing, dw1),

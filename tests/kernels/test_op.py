@@ -5,10 +5,15 @@ import weakref
 
 import pytest
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref, num_saved_rows
-from momoe_titan.kernels.configs import interpreting
+from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels.gpu import interpreting
+from momoe_titan.save_percent import num_saved_rows
 
 # (T, D, F, E, K) and why it is here
 SHAPES = {
@@ -244,7 +249,7 @@ def test_keeps_what_the_table_says(save_percent, device, backend):
 
 def test_backward_gets_no_zero_gradient_of_z(device, monkeypatch):
     """Of an output that has no gradient autograd would make zeros: here a second z, at the peak."""
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     shape = (41, 32, 56, 3, 2)  # of no other test, whose tensors may be alive still
     x, w1, w2, ids, scores, dout = make_inputs(shape, torch.float32, device)
@@ -263,7 +268,7 @@ def test_backward_gets_no_zero_gradient_of_z(device, monkeypatch):
 
 
 def test_no_grad_keeps_and_writes_no_z(device, backend, monkeypatch):
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     rows = []
     real = autograd.num_saved_rows
@@ -341,7 +346,9 @@ def test_fake_implementations(device, backend):
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
     args = (*leaves[:3], ids, leaves[3], ids.numel(), 37.0, False, backend)
-    torch.library.opcheck(torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.momoe_titan.moe_forward.default, args, test_utils=("test_schema", "test_faketensor")
+    )
     with torch.no_grad():
         _, _, z, routing = torch.ops.momoe_titan.moe_forward(*args)
         args = (dout, x, w1, w2, scores, z, routing, ids.numel(), 37.0, [True, False, True, True], backend)
@@ -351,7 +358,7 @@ def test_fake_implementations(device, backend):
 
 @pytest.mark.parametrize("save_percent", [37, 100])
 def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, monkeypatch):
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     over = []
     real = autograd._is_last_use
@@ -412,7 +419,7 @@ def test_shedding_frees_z(device, backend, shed):
 @pytest.mark.parametrize("save_percent", [0, 37, 100])
 def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
     """The same gradients; z, and where dw2 comes last dz too, are gone by then."""
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     gemms = type(autograd.select_gemms(torch.empty(0, 64, dtype=torch.float16, device=device), 64))
     real, kept, seen = gemms.weight_grad, [], []
@@ -437,7 +444,7 @@ def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
 
 
 def test_another_backward_after_an_error_is_refused(device, backend, monkeypatch):
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend)
@@ -459,7 +466,7 @@ def test_batched_gradients(device, backend):
 
 
 def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypatch):
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     calls = []
     real = autograd.num_saved_rows
@@ -506,7 +513,9 @@ BAD = {
     ),
     "ids must be in \\[0, 3\\), got -1": dict(ids=torch.full((45, 2), -1), check_ids=True),
     "ids must be in \\[0, 3\\), got 5": dict(ids=torch.full((45, 2), 5), check_ids=True),
-    "must not name an expert twice for a token, got \\[1, 1\\] for token 0": dict(ids=torch.full((45, 2), 1), check_ids=True),
+    "must not name an expert twice for a token, got \\[1, 1\\] for token 0": dict(
+        ids=torch.full((45, 2), 1), check_ids=True
+    ),
 }
 
 
@@ -520,7 +529,7 @@ def test_bad_input_is_refused_by_name(message):
 
 
 def test_more_rows_than_the_tiles_can_number_are_refused(backend, device, monkeypatch):
-    from momoe_titan.kernels import autograd
+    from momoe_titan.kernels import op as autograd
 
     monkeypatch.setattr(autograd, "MAX_TILES", 0)
     x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
@@ -529,7 +538,7 @@ def test_more_rows_than_the_tiles_can_number_are_refused(backend, device, monkey
 
 
 def test_views_off_their_alignment_are_copied():
-    from momoe_titan.kernels.autograd import _aligned
+    from momoe_titan.kernels.op import _aligned
 
     flat = torch.randn(64)
     assert _aligned(flat[:8]).data_ptr() == flat.data_ptr()
@@ -538,7 +547,7 @@ def test_views_off_their_alignment_are_copied():
 
 
 def test_triton_backend_is_refused_without_a_device(monkeypatch):
-    from momoe_titan.kernels import configs
+    from momoe_titan.kernels.portable import configs
 
     monkeypatch.setattr(configs, "interpreting", lambda: False)
     x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, "cpu")

@@ -12,17 +12,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.models.llama4.infra import parallelize as llama4
 
-from momoe_titan.kernels import autograd, num_saved_rows
+from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.routing import packed_size
 from momoe_titan.model import parallelize_momoe_llama
-from tests.model.tiny import (
+from momoe_titan.save_percent import num_saved_rows
+from tests.support.tiny import (
+    ONE_PROCESS,
     assert_same_run,
     batch,
     build,
     job_config,
     loss_of,
     moes,
-    ONE_PROCESS,
     tiny_args,
     train,
 )
@@ -45,9 +46,7 @@ def job(mode, option="2", compile_backend=None, **fields):
 
 
 def built(config, args=None):
-    parallelize = partial(
-        parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config
-    )
+    parallelize = partial(parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config)
     return build(args or tiny_args(), parallelize=parallelize)
 
 

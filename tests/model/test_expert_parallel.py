@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load
 
-from tests.model import ep_worker
-from tests.model.tiny import (
+from tests.support import ep_worker
+from tests.support.tiny import (
     assert_same_run,
     batch,
     build,
@@ -65,10 +65,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ep")
     TWO["ep"]["save"] = str(folder / "checkpoint")
     runs = [
-        (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()])
-        for world, runs in ((2, TWO), (4, FOUR))
+        (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()]) for world, runs in ((2, TWO), (4, FOUR))
     ]
-    command = [sys.executable, "-m", "tests.model.ep_worker", str(folder), json.dumps(runs)]
+    command = [sys.executable, "-m", "tests.support.ep_worker", str(folder), json.dumps(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

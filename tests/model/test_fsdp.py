@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.model import expert_bias_delta
-from momoe_titan.model.parallelize import _warn_of_ranks_without_experts
-from tests.model.tiny import assert_same_run, build, tiny_args, train
+from momoe_titan.components.optimizer import expert_bias_delta
+from momoe_titan.model.parallel.parallelize import _warn_of_ranks_without_experts
+from tests.support.tiny import assert_same_run, build, tiny_args, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def launch(folder, processes, runs):
     }
     out = folder / "results.pt"
     settings = json.dumps([{**defaults, **run} for run in runs.values()])
-    command = [sys.executable, "-m", "tests.model.fsdp_worker", str(out), str(processes), settings]
+    command = [sys.executable, "-m", "tests.support.fsdp_worker", str(out), str(processes), settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(runs, torch.load(out), strict=True))
@@ -47,9 +47,7 @@ def two(tmp_path_factory):
             "fsdp, stock": {"backend": "torchtitan"},
             "fsdp, bfloat16": {"param_dtype": "bfloat16"},
             "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
-            "ddp, non-finite gradient": {
-                **{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}
-            },
+            "ddp, non-finite gradient": {**{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
             "ddp": {"replicate": 2, "shard": 1},
         },
     )
@@ -62,9 +60,7 @@ def one():
 
 @pytest.mark.parametrize("ranks, ep, warns", [(4, False, False), (8, False, True), (8, True, False)])
 def test_ranks_that_hold_no_expert_are_warned_of(ranks, ep, warns, caplog):
-    dims = SimpleNamespace(
-        fsdp_enabled=True, ep_enabled=ep, get_mesh=lambda name: SimpleNamespace(size=lambda: ranks)
-    )
+    dims = SimpleNamespace(fsdp_enabled=True, ep_enabled=ep, get_mesh=lambda name: SimpleNamespace(size=lambda: ranks))
     _warn_of_ranks_without_experts(build(tiny_args()), dims)  # 5 experts
     assert ("leaves 3 of them without any of the 5 experts" in caplog.text) == warns
 

@@ -9,19 +9,19 @@ import torch
 from torchtitan.protocols import train_spec
 
 import momoe_titan.register
-from momoe_titan.model import flavors, MomoeLlama, parallelize_momoe_llama
+from momoe_titan.model import MomoeLlama, flavors, parallelize_momoe_llama
 from momoe_titan.model.model import MomoeAttention
-from tests.model.tiny import (
+from tests.support.tiny import (
+    ONE_PROCESS,
+    VOCAB,
     assert_same_run,
     batch,
     build,
     job_config,
     loss_of,
     moes,
-    ONE_PROCESS,
     tiny_args,
     train,
-    VOCAB,
 )
 
 
@@ -41,13 +41,9 @@ class TestTraining:
             optimizer.zero_grad()
         assert loss < run["losses"][0] - 1
 
-    @pytest.mark.parametrize(
-        "moe", [{}, {"score_func": "softmax", "num_shared_experts": 0}], ids=str
-    )
+    @pytest.mark.parametrize("moe", [{}, {"score_func": "softmax", "num_shared_experts": 0}], ids=str)
     def test_stock_moe_gives_the_same_run(self, moe):
-        ours, stock = (
-            train(build(tiny_args(moe, backend=backend))) for backend in ("torch", "torchtitan")
-        )
+        ours, stock = (train(build(tiny_args(moe, backend=backend))) for backend in ("torch", "torchtitan"))
         assert_same_run(ours, stock, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 15)], ids=str)
@@ -131,8 +127,7 @@ def test_attention_with_wide_heads():
 
     x = torch.randn(2, 16, 24)
     q, k, v = (
-        (x @ w.weight.t()).view(2, 16, -1, 8).transpose(1, 2)
-        for w in (attention.wq, attention.wk, attention.wv)
+        (x @ w.weight.t()).view(2, 16, -1, 8).transpose(1, 2) for w in (attention.wq, attention.wk, attention.wv)
     )
     assert q.shape[1] == 4 and k.shape[1] == 2
 
@@ -141,9 +136,7 @@ def test_attention_with_wide_heads():
         return torch.view_as_real(pairs * freqs).flatten(-2)
 
     q, k, v = turned(q), turned(k).repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    weights = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(
-        torch.ones(16, 16).triu(1).bool(), float("-inf")
-    )
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
     want = (weights.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 32) @ attention.wo.weight.t()
     torch.testing.assert_close(attention(x, freqs, None), want, rtol=1e-4, atol=1e-5)
 
@@ -209,14 +202,17 @@ class TestTrainSpec:
 
 class TestUpdateFromConfig:
     def test_takes_over_the_section(self):
-        args, config = tiny_args(), job_config(
-            save_percent=[0.0, 50.0],
-            backend="torch",
-            load_balance_rate=0.5,
-            load_balance_rule="proportional",
-            load_balance_off_layers=[2],
-            vocab_size=128,
-            check_ids=True,
+        args, config = (
+            tiny_args(),
+            job_config(
+                save_percent=[0.0, 50.0],
+                backend="torch",
+                load_balance_rate=0.5,
+                load_balance_rule="proportional",
+                load_balance_off_layers=[2],
+                vocab_size=128,
+                check_ids=True,
+            ),
         )
         config.debug.moe_force_load_balance = True
         config.training.seq_len = 8
@@ -299,8 +295,6 @@ class TestUpdateFromConfig:
         tiny_args().update_from_config(config)
 
     def test_stock_backend_warns_of_settings_without_effect(self, caplog):
-        tiny_args().update_from_config(
-            job_config(backend="torchtitan", save_percent=[50.0], check_ids=True)
-        )
+        tiny_args().update_from_config(job_config(backend="torchtitan", save_percent=[50.0], check_ids=True))
         assert "momoe.save_percent has no effect" in caplog.text
         assert "momoe.check_ids has no effect" in caplog.text

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torchtitan.models.moe import MoEArgs
 
-from momoe_titan import counting
-from momoe_titan.model import (
-    ExpertLoadBalancer,
-    MomoeMoE,
-    MomoeRouter,
-    parallelize_momoe_llama,
+from momoe_titan.components.optimizer import ExpertLoadBalancer
+from momoe_titan.model import MomoeMoE, MomoeRouter, parallelize_momoe_llama
+from momoe_titan.moe import expert_stats as counting
+from tests.support.tiny import (
+    ONE_PROCESS,
+    assert_same_run,
+    build,
+    job_config,
+    tiny_args,
+    train,
 )
-from tests.model.tiny import assert_same_run, build, job_config, ONE_PROCESS, tiny_args, train
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -48,9 +51,7 @@ def test_save_percent_does_not_change_the_run(plain, percent):
     torch.testing.assert_close(losses, plain["losses"], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("mode", "option"), [("full", "2"), ("selective", "op"), ("selective", "2")]
-)
+@pytest.mark.parametrize(("mode", "option"), [("full", "2"), ("selective", "op"), ("selective", "2")])
 def test_activation_checkpointing_changes_nothing(plain, mode, option):
     config = job_config()
     config.activation_checkpoint.mode = mode

@@ -139,9 +139,7 @@ class TestRouter:
     def test_gradients_without_float32_copies(self, dtype, gate_bias):
         r, x = router(gate_bias=gate_bias).to(dtype), tokens(64).to(dtype).requires_grad_()
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (kept.append(t), t)[1], lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
             logits = r.gate(x)
         assert {t.dtype for t in kept} == {dtype} and {tuple(t.shape) for t in kept} == {
             (64, D),
@@ -289,9 +287,7 @@ def test_save_percent_decides_what_is_kept():
     outs = {}
     for percent in (0, 37, 100):
         moe, shapes = layer(save_percent=percent), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
             out = moe(tokens(2, 9))
         out.sum().backward()
         kept[percent] = {rows for rows, *cols in shapes if cols == [2 * FFN]}

@@ -104,7 +104,7 @@ RUNS = [  # (processes, name, settings), one after another
 def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("runs")
     runs = json.dumps([(world, settings) for world, _, settings in RUNS])
-    command = [sys.executable, "-m", "tests.model.parallel_worker", str(folder), runs]
+    command = [sys.executable, "-m", "tests.support.parallel_worker", str(folder), runs]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     errors = "\n".join(line for line in done.stderr.splitlines() if "redistributing" not in line)
     assert done.returncode == 0, f"exit code {done.returncode}\n{errors[-20000:]}"

@@ -5,10 +5,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp
-from momoe_titan.plan.cost import expert_tflops, Gpu, GPUS, Network, seconds, step_time, StepCost, Work
-from momoe_titan.plan.trace import as_on_gpu, MemoryTrace
+from momoe_titan.plan.cost import (
+    GPUS,
+    Gpu,
+    Network,
+    StepCost,
+    Work,
+    expert_tflops,
+    seconds,
+    step_time,
+)
+from momoe_titan.plan.trace import MemoryTrace, as_on_gpu
 
-GPU = Gpu(matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0)
+GPU = Gpu(
+    matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0
+)
 
 
 def cost(**sent) -> StepCost:

@@ -17,18 +17,27 @@ from torchtitan.distributed import parallel_dims
 from torchtitan.tools.logging import logger
 
 import momoe_titan.register  # noqa: F401
-from momoe_titan.job_config import Momoe
-from momoe_titan.kernels import autograd, num_saved_rows
-from momoe_titan.model import flavors, MomoeLlama
-from momoe_titan.model.auto_save import plan_in_child
-from momoe_titan.model.shedding import Ledger
-from momoe_titan.plan import __main__ as command_line, job as plan_job
-from momoe_titan.plan.allocator import block_bytes
-from momoe_titan.plan.job import BUCKETS, GradientBuckets, OPTIMIZER, PARAMETERS, trace_job, trace_training
-from momoe_titan.plan.memory import budget_bytes, CUBLAS_BYTES, GIB, MemoryPlan, Moment
+from benchmarks import check_plan
+from momoe_titan.components.auto_save_percent import plan_in_child
+from momoe_titan.config.section import Momoe
+from momoe_titan.kernels import op as autograd
+from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.memory.allocator import block_bytes
+from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, budget_bytes
+from momoe_titan.model import MomoeLlama, flavors
+from momoe_titan.plan import __main__ as command_line
+from momoe_titan.plan import job as plan_job
+from momoe_titan.plan.job import (
+    BUCKETS,
+    OPTIMIZER,
+    PARAMETERS,
+    GradientBuckets,
+    trace_job,
+    trace_training,
+)
 from momoe_titan.plan.trace import GRADIENTS
-from scripts import check_plan
-from tests.forks import in_forks, in_gloo_forks
+from momoe_titan.save_percent import num_saved_rows
+from tests.support.forks import in_forks, in_gloo_forks
 
 BATCH, SEQ = 4, 128
 NO_MESH = SimpleNamespace(
@@ -191,7 +200,14 @@ def test_the_command_line_goes_by_what_is_reserved(reserved, expected):
 
 def shown(fits: dict, budget: int) -> str:
     return command_line.text(
-        {"model": "m", "num_parameters": 1, "world_size": 1, "local_batch": [1, 1], "budget": budget * GIB, "context": 0}
+        {
+            "model": "m",
+            "num_parameters": 1,
+            "world_size": 1,
+            "local_batch": [1, 1],
+            "budget": budget * GIB,
+            "context": 0,
+        }
         | {"rows": [], "fits": fits, "time": {}, "notes": []}
     )
 
@@ -200,7 +216,9 @@ def test_what_fits_in_words():
     text = shown({"save_percent": [25.0, 25.0], "total": 15 * GIB}, 16)
     assert "largest that fits: save_percent 25 on average, 15.0 GiB in total" in text and "by layer" not in text
     assert "by layer: 0 41" in shown({"save_percent": [0.0, 41.0], "total": 15 * GIB}, 16)
-    assert "does not fit: the least, save_percent 25, takes 17.0" in shown({"save_percent": [25.0], "total": 17 * GIB}, 16)
+    assert "does not fit: the least, save_percent 25, takes 17.0" in shown(
+        {"save_percent": [25.0], "total": 17 * GIB}, 16
+    )
 
 
 def test_a_plan_survives_json(plan):
@@ -223,7 +241,9 @@ def predict():
 
     def predict(*options: str) -> dict:
         args, job_args = command_line.build_parser().parse_known_args(options)
-        return command_line.predict(args, command_line.read_job(args, ["--job.config_file", "train_configs/debug_model.toml", *job_args]))
+        return command_line.predict(
+            args, command_line.read_job(args, ["--job.config_file", "train_configs/debug_model.toml", *job_args])
+        )
 
     yield predict
     logger.setLevel(level)
@@ -242,8 +262,14 @@ DDP = "--parallelism.data_parallel_replicate_degree 2 --parallelism.data_paralle
         ("--momoe.save_percent 50 50", "momoe.save_percent has 2 numbers"),
         ("--parallelism.tensor_parallel_degree 2", "must be the number of processes, 1"),
         ("--parallelism.expert_parallel_degree 2", "parallelism.expert_parallel_degree is 2, must be 1 without FSDP"),
-        ("--world_size 8 --training.global_batch_size 100", "training.global_batch_size is 100, must be -1 or a multiple of 64"),
-        (f"--world_size 4 {DDP} --parallelism.tensor_parallel_degree 2", "data_parallel_replicate_degree is 2 with .* compose"),
+        (
+            "--world_size 8 --training.global_batch_size 100",
+            "training.global_batch_size is 100, must be -1 or a multiple of 64",
+        ),
+        (
+            f"--world_size 4 {DDP} --parallelism.tensor_parallel_degree 2",
+            "data_parallel_replicate_degree is 2 with .* compose",
+        ),
         ("--world_size 2 --training.enable_cpu_offload", "training.enable_cpu_offload is True"),
         (f"--world_size 2 {PIPELINE}", "parallelism.pipeline_parallel_microbatch_size is 0, must divide"),
         (f"--world_size 3 {PIPELINE}", "must be the number of processes, 3"),
@@ -272,7 +298,11 @@ def test_what_is_refused(predict, options, message):
     [
         (ValueError("a.field is 1"), 2, "momoe_titan.plan: error: a.field is 1"),
         (OSError("no file"), 2, "momoe_titan.plan: error: no file"),
-        (RuntimeError("no data\nIf you are using Caffe2"), 1, "momoe_titan.plan: error: the job cannot be traced: RuntimeError: no data"),
+        (
+            RuntimeError("no data\nIf you are using Caffe2"),
+            1,
+            "momoe_titan.plan: error: the job cannot be traced: RuntimeError: no data",
+        ),
         (AssertionError(), 1, "momoe_titan.plan: error: the job cannot be traced: AssertionError"),
     ],
 )
@@ -358,7 +388,14 @@ def test_buckets_are_those_of_the_reducer(tmp_path):
 
 
 def run(*options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "momoe_titan.plan", "--job.config_file", "train_configs/debug_model.toml", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "momoe_titan.plan",
+        "--job.config_file",
+        "train_configs/debug_model.toml",
+        *options,
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -424,7 +461,16 @@ def test_pipeline_stages_without_fsdp_are_timed_in_float32(world_size, dtype):
 
 @pytest.mark.slow
 def test_the_command_line_finds_what_its_table_shows_to_fit():
-    out = run("--model.flavor", "500M", "--training.seq_len", "2048", "--activation_checkpoint.mode", "full", "--gpu_memory_gib", "18.3")
+    out = run(
+        "--model.flavor",
+        "500M",
+        "--training.seq_len",
+        "2048",
+        "--activation_checkpoint.mode",
+        "full",
+        "--gpu_memory_gib",
+        "18.3",
+    )
     assert out.returncode == 0, out.stderr
     rows = {line.split()[0]: line for line in out.stdout.splitlines() if line.strip() and line.split()[0].isdigit()}
     assert rows["0"].endswith("too much") and not rows["100"].endswith("too much")

@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp
+from momoe_titan.memory.allocator import block_bytes
+from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model import MomoeLlama
-from momoe_titan.plan.allocator import block_bytes
-from momoe_titan.plan.memory import MemoryPlan, Moment
-from momoe_titan.plan.trace import as_on_gpu, MemoryTrace, Place
-from tests.model.tiny import batch, build, loss_of, tiny_args
+from momoe_titan.plan.trace import MemoryTrace, Place, as_on_gpu
+from tests.support.tiny import batch, build, loss_of, tiny_args
 
 
 def alive(trace):
@@ -74,7 +74,9 @@ def test_the_inside_of_the_op_is_counted(capability):
     t, d, f, e, k = 4096, 128, 64, 8, 2
     place = Place("experts", "0")
     with as_on_gpu(capability), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
-        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        x, w1, w2 = (
+            torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d))
+        )
         ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
         before = alive(trace)
         trace.begin_step()
@@ -99,7 +101,9 @@ def layer_plan(save_percent, layer, experts=8):
     """Of one layer forward and backward; without a name its z counts as what it is."""
     t, d, f, e, k = 4096, 128, 64, experts, 2
     with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
-        x, w1, w2 = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
+        x, w1, w2 = (
+            torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d))
+        )
         ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
         with trace.within(Place("experts", layer)):
             out, _ = momoe_mlp(x, w1, w2, ids, scores, save_percent)

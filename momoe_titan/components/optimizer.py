@@ -1,0 +1,131 @@
+"""Load balancing without an auxiliary loss (arXiv 2408.15664), once per optimizer step."""
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
+from torchtitan.config import Optimizer as OptimizerConfig
+from torchtitan.distributed import ParallelDims
+
+from momoe_titan.components.non_finite import NonFiniteGuard
+from momoe_titan.config.section import BALANCE_RULES
+from momoe_titan.model.moe import BalancedMoE
+
+
+def expert_bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = "sign") -> torch.Tensor:
+    """What to add to the bias of each expert, given how many tokens chose it.
+
+    "sign" (arXiv 2408.15664, algorithm 1): rate * sign(mean - count). The biases of a layer are
+    not centred afterwards: the algorithm does not, and a common shift changes no choice.
+    "proportional" (the paper's variant without sign, section 4.3, with the error taken relative
+    to the mean, so that a rate does not depend on the batch size): rate * (mean - count) / mean.
+
+    Args:
+        counts_LE: integers, one row per layer; any leading shape.
+        rate: u, a number or a tensor that broadcasts over counts_LE.
+        rule: "sign" or "proportional".
+
+    Returns:
+        float32 of the shape of counts_LE. All zero for a layer that saw no token.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in BALANCE_RULES:
+        raise ValueError(f"rule is {rule!r}, must be one of {BALANCE_RULES}")
+    # E * (mean - count) in integers: exact for any count, where float32 would round above 2^24.
+    total_L1 = counts_LE.sum(dim=-1, keepdim=True)
+    missing_LE = total_L1 - counts_LE.shape[-1] * counts_LE
+    if rule == "sign":
+        return rate * missing_LE.sign().float()
+    return rate * (missing_LE / total_L1.clamp(min=1)).float()
+
+
+class ExpertLoadBalancer:
+    """Optimizer step pre-hook: reduces the counts of all MoE layers and moves their biases.
+
+    Counts accumulate in the layers, over all microbatches of a step. The hook sums them over the
+    ranks that route different tokens, so that every rank moves its biases alike whatever its
+    own gradients are, then starts the counts again at 0. It never waits for the device. Layers
+    with balancing off keep their bias and are counted all the same. A step that the optimizer is
+    told to skip (its `found_inf` is 1, see `non_finite`) moves no bias: NaN activations choose any
+    experts. A loop that skips the call of the optimizer carries its counts over into the next.
+
+    Args:
+        model_parts: modules to search for MoE layers.
+        process_group: the data- and context-parallel ranks, or None for one.
+        tp_group: the tensor-parallel ranks where each counts tokens of its own, as it does where
+            expert parallelism borrows them; None where all count the same.
+
+    Attributes:
+        counts_LE: (MoE layers, E) int64, tokens per expert of the last step over all ranks, on
+            the device; None before the first step or without MoE layers.
+
+    Raises:
+        ValueError: layers that differ in number of experts or rule, or, where on, in rate.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        process_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+    ):
+        self.layers = [module for part in model_parts for module in part.modules() if isinstance(module, BalancedMoE)]
+        self.groups = [group for group in (process_group, tp_group) if group is not None]
+        self.counts_LE: torch.Tensor | None = None
+        self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_coeff]
+        rates = {self.layers[i].load_balance_coeff for i in self.balanced}
+        rules = {self.layers[i].load_balance_rule for i in self.balanced}
+        for name, values in (
+            ("num_experts", {layer.experts.num_experts for layer in self.layers}),
+            ("load_balance_rate", rates),
+            ("load_balance_rule", rules),
+        ):
+            if len(values) > 1:
+                raise ValueError(f"{name} must be the same in all MoE layers, got {sorted(values)}")
+        self.rate, self.rule = (rates.pop(), rules.pop()) if self.balanced else (0.0, "sign")
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
+        """The hook; of its arguments only `optimizer.found_inf` is read, if there is one."""
+        if not self.layers:
+            return
+        counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
+        for group in self.groups:
+            torch.distributed.all_reduce(counts_LE, group=group)
+        if self.balanced:
+            delta_LE = expert_bias_delta(counts_LE, self.rate, self.rule)
+            if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+                delta_LE = delta_LE * (1 - found_inf)
+            # in place: checkpoints keep a reference
+            torch._foreach_add_(
+                [self.layers[i].expert_bias for i in self.balanced],
+                [delta_LE[i] for i in self.balanced],
+            )
+        torch._foreach_zero_([layer.tokens_per_expert for layer in self.layers])
+        self.counts_LE = counts_LE
+
+
+def build_momoe_optimizers(
+    model_parts: list[nn.Module],
+    optimizer_config: OptimizerConfig,
+    parallel_dims: ParallelDims,
+    ft_manager=None,
+) -> OptimizersContainer:
+    """TorchTitan's optimizers with two step pre-hooks, which are also their attributes
+    `non_finite_guard` and `load_balancer`, and the models' `AutoSavePercent` as post-hooks."""
+    optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
+    loss_mesh = parallel_dims.get_optional_mesh("loss")
+    group = None if loss_mesh is None else loss_mesh.get_group()
+    tp_group = None
+    if parallel_dims.tp_enabled and parallel_dims.ep_enabled and not parallel_dims.etp_enabled:
+        tp_group = parallel_dims.get_mesh("tp").get_group()
+    optimizers.load_balancer = ExpertLoadBalancer(model_parts, group, tp_group)
+    optimizers.non_finite_guard = NonFiniteGuard()
+    optimizers.register_step_pre_hook(optimizers.non_finite_guard)
+    optimizers.register_step_pre_hook(optimizers.load_balancer)
+    for part in model_parts:
+        if (auto := getattr(part, "auto_save_percent", None)) is not None:
+            optimizers.register_step_post_hook(auto)
+    return optimizers

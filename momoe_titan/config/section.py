@@ -1,0 +1,156 @@
+"""The `[momoe]` section of a job: target of `job.custom_config_module`.
+
+TorchTitan merges the `JobConfig` below into its own when the TOML file says
+`job.custom_config_module = "momoe_titan.job_config"`, so that the fields can be
+set in the file, on the command line (`--momoe.save_percent 50`) and are listed
+by `--help`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from momoe_titan.save_percent import validate_save_percent
+
+Backend = Literal["auto", "triton", "torch", "torchtitan"]
+BalanceRule = Literal["sign", "proportional"]
+
+AUTO = "auto"  # of save_percent
+STOCK_BACKEND = "torchtitan"
+BACKENDS = get_args(Backend)
+OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
+BALANCE_RULES = get_args(BalanceRule)
+
+
+@dataclass
+class Momoe:
+    """Mixture-of-Experts layers by momoe_titan."""
+
+    save_percent: float | list[float] | Literal["auto"] = 0.0
+    """
+    How much of the experts' pre-activations to keep for the backward,
+    in percent: 0 keeps nothing and recomputes them (least memory),
+    100 keeps all (fastest). One number for all MoE layers, or one
+    number per MoE layer, first layer first (TOML `[0, 50, 100]`,
+    command line `0 50 100`). Changes memory and time, never the
+    result. "auto" takes as much as fits into memory_budget: chosen
+    at the start by the plan (docs/planning.md), corrected once by
+    the memory measured in the first steps, kept in the dump folder
+    for a resumed run.
+    """
+
+    memory_budget: float = 0.9
+    """
+    How much of a GPU's memory a run may take: up to 1 a share of it,
+    above 1 GiB. For save_percent "auto" and `python -m
+    momoe_titan.plan`. What is left is for what neither foresees,
+    fragmentation above all.
+    """
+
+    backend: Backend = "auto"
+    """
+    What computes the experts: "triton" (our GPU kernels), "torch" (a
+    loop over experts, any device), "auto" (triton on a CUDA device,
+    torch otherwise), or "torchtitan" (TorchTitan's own MoE layer from
+    the same initial weights, for comparison; save_percent then has no
+    effect).
+    """
+
+    load_balance_rate: float = 1e-3
+    """
+    How far one optimizer step moves the bias that steers tokens
+    toward experts with too few of them (u in arXiv 2408.15664). 0
+    turns balancing off.
+    """
+
+    load_balance_rule: BalanceRule = "sign"
+    """
+    How the bias moves: "sign" by the rate in the direction that evens
+    out the load, "proportional" by the rate times the relative error
+    of the load.
+    """
+
+    load_balance_off_layers: list[int] = field(default_factory=list)
+    """
+    Layers (by their index in the model, from 0) whose bias stays as
+    it is.
+    """
+
+    vocab_size: int = 0
+    """
+    Size of the vocabulary, for a tokenizer other than the one the
+    flavor was made for. 0 keeps the flavor's own.
+    """
+
+    data_text_field: str = "text"
+    """
+    Which field of a .jsonl or .parquet record holds the text, for
+    datasets named "local". Has no effect on .txt files.
+    """
+
+    data_streaming: bool = False
+    """
+    Read .jsonl and .parquet files of datasets named "local" as
+    training goes, in place of converting them before the first step.
+    Starts at once on large data, but finds a corrupt record only when
+    it gets there, and resumes exactly in the first pass over the data
+    only.
+    """
+
+    check_ids: bool = False
+    """
+    Debugging: check in every step that the router chose existing
+    experts. Costs a wait for the device in every MoE layer.
+    """
+
+    def __post_init__(self) -> None:
+        """Normalise `save_percent` to a list and refuse what cannot work.
+
+        Raises:
+            ValueError: names the field as it is written in TOML, and its value.
+        """
+        if self.save_percent == "auto":
+            pass
+        elif isinstance(self.save_percent, (list, tuple)):
+            if not self.save_percent:
+                raise ValueError("momoe.save_percent must be a number or a list with one number per MoE layer, got []")
+            self.save_percent = [
+                validate_save_percent(p, field=f"momoe.save_percent[{i}]") for i, p in enumerate(self.save_percent)
+            ]
+        else:
+            self.save_percent = [validate_save_percent(self.save_percent, field="momoe.save_percent")]
+        for name, allowed in (
+            ("backend", get_args(Backend)),
+            ("load_balance_rule", get_args(BalanceRule)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"momoe.{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
+        budget = self.memory_budget
+        if type(budget) not in (int, float) or not 0 < budget < float("inf"):
+            raise ValueError(
+                f"momoe.memory_budget must be above 0 (up to 1 a share of a GPU's memory, above 1 GiB), got {budget!r}"
+            )
+        rate = self.load_balance_rate
+        # `not 0 <= rate` is also true of NaN.
+        if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
+            raise ValueError(f"momoe.load_balance_rate must be a number of at least 0, got {rate!r}")
+        layers = self.load_balance_off_layers
+        if not isinstance(layers, list) or not all(type(i) is int and i >= 0 for i in layers):
+            raise ValueError(f"momoe.load_balance_off_layers must be a list of layer indices, got {layers!r}")
+        if type(self.vocab_size) is not int or self.vocab_size < 0:
+            raise ValueError(
+                f"momoe.vocab_size must be 0 (the flavor's own) or a positive number of tokens, got {self.vocab_size!r}"
+            )
+        if not isinstance(self.data_text_field, str) or not self.data_text_field:
+            raise ValueError(f"momoe.data_text_field must be the name of a field, got {self.data_text_field!r}")
+        for name in ("data_streaming", "check_ids"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"momoe.{name} must be true or false, got {getattr(self, name)!r}")
+
+
+@dataclass
+class JobConfig:
+    """What TorchTitan adds to its own JobConfig."""
+
+    momoe: Momoe = field(default_factory=Momoe)

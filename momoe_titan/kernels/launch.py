@@ -1,0 +1,101 @@
+"""How a kernel is launched: Triton's own way, and a faster one for kernels that it has compiled."""
+
+import functools
+import json
+import tempfile
+import warnings
+
+import torch
+import triton
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+_compiled = {}  # (kernel, device, specialisation) -> its compiled kernel, and the constants that follow its arguments
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. triton.cdiv costs the host as much as a launch's arguments."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n (1 for 0)."""
+    return 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+def on_its_device(body):
+    """body, whose first argument is a tensor, with that tensor's CUDA device as the current one, where kernels go."""
+
+    @functools.wraps(body)
+    def run(tensor, *args, **options):
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return body(tensor, *args, **options)
+        with torch.cuda.device(tensor.device):
+            return body(tensor, *args, **options)
+
+    return run
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launch ``kernel`` over ``grid``; an empty grid launches nothing.
+
+    Every kernel of the package goes through here; ``args`` are the positional arguments in order,
+    ``options`` the constants that follow them, and the compiler's options. What Triton compiled is
+    looked up by the properties of the arguments that it compiles for, which is faster than Triton's
+    own way to it. Where Triton's cache of compiled kernels can't be read, written or loaded, a
+    temporary one takes its place, with one warning.
+    """
+    if not all(grid):
+        return
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        _launch_slowly(kernel, grid, args, options)
+        return
+    try:
+        device = driver.active.get_current_device()
+    except OSError:  # Triton builds its driver in its cache, which is not usable: mended below
+        device = None
+    key = (kernel.fn, device, *_specialisation(args), *options.items())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    compiled = _launch_slowly(kernel, grid, args, options)
+    if compiled is not None:
+        _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+def _specialisation(args) -> list:
+    """What Triton may compile a kernel for again, in values that differ where Triton's do, or more often."""
+    found = []
+    for arg in args:
+        if type(arg) is int:
+            # 1 is compiled in, multiples of 16 are known to be ones, and the type is the first that fits
+            int32, uint64 = -(2**31) <= arg < 2**31, arg >= 2**63
+            found.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * int32 + 8 * uint64)
+        elif isinstance(arg, torch.Tensor):
+            found += arg.dtype, arg.data_ptr() % 16 == 0
+        elif type(arg) is float or arg is None:
+            found.append(type(arg))
+        else:
+            found.append(arg.specialisation)
+    return found
+
+
+def _launch_slowly(kernel, grid, args, options):
+    """Through Triton, which compiles the kernel if it has to; returns the compiled one."""
+    try:
+        return kernel[grid](*args, **options)
+    except (OSError, json.JSONDecodeError, RuntimeError) as error:
+        if not _is_cache_fault(error):
+            raise
+        broken, triton.knobs.cache.dir = triton.knobs.cache.dir, tempfile.mkdtemp(prefix="momoe_titan-triton-")
+        warnings.warn(f"Triton's cache {broken} is not usable ({error}); using {triton.knobs.cache.dir}", stacklevel=3)
+        kernel.device_caches.clear()
+        return kernel[grid](*args, **options)
+
+
+def _is_cache_fault(error: Exception) -> bool:
+    if isinstance(error, RuntimeError):
+        return "kernel image" in str(error)  # a damaged binary
+    return True

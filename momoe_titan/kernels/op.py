@@ -1,0 +1,420 @@
+"""The op: what is saved, what calls what. ``momoe_mlp`` validates once; everything below trusts it."""
+
+import functools
+from collections.abc import Callable
+from numbers import Integral
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from momoe_titan.kernels import combine, decode, gpu
+from momoe_titan.kernels.gemms import (
+    DX_RANGE_FLOPS,
+    KEPT_Y_RANGE_FLOPS,
+    Y_RANGE_FLOPS,
+    select_gemms,
+)
+from momoe_titan.kernels.launch import on_its_device
+from momoe_titan.kernels.reference import torch_backward, torch_forward
+from momoe_titan.kernels.routing import (
+    MAX_EXPERTS,
+    MAX_TILES,
+    build_routing,
+    build_routing_ref,
+    packed_size,
+    unpack_routing,
+)
+from momoe_titan.save_percent import num_saved_rows, validate_save_percent
+
+BACKENDS = ("auto", "triton", "torch")
+_REFERENCE_TILE_ROWS = 128
+
+_lib = torch.library.Library("momoe_titan", "DEF")
+_lib.define(
+    "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
+    " bool inference, str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+)
+for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
+    _lib.define(
+        f"{_name}(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, {_z} z, Tensor routing, SymInt num_rows,"
+        " float save_percent, bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+    )
+
+
+def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
+    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy where it is a view that does not start on 16 bytes, as the copy engine wants it."""
+    return t.clone() if t.data_ptr() % 16 else t
+
+
+def _dw2_comes_last(num_rows: int, w2_EFD: Tensor) -> bool:
+    """Whether the backward computes dw2 when dz is let go, and holds act until then: where act is smaller than dw2.
+
+    Its peak is dz, twice the size of act, with dw1, dx and the smaller of act and dw2; or act with all gradients, if that
+    is more.
+    """
+    num_experts, _, d_model = w2_EFD.shape
+    return num_rows < num_experts * d_model
+
+
+def _y_ranges(gemms, num_rows: int, w2_EFD: Tensor, out_TD: Tensor, inference: bool) -> list[tuple[int, int]]:
+    """Columns of y at a time, so that the forward's peak, z + act + y, stays below the backward's.
+
+    As many ranges as it takes for act + y to be below dz and all gradients; more for z + act + y, only where each
+    has more to do, since they gain nothing at a low save_percent. The same ranges at every save_percent: it must not
+    change what is launched, and a plan for 100 has to foresee the others.
+    """
+    ffn = w2_EFD.shape[1]
+    act, dx, dw1, dw2 = num_rows * ffn * out_TD.element_size(), out_TD.nbytes, 2 * w2_EFD.nbytes, w2_EFD.nbytes
+    ranges = gemms.column_ranges(num_rows, ffn, out_TD, act + dx + dw1 + dw2, Y_RANGE_FLOPS)
+    if inference:
+        return ranges
+    beside_z = dx + dw1 + min(act, dw2) - act  # dz is as large as z
+    return max(ranges, gemms.column_ranges(num_rows, ffn, out_TD, beside_z, KEPT_Y_RANGE_FLOPS), key=len)
+
+
+def _dx_ranges(gemms, num_rows: int, w1_ED2F: Tensor, dx_TD: Tensor) -> list[tuple[int, int]]:
+    """Columns of dx at a time, by row: dw1 comes next and needs as much."""
+    return gemms.column_ranges(num_rows, w1_ED2F.shape[2], dx_TD, w1_ED2F.nbytes, DX_RANGE_FLOPS)
+
+
+def _let_go(z_S2F: Tensor) -> None:
+    """Free z, which autograd holds until the backward ends; not where hooks of saved tensors made it a part of more."""
+    storage = z_S2F.untyped_storage()
+    if storage.nbytes() == z_S2F.nbytes:
+        storage.resize_(0)
+
+
+def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
+    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists."""
+    num_rows = rows.shape[0]
+    buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
+    for begin, end in ranges:
+        y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
+        gemm(rows, w, routing, y, begin)
+        combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
+
+
+def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
+    num_experts, ffn, _ = w2_EFD.shape
+    tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    num_saved = num_saved_rows(num_rows, save_percent)
+    if num_rows > tile_rows * MAX_TILES:
+        raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {num_rows}: split the batch")
+    if backend == "torch":
+        packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
+        routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
+        return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
+
+    x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
+    if inference and decode.supported(x_TD.dtype, *ids_TK.shape):
+        out_TD, counts_E = decode.forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
+        return out_TD, counts_E, x_TD.new_empty(0, 2 * ffn), ids_TK.new_empty(0, dtype=torch.int32)
+    gemms = select_gemms(x_TD, ffn)
+    packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
+    routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
+    z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
+    act_RF = x_TD.new_empty(num_rows, ffn)
+    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
+    out_TD = torch.empty_like(x_TD)
+    ranges = _y_ranges(gemms, num_rows, w2_EFD, out_TD, inference)
+    _combined(gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, ranges)
+    return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
+
+
+def _backward(
+    dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend, over_z=False
+):
+    num_experts, ffn, _ = w2_EFD.shape
+    if z_S2F.numel() and not z_S2F.untyped_storage().nbytes():  # shed: see `momoe_mlp`, on_keep
+        z_S2F = z_S2F.new_empty(0, 2 * ffn)
+    num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
+    routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
+    dout_TD = dout_TD.contiguous()
+    if backend == "torch":
+        grads = torch_backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, routing)
+        return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
+
+    need_x, need_w1, need_w2, need_scores = needs
+    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, x_TD, w1_ED2F, w2_EFD))
+    gemms = select_gemms(x_TD, ffn)
+    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < save_percent < 100)
+    if num_saved < num_rows:
+        gemms.recompute_z(x_TD, w1_ED2F, routing, z, dz)
+    act_RF = x_TD.new_empty(num_rows, ffn)
+    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z, dz, act_RF)
+    dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
+    if need_scores:
+        combine.score_grad(dscore, routing, dscores_TK)
+    del dscore
+    if over_z and z is not dz:
+        _let_go(z_S2F)
+
+    def grad_w2(act_RF):
+        dw2 = torch.empty_like(w2_EFD)
+        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
+        return dw2
+
+    dw2 = w2_EFD.new_empty(0)
+    dw2_last = need_w2 and _dw2_comes_last(num_rows, w2_EFD)
+    if need_w2 and not dw2_last:
+        dw2 = grad_w2(act_RF)
+    if not dw2_last:
+        del act_RF
+    dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
+    if need_x:
+        ranges = _dx_ranges(gemms, num_rows, w1_ED2F, dx_TD)
+        _combined(gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, ranges)
+    dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
+    if need_w1:
+        gemms.weight_grad(x_TD, dz, routing, dw1, gather_a=True)
+    if dw2_last:
+        del z, dz
+        if over_z:
+            _let_go(z_S2F)
+        dw2 = grad_w2(act_RF)
+    return dx_TD, dw1, dw2, dscores_TK
+
+
+_backward_over_z = functools.partial(_backward, over_z=True)
+
+for _name, _body in (("forward", _forward), ("backward", _backward), ("backward_over_z", _backward_over_z)):
+    _lib.impl(f"moe_{_name}", on_its_device(_body), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
+def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
+    num_experts, ffn, _ = w2_EFD.shape
+    packed = 0 if inference else packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend), num_rows)
+    return (
+        torch.empty_like(x_TD),
+        ids_TK.new_empty(num_experts, dtype=torch.int64),
+        x_TD.new_empty(num_saved_rows(num_rows, save_percent), 2 * ffn),
+        ids_TK.new_empty(packed, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
+@torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
+def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend):
+    inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
+
+
+def _setup_context(ctx, inputs, output):
+    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend = inputs
+    _, counts_E, z_S2F, packed = output
+    ctx.mark_non_differentiable(counts_E, z_S2F, packed)
+    ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
+    ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
+
+
+def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
+    """Whether z is let go after this backward, which runs now and is not traced: its graph is not kept."""
+    if torch.compiler.is_compiling() or isinstance(z_S2F, FunctionalTensor) or torch.is_grad_enabled():
+        return False
+    if _functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The gradients as they are, and an error for who differentiates them by what they depend on."""
+
+    @staticmethod
+    def forward(ctx, num_inputs, *inputs_and_grads):
+        return tuple(grad.view_as(grad) for grad in inputs_and_grads[num_inputs:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("momoe_mlp has no second derivative")
+
+
+def _autograd_backward(ctx, dout_TD, *_):
+    if dout_TD is None:
+        return (None,) * 9
+    x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    backward = torch.ops.momoe_titan.moe_backward
+    if _is_last_use(z_S2F, dout_TD):
+        backward = torch.ops.momoe_titan.moe_backward_over_z
+        torch.autograd.graph.increment_version(z_S2F)  # another backward after an error in this one is refused
+    with torch.no_grad():
+        grads = backward(
+            dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, ctx.save_percent, needs, ctx.backend
+        )
+    if torch.is_grad_enabled():  # create_graph
+        grads = _OnceDifferentiable.apply(5, dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, *grads)
+    dx, dw1, dw2, dscores = (g if need else None for g, need in zip(grads, needs))
+    return dx, dw1, dw2, None, dscores, None, None, None, None
+
+
+torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """ "triton" or "torch" for a device; "auto" takes Triton on a CUDA device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    runs_triton = device.type == "cuda" or gpu.interpreting()
+    if backend == "triton" and not runs_triton:
+        raise ValueError(f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), got tensors on {device}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
+    if x_TD.dim() != 2 or w1_ED2F.dim() != 3 or w2_EFD.dim() != 3 or ids_TK.dim() != 2:
+        raise ValueError(
+            "x, w1, w2, ids must be (T, D), (E, D, 2F), (E, F, D), (T, K), got "
+            f"{[tuple(t.shape) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK)]}"
+        )
+    num_experts, ffn, d_model = w2_EFD.shape
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"w2 must be of 1 to {MAX_EXPERTS} experts, got {tuple(w2_EFD.shape)}")
+    if w1_ED2F.shape != (num_experts, d_model, 2 * ffn):
+        raise ValueError(
+            f"w1 must be (E, D, 2F) = {(num_experts, d_model, 2 * ffn)} to go with w2, got {tuple(w1_ED2F.shape)}"
+        )
+    if x_TD.shape[1] != d_model:
+        raise ValueError(f"x must have D = {d_model} columns, got {tuple(x_TD.shape)}")
+    if ids_TK.shape[0] != x_TD.shape[0] or scores_TK.shape != ids_TK.shape:
+        raise ValueError(
+            f"ids and scores must both be (T, K) with T = {x_TD.shape[0]}, got {tuple(ids_TK.shape)} and {tuple(scores_TK.shape)}"
+        )
+    if ids_TK.shape[1] == 0:
+        raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
+    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (Integral, torch.SymInt))):
+        raise ValueError(f"num_rows must be an int, got {num_rows!r}")
+    if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():
+        raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")
+    if ids_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int32 or int64, got {ids_TK.dtype}")
+    if not scores_TK.is_floating_point():
+        raise ValueError(f"scores must be of a floating dtype, got {scores_TK.dtype}")
+    if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x must be bfloat16, float16 or float32, got {x_TD.dtype}")
+    if not x_TD.dtype == w1_ED2F.dtype == w2_EFD.dtype:
+        raise ValueError(
+            f"x, w1 and w2 must share a dtype outside of autocast, got {x_TD.dtype}, {w1_ED2F.dtype}, {w2_EFD.dtype}"
+        )
+    if len({t.device for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)}) != 1:
+        devices = [str(t.device) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)]
+        raise ValueError(f"x, w1, w2, ids and scores must be on one device, got {devices}")
+
+
+def _validate_ids(ids_TK, num_experts, num_rows):
+    if num_rows is not None:
+        used = int(((ids_TK >= 0) & (ids_TK < num_experts)).sum())
+        if used > num_rows:
+            raise ValueError(f"num_rows must be at least the number of used slots, {used}, got {num_rows}")
+        return
+    bad = ids_TK[(ids_TK < 0) | (ids_TK >= num_experts)]
+    if bad.numel():
+        raise ValueError(f"ids must be in [0, {num_experts}), got {bad[0].item()}")
+    twice = ids_TK.sort(dim=1)[0].diff(dim=1) == 0
+    if twice.any():
+        token = int(twice.any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"ids must not name an expert twice for a token, got {ids_TK[token].tolist()} for token {token}"
+        )
+
+
+def _wants_grad(*inputs: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise RuntimeError("momoe_mlp has no forward-mode derivative")
+    if not torch.is_grad_enabled():
+        return False
+    for t in inputs:
+        while not t.requires_grad and _functorch.is_functorch_wrapped_tensor(t):  # within torch.func.vmap, it says no
+            t = _functorch.get_unwrapped(t)
+        if t.requires_grad:
+            return True
+    return False
+
+
+def momoe_mlp(
+    x_TD: Tensor,
+    w1_ED2F: Tensor,
+    w2_EFD: Tensor,
+    ids_TK: Tensor,
+    scores_TK: Tensor,
+    save_percent: float = 0.0,
+    *,
+    num_rows: int | None = None,
+    backend: str = "auto",
+    check_ids: bool = False,
+    on_keep: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
+    with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
+
+    Differentiable in x, w1, w2 and scores, backwards and once: another derivative is
+    refused. Accumulates in float32, is deterministic to the bit, and neither synchronises
+    with the host nor compiles anything for a new T on the "triton" backend (but that up to
+    16 tokens without gradients, in 16 bits, have kernels of their own: see decode.py).
+
+    Args:
+        x_TD: tokens, bfloat16, float16 or float32.
+        w1_ED2F: first F columns up, last F gate; dtype of x.
+        w2_EFD: dtype of x. A view that does not start on 16 bytes is copied, as x and w1 are. Under ``torch.autocast`` x, w1 and w2 may differ and are cast to its dtype.
+        ids_TK: chosen experts, int32 or int64. An id outside ``[0, E)`` marks an
+            unused slot: it adds nothing and the gradient of its score is 0, so
+            tokens may choose different numbers of experts.
+        scores_TK: any floating dtype, used as float32.
+        save_percent: 0 to 100, the share of z = x @ w1 (R x 2F, R = T * K) that is
+            kept for the backward; the rest is computed again there. It changes
+            memory and time, never the result. Nothing is kept where no gradient is wanted.
+        num_rows: R, where the caller knows that fewer than T * K slots are used: at least their
+            number (a smaller R is undefined behaviour), at most T * K. What the op allocates
+            and keeps goes by R.
+        backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
+        check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
+            where num_rows is given, more used slots than that (synchronises with the host).
+        on_keep: called with z (S, 2F) where rows of it are kept. Until the backward they may be shed,
+            `z.untyped_storage().resize_(0)`: it then computes all of z again, with the same result. A backward that
+            is the last to need z frees it.
+
+    Returns:
+        out_TD in the dtype of x (of autocast where it is on), and the tokens per
+        expert, int64 (E), not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, num_rows, save_percent or backend don't fit.
+        RuntimeError: a forward-mode derivative, or a second one, is asked for.
+    """
+    save_percent = validate_save_percent(save_percent)
+    device_type = x_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x_TD, w1_ED2F, w2_EFD = x_TD.to(dtype), w1_ED2F.to(dtype), w2_EFD.to(dtype)
+    _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows)
+    if check_ids:
+        _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
+    backend = resolve_backend(backend, x_TD.device)
+    wants_grad = _wants_grad(x_TD, w1_ED2F, w2_EFD, scores_TK)
+    out_TD, counts_E, z_S2F, _ = torch.ops.momoe_titan.moe_forward(
+        x_TD.contiguous(),
+        w1_ED2F.contiguous(),
+        w2_EFD.contiguous(),
+        ids_TK.contiguous(),
+        scores_TK.contiguous(),
+        ids_TK.numel() if num_rows is None else num_rows,
+        save_percent if wants_grad else 0.0,
+        not wants_grad,
+        backend,
+    )
+    if on_keep is not None and z_S2F.shape[0]:
+        on_keep(z_S2F)
+    return out_TD, counts_E

@@ -1,0 +1,60 @@
+"""Expert parallelism applied to a model: which rank owns which experts. dispatch.py moves the tokens."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    Placement,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.expert_parallel import ExpertParallel as TitanExpertParallel
+
+from momoe_titan.model.moe import MomoeMoE
+from momoe_titan.model.parallel.dispatch import Dispatcher
+
+
+class ExpertParallel(ParallelStyle):
+    """For `MomoeExperts`, which is then called as (x_MD, ReceivedChoice): a rank owns E/P experts.
+
+    Args:
+        tp_placements: how each weight is sharded over the second dimension of the mesh, if it has
+            two: the ranks of tensor parallelism that share an expert.
+    """
+
+    def __init__(self, tp_placements: dict[str, Placement]):
+        self.tp_placements = tp_placements
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._partition, self._unpack)
+
+    def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placements = [Shard(0), self.tp_placements[name]][: mesh.ndim]
+            sharded = distribute_tensor(parameter, mesh, placements)
+            module.register_parameter(name, nn.Parameter(sharded))
+
+    @staticmethod
+    def _unpack(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+        x_MD, choice = inputs
+        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows
+
+
+def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None:
+    """Spread the experts of all MoE layers over `parallel_dims`' expert-parallel ranks.
+
+    TorchTitan's own layer gets TorchTitan's own expert parallelism.
+    """
+    mesh = parallel_dims.get_mesh("ep")
+    experts_mesh = parallel_dims.get_optional_mesh(["ep", "etp"]) or mesh
+    for block in model.layers.values():
+        if not block.moe_enabled:
+            continue
+        moe = block.moe
+        if isinstance(moe, MomoeMoE):
+            moe.dispatcher = Dispatcher(mesh.get_group(), moe.experts.num_experts, moe.experts.backend)
+            parallelize_module(moe.experts, experts_mesh, ExpertParallel(moe.experts_tp_placements))
+        else:
+            parallelize_module(moe.experts, mesh, TitanExpertParallel())

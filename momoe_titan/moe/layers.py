@@ -1,0 +1,516 @@
+"""Mixture-of-Experts modules that need torch alone: `MoMoE`, `TopKRouter` and `MoE`.
+
+The names are those of the first MoMoE release, and so are its letters in the public
+signatures: B batch, S sequence, M = B*S tokens, D model width, N experts, H expert hidden width.
+Inside: T tokens, E experts, K chosen experts per token, F expert hidden width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from momoe_titan.kernels import BACKENDS, momoe_mlp
+from momoe_titan.kernels.router import float32_product, route, runs_here
+from momoe_titan.moe.expert_stats import accumulate_counts, feeds_balancing
+from momoe_titan.save_percent import validate_save_percent
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class MoMoE(nn.Module):
+    """SwiGLU experts applied to the tokens that a mask, or a list of expert ids, gives them.
+
+    out[t] = sum over the experts e of token t of score[t, e] * (up * silu(gate)) @ Wl2[e],
+    with (up, gate) the first and the last H columns of x[t] @ Wl1[e].
+
+    Args:
+        embedding_dim: D, width of the tokens.
+        intermediate_dim: H, hidden width of each expert.
+        num_experts: N.
+        num_chosen_experts: experts that a token usually has, 1 to N. A mask may give a token
+            fewer or more.
+        save_percent: share of the expert activations kept for the backward, 0 to 100; the rest
+            is recomputed there. Changes memory and time, never the result.
+        Wl1_ND2H: (N, D, 2H) weights to train in place, or None for normal values times 1/D.
+        Wl2_NHD: (N, H, D), likewise.
+        backend: "triton", "torch" or "auto" (Triton on CUDA devices, torch elsewhere).
+        device: of new weights; CUDA where there is one, else the CPU.
+        dtype: of new weights, bfloat16 or float32; bfloat16 on CUDA, float32 elsewhere.
+
+    Given weights become the parameters themselves: same storage, never a copy. They have to
+    be contiguous, bfloat16 or float32, and alike in dtype and device.
+
+    Raises:
+        ValueError: an argument out of range, or weights that cannot be used in place.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        intermediate_dim: int,
+        num_experts: int,
+        num_chosen_experts: int,
+        save_percent: float = 0,
+        Wl1_ND2H: torch.Tensor | None = None,
+        Wl2_NHD: torch.Tensor | None = None,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.D = _int_at_least("embedding_dim", embedding_dim, 1)
+        self.H = _int_at_least("intermediate_dim", intermediate_dim, 1)
+        self.N = _int_at_least("num_experts", num_experts, 1)
+        self.K = _int_at_least("num_chosen_experts", num_chosen_experts, 1)
+        if self.K > self.N:
+            raise ValueError(f"num_chosen_experts is {self.K}, more than num_experts, {self.N}")
+        self.save_percent = validate_save_percent(save_percent)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}, must be one of {BACKENDS}")
+        self.backend = backend
+
+        given = {"Wl1_ND2H": Wl1_ND2H, "Wl2_NHD": Wl2_NHD}
+        device, dtype = _weight_device_dtype(given, device, dtype)
+        for name, shape in (
+            ("Wl1_ND2H", (self.N, self.D, 2 * self.H)),
+            ("Wl2_NHD", (self.N, self.H, self.D)),
+        ):
+            setattr(
+                self,
+                name,
+                _weight(name, given[name], shape, std=1 / self.D, device=device, dtype=dtype),
+            )
+
+    def forward(
+        self, x_BSD: torch.Tensor, mask_NM: torch.Tensor, s_NM: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply to every token the experts that the mask gives it.
+
+        Reads one number back from the device (the largest count of experts of any token);
+        `forward_topk` does without.
+
+        Args:
+            x_BSD: (B, S, D), or (M, D).
+            mask_NM: (N, M) integers or booleans; nonzero where expert n works on token m. Any
+                mask: a token may have no expert at all, or more than num_chosen_experts.
+            s_NM: (N, M) scores. Read, and given a gradient, only where the mask is set.
+
+        Returns:
+            y, shaped as x (zeros for a token without experts), and tokens_per_expert_N (N,)
+            int64. y has x's dtype, or autocast's under autocast.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit together.
+        """
+        T = self._check_input(x_BSD)
+        for name, tensor in (("mask_NM", mask_NM), ("s_NM", s_NM)):
+            if tensor.shape != (self.N, T):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, must be (num_experts, tokens) = {(self.N, T)}"
+                )
+            _check_device(name, tensor, x_BSD.device)
+        if mask_NM.is_floating_point() or mask_NM.is_complex():
+            raise ValueError(f"mask_NM has dtype {mask_NM.dtype}, must be integer or bool")
+        if not s_NM.is_floating_point():
+            raise ValueError(f"s_NM has dtype {s_NM.dtype}, must be a floating point dtype")
+        ids_TK, scores_TK = self._slots_from_mask(mask_NM, s_NM)
+        return self.forward_topk(x_BSD, ids_TK, scores_TK)
+
+    def forward_topk(
+        self, x_BSD: torch.Tensor, ids_TK: torch.Tensor, scores_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply to every token its K listed experts, without waiting for the device.
+
+        Args:
+            x_BSD: (B, S, D), or (M, D).
+            ids_TK: (M, K) int32 or int64, no expert twice in a row; an id outside [0, N) marks
+                an unused slot.
+            scores_TK: (M, K) floating point.
+
+        Returns:
+            y, shaped as x, and tokens_per_expert_N (N,) int64, as `forward`.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit together.
+        """
+        T = self._check_input(x_BSD)
+        if ids_TK.shape != scores_TK.shape or ids_TK.dim() != 2 or ids_TK.shape[0] != T:
+            raise ValueError(
+                f"ids_TK has shape {tuple(ids_TK.shape)} and scores_TK has shape "
+                f"{tuple(scores_TK.shape)}, both must be (tokens, K) with {T} tokens"
+            )
+        x_TD, w1_ED2F, w2_EFD = x_BSD.reshape(T, self.D), self.Wl1_ND2H, self.Wl2_NHD
+        autocast = torch.is_autocast_enabled(x_BSD.device.type)
+        if not autocast:
+            compute_dtype = _compute_dtype(x_BSD.dtype, w1_ED2F.dtype)
+            x_TD = x_TD.to(compute_dtype)
+            w1_ED2F, w2_EFD = w1_ED2F.to(compute_dtype), w2_EFD.to(compute_dtype)
+        out_TD, counts_E = momoe_mlp(
+            x_TD,
+            w1_ED2F,
+            w2_EFD,
+            ids_TK,
+            scores_TK,
+            self.save_percent,
+            backend=self.backend,
+        )
+        if not autocast:
+            out_TD = out_TD.to(x_BSD.dtype)
+        return out_TD.reshape(x_BSD.shape), counts_E
+
+    def extra_repr(self) -> str:
+        return (
+            f"D={self.D}, H={self.H}, N={self.N}, K={self.K}, "
+            f"save_percent={self.save_percent}, backend={self.backend!r}"
+        )
+
+    def _check_input(self, x_BSD: torch.Tensor) -> int:
+        if x_BSD.dim() not in (2, 3) or x_BSD.shape[-1] != self.D:
+            raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
+        if x_BSD.dtype not in ACTIVATION_DTYPES:
+            raise ValueError(f"x_BSD has dtype {x_BSD.dtype}, must be one of {ACTIVATION_DTYPES}")
+        _check_device("x_BSD", x_BSD, self.Wl1_ND2H.device)
+        return x_BSD.shape[0] if x_BSD.dim() == 2 else x_BSD.shape[0] * x_BSD.shape[1]
+
+    def _slots_from_mask(self, mask_NM: torch.Tensor, s_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token's experts in ascending order, then -1: the k-th set entry of its mask column."""
+        mask_TE = mask_NM.t() != 0
+        T = mask_TE.shape[0]
+        rank_TE = mask_TE.cumsum(dim=1)
+        # K slots, so that masks of the usual width all look the same to the kernels; for denser
+        # ones a power of two, so that few widths are ever compiled.
+        densest = int(rank_TE[:, -1].max()) if T else 0
+        slots = self.K if densest <= self.K else 1 << (densest - 1).bit_length()
+        # Unset entries all land in one spare last column, which is cut off.
+        slot_TE = torch.where(mask_TE, rank_TE - 1, slots)
+        experts_TE = torch.arange(self.N, device=mask_TE.device).expand(T, self.N)
+        ids_TK = torch.full((T, slots + 1), -1, device=mask_TE.device, dtype=torch.int64)
+        ids_TK = ids_TK.scatter(1, slot_TE, experts_TE)[:, :slots]
+        unused_TK = ids_TK < 0
+        scores_TK = s_NM.t().gather(1, ids_TK.clamp(min=0)).masked_fill(unused_TK, 0.0)
+        return ids_TK, scores_TK
+
+
+class TopKRouter(nn.Module):
+    """Chooses K experts per token: the best routed ones and every shared one.
+
+    The last num_shared_experts experts are shared, chosen by every token. Among the other
+    N - Ks, a token chooses the K - Ks with the largest softmax probability plus bias; the bias
+    takes part in the choice only (arXiv 2408.15664, section 3). Scores are the softmax
+    probabilities of the chosen experts, divided by their sum; shared experts have a softmax of
+    their own. A token's scores thus sum to 1 over its routed and to 1 over its shared experts.
+
+    The matrix product, softmax and choice are done in float32, also under autocast. Of equal
+    candidates the lowest expert id is chosen. Infinite logits count as the largest finite ones;
+    a NaN makes the scores of its own token NaN, and that token still chooses K experts.
+
+    Args:
+        embedding_dim: D.
+        num_experts: N, shared ones included.
+        num_chosen_experts: K, shared ones included.
+        num_shared_experts: Ks, 0 to K.
+        Wg_DN: (D, N) weight to train in place, or None for normal values times 1/D.
+        device, dtype: of a new weight, as in `MoMoE`.
+
+    Raises:
+        ValueError: an argument out of range, or a weight that cannot be used in place.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_experts: int,
+        num_chosen_experts: int,
+        num_shared_experts: int,
+        Wg_DN: torch.Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.D = _int_at_least("embedding_dim", embedding_dim, 1)
+        self.N = _int_at_least("num_experts", num_experts, 1)
+        self.K = _int_at_least("num_chosen_experts", num_chosen_experts, 1)
+        self.Ks = _int_at_least("num_shared_experts", num_shared_experts, 0)
+        if self.K > self.N:
+            raise ValueError(f"num_chosen_experts is {self.K}, more than num_experts, {self.N}")
+        if self.Ks > self.K:
+            raise ValueError(f"num_shared_experts is {self.Ks}, more than num_chosen_experts, {self.K}")
+        device, dtype = _weight_device_dtype({"Wg_DN": Wg_DN}, device, dtype)
+        self.Wg_DN = _weight("Wg_DN", Wg_DN, (self.D, self.N), std=1 / self.D, device=device, dtype=dtype)
+
+    def forward(self, x_BSD: torch.Tensor, biases_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The choice as a mask, for `MoMoE.forward`.
+
+        Args:
+            x_BSD: (B, S, D), or (M, D).
+            biases_N: (N,); the entries of shared experts are not read.
+
+        Returns:
+            x_BSD itself, mask_NM (N, M) int32 of zeros and ones, and s_NM (N, M) float32 with
+            zeros where the mask is zero.
+        """
+        ids_TK, scores_TK = self.route(x_BSD, biases_N)
+        zeros_TE = scores_TK.new_zeros(ids_TK.shape[0], self.N)
+        s_NM = zeros_TE.scatter(1, ids_TK, scores_TK).t()
+        mask_NM = zeros_TE.to(torch.int32).scatter(1, ids_TK, 1).t()
+        return x_BSD, mask_NM, s_NM
+
+    def route(self, x_BSD: torch.Tensor, biases_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The choice as lists, for `MoMoE.forward_topk`.
+
+        Returns:
+            ids_TK (M, K) int64, ascending in every row, and scores_TK (M, K) float32.
+
+        Raises:
+            ValueError: x or biases of another shape or device than the weight asks for.
+        """
+        if x_BSD.dim() not in (2, 3) or x_BSD.shape[-1] != self.D:
+            raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
+        if biases_N.shape != (self.N,):
+            raise ValueError(f"biases_N has shape {tuple(biases_N.shape)}, must be {(self.N,)}")
+        _check_device("x_BSD", x_BSD, self.Wg_DN.device)
+        _check_device("biases_N", biases_N, self.Wg_DN.device)
+        logits_TE = float32_product(x_BSD.reshape(-1, self.D), self.Wg_DN.t())
+        routed, split = self.N - self.Ks, self.K - self.Ks
+        if split and runs_here(logits_TE):
+            bias_E = biases_N[:routed].detach().float()
+            scores_TK, ids_TK = route(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
+            if not self.Ks:
+                return ids_TK, scores_TK
+            shared_TK = self._shared(logits_TE)
+            shared_scores_TK = F.softmax(_clamped(logits_TE[:, routed:]), dim=1)
+            return torch.cat([ids_TK, shared_TK], dim=1), torch.cat([scores_TK, shared_scores_TK], dim=1)
+        logits_TE = _clamped(logits_TE)
+        ids_TK = self._choose(logits_TE.detach(), biases_N.detach())
+        chosen_TK = logits_TE.gather(1, ids_TK)
+        # Softmax over the chosen logits is the softmax over all of them divided by the chosen
+        # ones' sum, without a division by a sum that may have underflowed to zero.
+        scores_TK = torch.cat([F.softmax(chosen_TK[:, :split], dim=1), F.softmax(chosen_TK[:, split:], dim=1)], dim=1)
+        return ids_TK, scores_TK
+
+    def extra_repr(self) -> str:
+        return f"D={self.D}, N={self.N}, K={self.K}, Ks={self.Ks}"
+
+    def _choose(self, logits_TE: torch.Tensor, biases_N: torch.Tensor) -> torch.Tensor:
+        routed = self.N - self.Ks
+        choice_TE = F.softmax(logits_TE[:, :routed], dim=1) + biases_N[:routed].float()
+        # NaN would sort before everything; as -inf it loses, and an all-NaN token takes the
+        # lowest ids.
+        choice_TE = choice_TE.masked_fill(choice_TE.isnan(), float("-inf"))
+        # A stable sort, because torch.topk leaves the order of equal values open.
+        order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
+        ids_TK = order_TE[:, : self.K - self.Ks].sort(dim=1).values
+        return torch.cat([ids_TK, self._shared(logits_TE)], dim=1)
+
+    def _shared(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        shared = torch.arange(self.N - self.Ks, self.N, device=logits_TE.device)
+        return shared.expand(logits_TE.shape[0], self.Ks)
+
+
+class MoE(nn.Module):
+    """A `TopKRouter` and `MoMoE` experts, kept in balance without an auxiliary loss.
+
+    forward(x) -> y changes no bias. Once per optimizer step, after all its microbatches, the
+    training loop moves the biases (arXiv 2408.15664, algorithm 1):
+
+        handle = moe.register_bias_update(optimizer)     # or moe.update_biases() by hand
+
+    Tokens per expert are counted in training mode with gradients enabled only: neither
+    evaluation, nor no_grad, nor recomputation for activation checkpointing
+    (use_reentrant=False) changes them.
+
+    Args:
+        bias_update_rate: u >= 0, how far a bias moves per step.
+        the others: as in `MoMoE` and `TopKRouter`.
+
+    Buffers:
+        biases_N: (N,) float32, whatever dtype the module is cast to; in the state dict. Entries
+            of shared experts stay 0.
+        counts_N: (N,) int64, tokens per expert since the last bias update.
+
+    Raises:
+        ValueError: an argument out of range, or weights that cannot be used in place.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        intermediate_dim: int,
+        num_experts: int,
+        num_chosen_experts: int,
+        num_shared_experts: int,
+        save_percent: float = 0,
+        bias_update_rate: float = 1e-4,
+        Wg_DN: torch.Tensor | None = None,
+        Wl1_ND2H: torch.Tensor | None = None,
+        Wl2_NHD: torch.Tensor | None = None,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if isinstance(bias_update_rate, bool) or not isinstance(bias_update_rate, (int, float)):
+            raise ValueError(f"bias_update_rate is {bias_update_rate!r}, must be a number")
+        if not 0 <= bias_update_rate < float("inf"):
+            raise ValueError(f"bias_update_rate is {bias_update_rate}, must be finite and >= 0")
+        self.bias_update_rate = bias_update_rate
+        if device is None:
+            # Router and experts may differ in dtype, but have to live on one device: that of the
+            # first given weight, against which the others are checked below.
+            given = [w for w in (Wl1_ND2H, Wl2_NHD, Wg_DN) if isinstance(w, torch.Tensor)]
+            device = given[0].device if given else None
+        self.router = TopKRouter(
+            embedding_dim,
+            num_experts,
+            num_chosen_experts,
+            num_shared_experts,
+            Wg_DN,
+            device=device,
+            dtype=None if Wg_DN is not None else dtype,
+        )
+        self.momoe = MoMoE(
+            embedding_dim,
+            intermediate_dim,
+            num_experts,
+            num_chosen_experts,
+            save_percent,
+            Wl1_ND2H,
+            Wl2_NHD,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.N, self.Ks = self.router.N, self.router.Ks
+        device = self.momoe.Wl1_ND2H.device
+        self.register_buffer("biases_N", torch.zeros(self.N, dtype=torch.float32, device=device))
+        self.register_buffer("counts_N", torch.zeros(self.N, dtype=torch.int64, device=device), persistent=False)
+
+    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """x_BSD (B, S, D) or (M, D) -> y of the same shape. Does not wait for the device."""
+        ids_TK, scores_TK = self.router.route(x_BSD, self.biases_N)
+        y_BSD, counts_N = self.momoe.forward_topk(x_BSD, ids_TK, scores_TK)
+        if feeds_balancing(self):
+            accumulate_counts(self.counts_N, counts_N)
+        return y_BSD
+
+    @torch.no_grad()
+    def update_biases(self, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """bias += u * sign(mean count - count) over the routed experts; counts start again at 0.
+
+        Args:
+            process_group: sum the counts over it first, so that data-parallel replicas agree.
+                (Under DistributedDataParallel also pass it broadcast_buffers=False, which would
+                otherwise overwrite the other ranks' counts.)
+        """
+        if process_group is not None:
+            torch.distributed.all_reduce(self.counts_N, group=process_group)
+        routed = self.N - self.Ks
+        if routed:
+            counts = self.counts_N[:routed]
+            # sum - n * count has the sign of mean - count, in exact integers.
+            above_mean = torch.sign(counts.sum() - routed * counts)
+            self.biases_N[:routed] += self.bias_update_rate * above_mean
+        self.counts_N.zero_()
+
+    def register_bias_update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+    ) -> RemovableHandle:
+        """Call `update_biases` after every `optimizer.step()`; `.remove()` the handle to stop."""
+        return optimizer.register_step_post_hook(lambda *args, **kwargs: self.update_biases(process_group))
+
+    def _apply(self, fn, recurse=True):
+        # Rates of 1e-4 vanish in bfloat16 next to a bias of 0.1, so casting the module moves the
+        # biases to another device at most.
+        biases_N = self.biases_N
+        super()._apply(fn, recurse)
+        if self.biases_N.dtype != torch.float32:
+            self.biases_N = biases_N.to(device=self.biases_N.device)
+        return self
+
+
+def _int_at_least(name: str, value: int, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}, must be an integer")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, must be at least {minimum}")
+    return value
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the weights are on {device}")
+
+
+def _compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
+    """The narrower of the two, so that nobody's weights are silently widened."""
+    if weight_dtype == torch.float32 or x_dtype == weight_dtype:
+        return x_dtype
+    if x_dtype == torch.float32:
+        return weight_dtype
+    raise ValueError(f"x_BSD has dtype {x_dtype}, the weights have dtype {weight_dtype}")
+
+
+def _weight_device_dtype(
+    given: dict[str, torch.Tensor | None],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[torch.device, torch.dtype]:
+    """Where new weights go; the given ones have to agree with it and with each other."""
+    placed = {name: weight for name, weight in given.items() if weight is not None}
+    for name, weight in placed.items():
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{name} is a {type(weight).__name__}, must be a tensor")
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{name} has dtype {weight.dtype}, must be one of {WEIGHT_DTYPES}")
+    first = next(iter(placed.values()), None)
+    if device is not None:
+        # "cuda" means the current CUDA device, and a tensor's device always has an index.
+        device = torch.empty(0, device=device).device
+    elif first is not None:
+        device = first.device
+    else:
+        device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
+    if dtype is None:
+        if first is not None:
+            dtype = first.dtype
+        else:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype is {dtype}, must be one of {WEIGHT_DTYPES}")
+    for name, weight in placed.items():
+        if weight.device != device:
+            raise ValueError(f"{name} is on {weight.device}, expected {device}")
+        if weight.dtype != dtype:
+            raise ValueError(f"{name} has dtype {weight.dtype}, expected {dtype}")
+    return device, dtype
+
+
+def _clamped(logits_TE: torch.Tensor) -> torch.Tensor:
+    # inf - inf would make a NaN of a softmax that has a clear winner; NaN passes through.
+    largest = torch.finfo(torch.float32).max
+    return logits_TE.clamp(-largest, largest)
+
+
+def _weight(
+    name: str,
+    given: torch.Tensor | None,
+    shape: tuple[int, ...],
+    *,
+    std: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Parameter:
+    if given is None:
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(std=std))
+    if tuple(given.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, must be {shape}")
+    if not given.is_contiguous():
+        raise ValueError(f"{name} is not contiguous (strides {given.stride()})")
+    return given if isinstance(given, nn.Parameter) else nn.Parameter(given.detach())

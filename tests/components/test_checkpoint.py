@@ -1,0 +1,311 @@
+"""Bias and counts in checkpoints; which checkpoint is loaded and which are kept."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components import checkpoint as titan
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.config import JobConfig
+
+from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager
+from momoe_titan.register import prepare_and_parallelize
+from tests.support.tiny import (
+    ONE_PROCESS,
+    batch,
+    build,
+    job_config,
+    loss_of,
+    moes,
+    optimizers_for,
+    tiny_args,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+
+
+class Step:
+    """The trainer's own state, as far as the checkpoint knows it."""
+
+    def __init__(self):
+        self.step = 0
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+def config_for(folder) -> JobConfig:
+    config = job_config()
+    config.job.dump_folder = str(folder)
+    config.checkpoint.enable = True
+    config.checkpoint.interval = 1
+    return config
+
+
+class Job:
+    """Model, optimizer and checkpointer, built in the trainer's order."""
+
+    def __init__(self, config, args=None, seed=0):
+        def parallelize(model):
+            return prepare_and_parallelize(model, ONE_PROCESS, config)
+
+        self.model = build(args or tiny_args(), seed, parallelize)
+        self.optimizers = optimizers_for(self.model)
+        self.state = Step()
+        self.checkpointer = CheckpointManager(
+            dataloader=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None),
+            model_parts=[self.model],
+            optimizers=self.optimizers,
+            lr_schedulers=build_lr_schedulers(self.optimizers, config.lr_scheduler, 100),
+            states={"train_state": self.state},
+            checkpoint_config=config.checkpoint,
+            sd_adapter=None,
+            base_folder=config.job.dump_folder,
+        )
+
+    def train(self, steps):
+        losses = []
+        for _ in range(steps):
+            self.state.step += 1
+            loss = loss_of(self.model, *batch(self.state.step))
+            loss.backward()
+            losses.append(loss.detach())
+            self.optimizers.step()
+            self.optimizers.zero_grad()
+        return torch.stack(losses)
+
+    def balance(self):
+        return torch.stack([torch.stack([m.expert_bias, m.tokens_per_expert]) for m in moes(self.model)])
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    # what the checkpointer asks of torch.distributed when it purges old checkpoints
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *group: 0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, backend):
+    args = tiny_args(backend=backend)
+    straight = Job(config_for(tmp_path / "straight"), args)
+    want = straight.train(5)
+
+    config = config_for(tmp_path / "resumed")
+    first = Job(config, args)
+    first.train(3)
+    # as if saved in the middle of a step's microbatches
+    first.model(batch(9)[0])
+    saved = first.balance()
+    first.checkpointer.save(3)
+    assert saved[:, 0].any() and saved[:, 1].any()
+
+    second = Job(config, args, seed=1)
+    assert second.checkpointer.load()
+    assert torch.equal(second.balance(), saved)
+    for moe in moes(second.model):
+        moe.tokens_per_expert.zero_()
+    assert second.state.step == 3
+    assert torch.equal(second.train(2), want[3:])
+    assert torch.equal(second.balance(), straight.balance())
+
+
+def save_without(names, config):
+    job = Job(config)
+    job.train(1)
+    for moe in moes(job.model):
+        moe._non_persistent_buffers_set.update(names)
+    states = job.checkpointer.states["model"]
+    states.cache_state_dict = states._get_state_dict()
+    assert not any(key.endswith(tuple(names)) for key in states.state_dict())
+    job.checkpointer.save(1)
+    return job
+
+
+@pytest.mark.parametrize("names", [["expert_bias"], ["expert_bias", "tokens_per_expert"]])
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_checkpoint_without_bias(tmp_path, names, initial, mode, caplog):
+    config = config_for(tmp_path)
+    old = save_without(names, config)
+    if initial:
+        config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+        config.job.dump_folder = str(tmp_path / "new")
+    config.activation_checkpoint.mode = mode
+    job = Job(config, seed=1)
+    for moe in moes(job.model):
+        moe.expert_bias.fill_(1)
+    assert job.checkpointer.load()
+    assert not job.balance().any()
+    for layer_id in (1, 2):
+        assert f"layers.{layer_id}." in caplog.text and "STARTS AT ZERO" in caplog.text
+    weights = dict(job.model.named_parameters())
+    for name, weight in old.model.named_parameters():
+        assert torch.equal(weights[name] if mode == "none" else _wrapped(weights, name), weight)
+
+    # and from there on like any other
+    job.train(1)
+    job.checkpointer.save(2)
+    again = Job(config, seed=2)
+    assert again.checkpointer.load()
+    assert torch.equal(again.balance(), job.balance()) and job.balance()[:, 0].any()
+
+
+def _wrapped(weights, name):
+    layers, layer_id, rest = name.split(".", 2) if name.startswith("layers") else (name, "", "")
+    return weights[f"{layers}.{layer_id}._checkpoint_wrapped_module.{rest}" if rest else name]
+
+
+def test_another_missing_key_is_still_an_error(tmp_path):
+    config = config_for(tmp_path)
+    save_without(["expert_bias"], config)
+    job = Job(config, tiny_args(moe={"gate_bias": True}))
+    with pytest.raises(CheckpointException, match="Missing key.*gate.bias"):
+        job.checkpointer.load()
+
+
+def test_no_checkpoint_no_warning(tmp_path, caplog):
+    job = Job(config_for(tmp_path))
+    assert not job.checkpointer.load()
+    assert "expert_bias" not in caplog.text
+    assert "layers.1.moe.expert_bias" in job.model.state_dict()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "no .metadata": lambda folder: (folder / ".metadata").unlink(),
+    "cannot be read": lambda folder: truncate(folder / ".metadata"),
+    "is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "bytes": lambda folder: truncate(folder / "__0_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGES)
+def test_damaged_checkpoints_are_passed_over(tmp_path, fault, caplog):
+    config = config_for(tmp_path)
+    job = Job(config)
+    for step in (9, 10, 11):
+        job.state.step = step
+        job.checkpointer.save(step)
+    for step in (10, 11):
+        DAMAGES[fault](tmp_path / "checkpoint" / f"step-{step}")
+    (tmp_path / "checkpoint" / "step-12-copy").mkdir()
+    again = Job(config, seed=1)
+    assert again.checkpointer.load()
+    assert again.state.step == 9
+    for step in (10, 11):
+        assert f"step-{step}: it" in caplog.text
+    assert caplog.text.count(fault) == 2
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step: .*step-11.*" + fault):
+        again.checkpointer.load(11)
+
+
+def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    DAMAGES["no .metadata"](tmp_path / "checkpoint" / "step-1")
+    assert not Job(config).checkpointer.load()
+    assert "step-1: it was not written to its end" in caplog.text
+
+
+def test_incomplete_initial_checkpoint(tmp_path):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+    config.job.dump_folder = str(tmp_path / "new")
+    DAMAGES["bytes"](tmp_path / "checkpoint" / "step-1")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.initial_load_path: .* bytes"):
+        Job(config).checkpointer.load()
+
+
+def test_a_step_without_a_checkpoint_is_an_error(tmp_path):
+    config = config_for(tmp_path)
+    Job(config).checkpointer.save(1)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step: .*step-2.* no such folder"):
+        Job(config).checkpointer.load(2)
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+    config.job.dump_folder = str(tmp_path / "mistyped")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load_step is 2, but .*dump_folder.*mistyped"):
+        Job(config).checkpointer.load(2)
+
+
+def test_an_export_from_which_more_is_to_be_loaded(tmp_path):
+    config = config_for(tmp_path)
+    job = Job(config)
+    job.checkpointer.save(0, last_step=True)
+    job.checkpointer.save(1, last_step=True)
+    with pytest.raises(CheckpointError, match=r"load_step: .*step-1.* only weights .*; load_step -1"):
+        job.checkpointer.load(1)
+    assert job.checkpointer.load(0)  # of a seed no more than that
+    config.checkpoint.exclude_from_loading = ["train_state", "optimizer"]  # leaves two
+    with pytest.raises(CheckpointError, match=r"load_step: .*step-1.* only weights"):
+        Job(config).checkpointer.load(1)
+    config.checkpoint.exclude_from_loading += ["lr_scheduler", "dataloader"]
+    assert Job(config).checkpointer.load(1)
+
+    config.checkpoint.exclude_from_loading = []
+    config.job.dump_folder = str(tmp_path / "new")
+    for step in (0, 1):
+        config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / f"step-{step}")
+        config.checkpoint.initial_load_model_only = False
+        with pytest.raises(CheckpointError, match=r"initial_load_path: .* set .*initial_load_model_only"):
+            Job(config).checkpointer.load()
+        config.checkpoint.initial_load_model_only = True
+        assert Job(config).checkpointer.load()
+
+
+def test_purge_keeps_the_latest_complete_checkpoints(tmp_path):
+    config = config_for(tmp_path)
+    config.checkpoint.keep_latest_k = 2
+    folder = tmp_path / "checkpoint"
+    job = Job(config)
+    for step in (1, 2, 4, 5, 7):
+        (folder / f"step-{step}").mkdir(parents=True)  # of runs that were killed
+    for step in (3, 6):
+        job.checkpointer.save(step)
+    job.checkpointer.save(8)
+    job.checkpointer.close()
+    # two complete ones behind it, and nothing older
+    assert sorted(path.name for path in folder.iterdir()) == ["step-6", "step-7", "step-8"]
+
+
+def test_purge_keeps_what_training_can_resume_from(tmp_path):
+    """An export is no checkpoint to resume from, however new."""
+    config = config_for(tmp_path)
+    config.checkpoint.keep_latest_k = 2
+    job = Job(config)
+    for step in (1, 2, 3, 4):
+        job.checkpointer.save(step, last_step=step > 2)
+    job.checkpointer._purge_stale_checkpoints()
+    job.checkpointer.close()
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 4
+    assert Job(config, seed=1).checkpointer.load()
+
+
+@pytest.mark.parametrize("backends", [("torch", "torchtitan"), ("torchtitan", "torch")])
+def test_checkpoint_of_the_other_backend(tmp_path, backends):
+    config = config_for(tmp_path)
+    Job(config, tiny_args(backend=backends[0])).checkpointer.save(1)
+    with pytest.raises(CheckpointError, match="momoe.backend must (not )?be 'torchtitan'"):
+        Job(config, tiny_args(backend=backends[1]))
+
+
+def test_a_save_under_way_does_not_see_the_next_forward(tmp_path, monkeypatch):
+    """TorchTitan stages a save through pinned memory until the next optimizer step, in a thread of its own."""
+    job = Job(config_for(tmp_path))
+    job.train(1)
+    staged = {}
+    monkeypatch.setattr(
+        titan.CheckpointManager, "dcp_save", lambda self, states, *args, **kwargs: staged.update(states)
+    )
+    job.checkpointer.save(1)
+    moe = moes(job.model)[0]
+    counts = next(value for key, value in staged.items() if key.endswith("moe.tokens_per_expert"))
+    loss_of(job.model, *batch(2))
+    assert moe.tokens_per_expert.any() and not counts.any()

@@ -1,0 +1,240 @@
+"""Loss-free balancing in the optimizer step, and what must not reach it."""
+
+import pytest
+import torch
+from torchtitan.models.moe import MoEArgs
+
+from momoe_titan.components.optimizer import ExpertLoadBalancer, expert_bias_delta
+from momoe_titan.model import MomoeMoE, StockMoE
+from tests.support.tiny import (
+    assert_same_run,
+    batch,
+    build,
+    loss_of,
+    moes,
+    optimizers_for,
+    tiny_args,
+    train,
+)
+
+
+class TestDelta:
+    def test_sign_rule(self):
+        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 8], [5, 5, 5, 5], [0, 0, 0, 0]])
+        # means 3, 2, 5, 0; at the mean an expert stays where it is, and nothing is re-centred
+        want = [[-1, 1, 0, 1], [1, 1, 1, -1], [0, 0, 0, 0], [0, 0, 0, 0]]
+        delta = expert_bias_delta(counts, 0.001)
+        assert delta.dtype == torch.float32
+        assert torch.equal(delta, 0.001 * torch.tensor(want, dtype=torch.float32))
+
+    def test_proportional_rule(self):
+        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 0]])
+        delta = expert_bias_delta(counts, 0.3, "proportional")
+        want = 0.3 * torch.tensor([[-1, 2 / 3, 0, 1 / 3], [0, 0, 0, 0]])
+        torch.testing.assert_close(delta, want)
+        # counts, not their scale, matter
+        torch.testing.assert_close(expert_bias_delta(counts * 1000, 0.3, "proportional"), want)
+
+    def test_counts_beyond_float32(self):
+        # neighbours of 2**30 are one float32
+        counts = torch.tensor([2**30 - 1, 2**30, 2**30 + 1])
+        assert expert_bias_delta(counts, 1.0).tolist() == [1, 0, -1]
+
+    def test_unknown_rule(self):
+        with pytest.raises(ValueError, match="rule is 'signs'"):
+            expert_bias_delta(torch.ones(1, 2), 0.1, "signs")
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_bias_follows_the_counts_of_each_step(backend, rule):
+    model = build(tiny_args(backend=backend, load_balance_rule=rule))
+    run = train(model, steps=3)
+    assert (run["counts"].sum(-1) == batch(0)[0].numel() * 2).all()
+    delta = sum(expert_bias_delta(counts, 0.01, rule) for counts in run["counts"])
+    torch.testing.assert_close(run["bias"], delta)
+    assert run["bias"].any(dim=1).all()
+    assert not any(moe.tokens_per_expert.any() for moe in moes(model))
+
+
+def test_balancing_evens_out_the_load():
+    """Biases that start far off come back, with weights that do not move."""
+
+    def max_violation(rate):
+        model = build(tiny_args(load_balance_rate=rate))
+        optimizers = optimizers_for(model)
+        for moe in moes(model):
+            moe.expert_bias.copy_(torch.tensor([0.1, 0.0, 0.0, -0.1, -0.1]))
+        for _ in range(150):
+            model(batch(0)[0])
+            optimizers.step()
+        counts_LE = optimizers.load_balancer.counts_LE.double()
+        return (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max() - 1
+
+    # 1.5: two experts take all, two of five times their share
+    assert max_violation(0.0) > 1.4
+    assert max_violation(0.001) < 0.3
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_gradient_accumulation(backend):
+    whole, parts = (train(build(tiny_args(backend=backend)), steps=3, microbatches=n) for n in (1, 8))
+    assert_same_run(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_validation_between_steps(backend):
+    def validate(model):
+        model.eval()
+        with torch.no_grad():
+            loss_of(model, *batch(99))
+        model.train()
+        with torch.no_grad():
+            loss_of(model, *batch(98))
+
+    plain, validated = (train(build(tiny_args(backend=backend)), between=f) for f in (None, validate))
+    assert_same_run(validated, plain)
+
+
+@pytest.mark.parametrize("off", [[1], [2], [1, 2]])
+def test_layers_with_balancing_off(off):
+    run = train(build(tiny_args(load_balance_off_layers=off)), steps=3)
+    for row, layer_id in enumerate((1, 2)):
+        assert run["bias"][row].any() == (layer_id not in off)
+    assert (run["counts"].sum(-1) > 0).all()
+
+
+def test_rate_zero_leaves_biases():
+    run = train(build(tiny_args(load_balance_rate=0.0)), steps=2)
+    assert not run["bias"].any() and run["counts"].any()
+
+
+def state_after(model, optimizers) -> list[torch.Tensor]:
+    moments = [
+        optimizer.state[p][name]
+        for optimizer in optimizers
+        for p in model.parameters()
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    return [*model.state_dict().values(), *moments]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_step_with_a_non_finite_gradient_is_not_taken(value, device):
+    states = []
+    for bad_step in (None, 1):
+        model = build(tiny_args(backend="torch"), device=device)
+        optimizers = optimizers_for(model, implementation="fused")
+        for step in (0, 1, 2, 3) if bad_step else (0, 2, 3):
+            tokens, labels = (t.to(device) for t in batch(step))
+            loss_of(model, tokens, labels).backward()
+            if step == bad_step:
+                model.layers["2"].moe.experts.w2.grad[-1, -1, -1] = value
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers.step()
+            optimizers.zero_grad()
+            assert not any(moe.tokens_per_expert.any() for moe in moes(model))
+        states.append(state_after(model, optimizers))
+        assert optimizers.non_finite_guard.skipped_steps == (bad_step or 0)
+    for got, want in zip(*states, strict=True):
+        assert torch.equal(got, want)
+    assert any(moe.expert_bias.any() for moe in moes(model))
+
+
+def test_non_finite_gradient_moves_no_bias_with_any_optimizer():
+    model = build(tiny_args())
+    optimizers = optimizers_for(model, implementation="for-loop")
+    loss_of(model, *batch(0)).backward()
+    model.tok_embeddings.weight.grad[0, 0] = float("inf")
+    optimizers.step()
+    for moe in moes(model):
+        assert not moe.expert_bias.any() and not moe.tokens_per_expert.any()
+    assert optimizers.load_balancer.counts_LE.any()
+    assert optimizers.non_finite_guard.skipped_steps == 0  # nothing but the bias was kept from it
+
+
+def test_one_process_starts_no_collective(monkeypatch):
+    """NCCL would allocate at its first, on a GPU that the first step may have filled."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *a, **k: pytest.fail("a collective"))
+    model = build(tiny_args())
+    optimizers = optimizers_for(model)
+    loss_of(model, *batch(0)).backward()
+    model.tok_embeddings.weight.grad[0, 0] = float("inf")
+    optimizers.step()
+    assert optimizers.found_inf == 1
+
+
+def test_nan_activations_still_count():
+    model = build(tiny_args())
+    with torch.no_grad():
+        model.tok_embeddings.weight[7].fill_(float("nan"))
+    optimizers = optimizers_for(model)
+    tokens, labels = batch(0)
+    loss_of(model, tokens, labels).backward()
+    optimizers.step()
+    assert (optimizers.load_balancer.counts_LE.sum(1) == tokens.numel() * 2).all()
+    assert all(moe.expert_bias.isfinite().all() for moe in moes(model))
+
+
+def test_checkpoints_keep_a_reference():
+    model = build(tiny_args())
+    cached = model.state_dict()
+    run = train(model, steps=1)
+    assert torch.equal(cached["layers.2.moe.expert_bias"], run["bias"][1])
+    assert run["bias"][1].any()
+
+
+def test_optimizer_steps_in_backward():
+    """TorchTitan's optimizer.early_step_in_backward: weights move in the backward, biases in step."""
+    model = build(tiny_args())
+    optimizers = optimizers_for(model, early_step_in_backward=True)
+    loss_of(model, *batch(0)).backward()
+    counts = torch.stack([moe.tokens_per_expert for moe in moes(model)])
+    optimizers.step()
+    bias = torch.stack([moe.expert_bias for moe in moes(model)])
+    assert torch.equal(bias, expert_bias_delta(counts, 0.01))
+
+
+def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
+    args = MoEArgs(num_experts=num_experts, top_k=1, score_before_experts=False)
+    moe = cls(args, 6, 5, **{"balance_rate": 0.5, **kwargs})
+    with torch.no_grad():
+        moe.init_weights(0.1, torch.device("cpu"))
+    return moe
+
+
+def test_counts_of_the_last_step():
+    layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(balance_rate=0.0)])
+    balancer = ExpertLoadBalancer([layers])
+    assert balancer.counts_LE is None
+    counts = [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
+    for layer, counts_E in zip(layers, counts):
+        layer.tokens_per_expert.copy_(torch.tensor(counts_E))
+    balancer()
+    assert balancer.counts_LE.tolist() == counts
+    balancer()  # a step without tokens
+    assert not balancer.counts_LE.any()
+
+
+def test_no_moe_layer():
+    run_model = build(tiny_args(n_dense_layers=3))
+    optimizers = optimizers_for(run_model)
+    loss_of(run_model, *batch(0)).backward()
+    optimizers.step()
+    assert optimizers.load_balancer.counts_LE is None
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"num_experts": 6}, "num_experts"),
+        ({"balance_rate": 0.1}, "load_balance_rate"),
+        ({"balance_rule": "proportional"}, "load_balance_rule"),
+    ],
+)
+def test_layers_that_do_not_fit_together(other, name):
+    with pytest.raises(ValueError, match=name):
+        ExpertLoadBalancer([torch.nn.ModuleList([moe_layer(), moe_layer(**other)])])

@@ -1,0 +1,110 @@
+"""Compiles every portable kernel of the op for one architecture, without a GPU: ``python compile_ahead.py sm90``.
+
+Prints one JSON object per compiled kernel: name, dtype, registers, bytes of stack,
+spills, bytes of shared memory. Run in a process without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from momoe_titan.kernels import decode, gpu, router
+from momoe_titan.kernels import launch as tiling
+from momoe_titan.kernels import op as autograd
+from momoe_titan.kernels.hopper import launch as hopper
+
+CAPABILITY = {"sm80": 80, "sm90": 90, "sm100": 100}
+SHAPES = {  # (T, D, F, E, K)
+    "even": (4096, 2048, 1024, 64, 8),
+    "odd": (45, 600, 97, 7, 2),
+}
+
+
+class _Forgetful(dict):
+    """For tiling's compiled kernels: so that none is ever launched."""
+
+    def __setitem__(self, key, value):
+        pass
+
+
+class _NoDevice:
+    """The part of a driver that the compiler asks for."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, name):
+        return name
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack a thread, and how many instructions store to the stack (spills)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+        usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", dump("-res-usage"))}
+        return usage | {"spills": len(re.findall(r"\bSTL\b", dump("-sass")))}
+
+
+def main(arch: str, shapes: list[str]) -> None:
+    driver.set_active(_NoDevice(CAPABILITY[arch]))
+    gpu.device_properties = lambda device: (divmod(CAPABILITY[arch], 10), arch)
+    hopper.supported = lambda *args: False  # compile_hopper.py has that family
+    hopper.num_programs = lambda device: 132
+    run, seen = JITFunction.run, set()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            row = {"kernel": self.fn.__name__, "shape": shape, "dtype": str(dtype), "shared": compiled.metadata.shared}
+            print(json.dumps(row | resources(compiled.asm["cubin"])), flush=True)
+        return compiled
+
+    JITFunction.run = compile_only
+    tiling._compiled = _Forgetful()
+    for shape in shapes:
+        tokens, d_model, ffn, experts, chosen = SHAPES[shape]
+        for dtype in (torch.bfloat16, torch.float32) if shape == "odd" else (torch.bfloat16,):
+            new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
+            x, w1, w2 = new(tokens, d_model), new(experts, d_model, 2 * ffn), new(experts, ffn, d_model)
+            ids, scores = new(tokens, chosen, dtype=torch.int64), new(tokens, chosen, dtype=torch.float32)
+            _, _, z, routing = autograd._forward(x, w1, w2, ids, scores, tokens * chosen, 50.0, False, "triton")
+            for func in ("sigmoid", "softmax_of_chosen") if dtype == torch.bfloat16 else ():
+                logits, bias = new(tokens, experts, dtype=torch.float32), new(experts, dtype=torch.float32)
+                _, ids64 = router._route(logits, bias, chosen, func, True, 1.0)
+                router._route_backward(scores, logits, ids64, func, True, 1.0)
+                router._bfloat16_parts(logits, False)
+            if dtype == torch.bfloat16:
+                for few in (1, 2):  # one token has kernels of its own on sm_90
+                    decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
+            autograd._backward(
+                new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, 50.0, [True] * 4, "triton"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:] or list(SHAPES))

@@ -1,0 +1,161 @@
+"""Short training runs with expert parallelism on the CPU, on 2 and 4 processes.
+
+Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
+are forks of this one, because importing torch takes longer than training does. A run has replicate, shard, ep (degrees), mode
+(activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
+last of `ep` ranks gets no token), room (for so many times the z that a rank keeps of a layer of its
+fair share; 0: no ledger), save (folder of a checkpoint to write). Every rank trains on its part of the same
+batches; what came of the runs is written to FOLDER/PROCESSES.pt.
+"""
+
+import gc
+import json
+import sys
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+# TorchTitan reads the device type when it is imported, and knows no CPU.
+with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed import utils as dist_utils
+from torch.distributed.checkpoint import save
+from torch.distributed.tensor import DTensor
+
+from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment
+from momoe_titan.model import parallelize_momoe_llama
+from momoe_titan.model.parallel.dispatch import Flight
+from tests.support.forks import in_gloo_forks
+from tests.support.tiny import (
+    SEQ,
+    batch,
+    build,
+    job_config,
+    loss_of,
+    moes,
+    optimizers_for,
+    tiny_args,
+)
+
+STEPS = 3
+
+
+def args_for(settings):
+    return tiny_args(
+        moe={"num_experts": settings["num_experts"]},
+        save_percent=[settings["save_percent"]],
+        backend=settings["backend"],
+        load_balance_off_layers=[2],
+    )
+
+
+def starve(model, num_experts):
+    """Keep tokens from choosing any of these last experts: their scores are at most 1."""
+    for moe in moes(model):
+        moe.expert_bias[-num_experts:] = -10
+
+
+def attach_ledger(model, settings, world) -> Ledger:
+    """As if nothing but z took memory."""
+    args, layers = model.model_args, [moe.experts for moe in moes(model)]
+    z = [(str(i), 8 * SEQ // world * args.moe_args.top_k * 2 * args.moe_hidden_dim * 4) for i in range(len(layers))]
+    moments = [Moment("loss", z[:i], 0, {}) for i in range(len(z) + 1)]
+    ledger = Ledger(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: (0, 0) for n, _ in z}), layers)
+    ledger.room = settings["room"] * z[0][1] + CUBLAS_BYTES
+    for layer in layers:
+        layer.ledger = ledger
+    return ledger
+
+
+def clean(name):
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(settings) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dims = ParallelDims(
+        dp_replicate=settings["replicate"],
+        dp_shard=settings["shard"],
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=settings["ep"],
+        etp=1,
+        world_size=world,
+    )
+    dims.build_mesh()
+    config = job_config()
+    config.training.mixed_precision_param = settings["param_dtype"]
+    config.activation_checkpoint.mode = settings["mode"]
+    config.activation_checkpoint.selective_ac_option = "op"
+    config.compile.enable, config.compile.backend = settings["compile"], "aot_eager"
+    dist_utils.set_determinism(dims, torch.device("cpu"), config.debug, ["pp"])
+    model = build(args_for(settings), 0, lambda m: parallelize_momoe_llama(m, dims, config))
+    if settings["starve"]:
+        starve(model, settings["num_experts"] // settings["ep"])
+    ledger = attach_ledger(model, settings, world) if settings["room"] else None
+    optimizers = optimizers_for(model, dims, implementation="foreach")
+    losses, counts, norms, grads = [], [], [], {}
+    gc.collect()
+    gc.disable()  # as TorchTitan does: what a step leaves behind in cycles would stay
+    for step in range(STEPS):
+        tokens, labels = (t.chunk(world)[rank] for t in batch(step))
+        loss = loss_of(model, tokens, labels, 1 / world)
+        held = [] if ledger is None else [(i, storage().nbytes()) for i, storage in ledger._held]
+        loss.backward()
+        total = loss.detach()
+        dist.all_reduce(total)
+        losses.append(total)
+        if step == 0:
+            grads = {clean(n): whole(p.grad).clone() for n, p in model.named_parameters()}
+        norms.append(dist_utils.clip_grad_norm_(list(model.parameters()), 1.0, ep_enabled=True))
+        optimizers.step()
+        optimizers.zero_grad()
+        counts.append(optimizers.load_balancer.counts_LE)
+    del loss  # and its graph
+    assert not any(type(o) is Flight for o in gc.get_objects()), "a step leaves tokens behind"
+    gc.enable()
+    result = {
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+        "counts": torch.stack(counts),
+        "bias": torch.stack([moe.expert_bias for moe in moes(model)]),
+        "grads": grads,
+        "weights": {clean(n): whole(p.detach()).clone() for n, p in model.named_parameters()},
+    }
+    everyone = [None] * world
+    mine = [result[name].tolist() for name in ("counts", "bias", "norms")]
+    dist.all_gather_object(everyone, mine)
+    assert all(other == mine for other in everyone), "ranks disagree"
+    if ledger is not None:
+        assert all(storage() is None for _, storage in ledger._held), "z outlives its backward"
+        dist.all_gather_object(everyone, (ledger.shed_bytes, held))
+        result["shed"] = everyone
+    if settings["save"]:
+        save({clean(n): t for n, t in model.state_dict().items()}, checkpoint_id=settings["save"])
+    return result
+
+
+def worker(runs: list[dict], out: str) -> None:
+    results = [run(settings) for settings in runs]
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+
+
+def main(folder: str, runs: str) -> None:
+    torch.set_num_threads(1)
+    ended_well = [
+        in_gloo_forks(world, f"{folder}/store{world}", lambda: worker(its_runs, f"{folder}/{world}.pt"))
+        for world, its_runs in json.loads(runs)
+    ]
+    sys.exit(not all(ended_well))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

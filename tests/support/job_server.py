@@ -1,0 +1,84 @@
+"""Runs jobs of `momoe_titan.train`, each in a process forked from this one, which has imported all.
+
+Reads one JSON object a line from stdin and answers with one line each:
+    {"args": [...], "env": {...}, "log": path, FAULT}  ->  process id
+    {"wait": process id}                               ->  exit status
+
+FAULT is nothing or one of
+    "die": [step, file]     the process is killed, as by kill -9, with half a file of that step's
+                            checkpoint on the disk: the first whose name starts with `file`
+    "max_file_bytes": n     a file larger than that cannot be written
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+
+from momoe_titan import train
+
+
+def die_in_save(step: int, name: str) -> None:
+    fsync = os.fsync
+
+    def fsync_or_die(fd: int) -> None:
+        folder, file = os.path.split(os.readlink(f"/proc/self/fd/{fd}"))
+        if folder.endswith(f"step-{step}") and file.startswith(name):
+            os.ftruncate(fd, os.fstat(fd).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
+
+    os.fsync = fsync_or_die
+
+
+def run_job(job: dict) -> None:
+    """Does not return."""
+    from torchtitan.config import ConfigManager
+
+    status = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(job["env"])
+        if "die" in job:
+            die_in_save(*job["die"])
+        if limit := job.get("max_file_bytes"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sleep = time.sleep
+        time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the trainer sleeps at its end
+        sys.argv[1:] = job["args"]
+        # bound when TorchTitan was imported
+        ConfigManager.parse_args.__defaults__ = (job["args"],)
+        train.main()
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    with train.describe_cpu():
+        import torch.utils.tensorboard  # noqa: F401
+        import torchtitan.train  # noqa: F401
+
+        import tests.support.tiny_flavor  # noqa: F401
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "wait" in job:
+            answer = os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])
+        else:
+            answer = os.fork() or run_job(job)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Short training runs under TorchTitan's own trainer on the CPU, on 1, 2 and 4 processes.
+
+Usage: parallel_worker.py FOLDER JSON, where JSON is a list of [number of processes, settings], and settings are
+{section.field: value}. The processes are forks of this one, because importing torch takes longer than training does; each
+run has its own, as a user's job has. Each starts from the same weights, or from the last checkpoint where it enables them,
+and sees the same batches; "stop" is the step it ends with. What came of a run is written to FOLDER/INDEX.pt.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from momoe_titan.train import describe_cpu
+from tests.support.forks import in_gloo_forks
+
+STEPS, BATCH = 3, 8
+
+
+def config_of(settings: dict, folder: str):
+    from tests.support.tiny import job_config
+
+    config = job_config(load_balance_rate=0.01, load_balance_off_layers=[2])
+    for name, value in {
+        "model.name": "momoe_llama",
+        "model.flavor": "tiny",
+        "training.local_batch_size": BATCH,
+        "training.global_batch_size": BATCH,
+        "training.steps": 100,
+        "training.mixed_precision_param": "float32",
+        "optimizer.implementation": "for-loop",
+        "optimizer.lr": 1e-2,
+        "lr_scheduler.warmup_steps": 0,
+        "metrics.log_freq": 1,
+        "metrics.disable_color_printing": True,
+        "job.dump_folder": folder,
+        "checkpoint.interval": 1,
+        "checkpoint.exclude_from_loading": ["dataloader"],
+        **settings,
+    }.items():
+        section, field = name.split(".")
+        assert hasattr(getattr(config, section), field), name
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+class Batches:
+    """A data rank's part of the batches, microbatch by microbatch."""
+
+    def __init__(self, dp_world_size, dp_rank, job_config, **kwargs):
+        self.ranks, self.rank = dp_world_size, dp_rank
+        self.size = job_config.training.local_batch_size
+        self.steps_done = 0
+
+    def __iter__(self):
+        from tests.support.tiny import batch
+
+        for step in range(self.steps_done, STEPS):
+            for rows in zip(*(t.split(self.size * self.ranks) for t in batch(step, BATCH))):
+                tokens, labels = (t.split(self.size)[self.rank] for t in rows)
+                yield {"input": tokens}, labels
+
+    def state_dict(self):
+        return {}
+
+
+def gathered_attention(modules, mesh, attention_type) -> None:
+    """Context parallelism for a CPU, for which torch has no ring attention: every rank attends
+    to the keys and values of all."""
+    from momoe_titan.model.parallel.tensor import gather_rows
+
+    # With the default load balancer a rank has one piece from the front and one from the back.
+    pieces = [(r, 2 * mesh.size() - 1 - r) for r in range(mesh.size())]
+
+    def attend(q_BHld, k_BHld, v_BHld, **kwargs):
+        k, v = (gather_rows(t.transpose(0, 2), mesh).transpose(0, 2) for t in (k_BHld, v_BHld))
+        at = torch.arange(k.shape[2]).chunk(2 * mesh.size())
+        positions = [torch.cat([at[p] for p in pair]) for pair in pieces]
+        mask = positions[mesh.get_local_rank()][:, None] >= torch.cat(positions)
+        return F.scaled_dot_product_attention(q_BHld, k, v, attn_mask=mask, **kwargs)
+
+    for module in modules:
+        module.forward = attend
+
+
+def whole(tensor):
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain(name: str) -> str:
+    """Without what activation checkpointing and torch.compile put into a parameter's name."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def set_weights(parts, weights) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            weight = weights[plain(name)]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                weight = distribute_tensor(weight, mesh, placements, src_data_rank=None).to_local()
+                parameter = parameter.to_local()
+            parameter.detach().copy_(weight)
+
+
+def run(settings: dict, folder: str) -> dict:
+    from torchtitan.train import Trainer
+
+    from tests.support.tiny import build
+
+    last_step = settings.pop("stop", STEPS)
+    config = config_of(settings, folder)
+    trainer = Trainer(config)
+    parts = trainer.model_parts
+    set_weights(parts, dict(build(trainer.model_args).named_parameters()))
+    moes = {n: block.moe for part in parts for n, block in part.layers.items() if block.moe_enabled}
+    logged, counts = [], {}
+
+    def log(values, step):
+        counts_LE = trainer.optimizers.load_balancer.counts_LE
+        counts[step] = {} if counts_LE is None else dict(zip(moes, counts_LE.tolist()))
+        kept = ("loss_metrics/global_avg_loss", "grad_norm", "moe")
+        logged.append({"step": step, **{k: v for k, v in values.items() if k.startswith(kept)}})
+
+    trainer.metrics_processor.logger = SimpleNamespace(log=log, close=lambda: None)
+    trainer.checkpointer.load()
+    trainer.dataloader.steps_done = trainer.step
+    data = trainer.batch_generator(trainer.dataloader)
+    for trainer.step in range(trainer.step + 1, last_step + 1):
+        trainer.train_step(data)
+        trainer.checkpointer.save(trainer.step)
+    assert not any(moe.tokens_per_expert.any() for moe in moes.values())
+    mine = {
+        "logged": logged,
+        "counts": counts,
+        "bias": {name: moe.expert_bias.tolist() for name, moe in moes.items()},
+        "grads": {plain(name): whole(p.grad).clone() for part in parts for name, p in part.named_parameters()},
+        # TorchTitan's other pipeline stages log a loss of -1
+        "sees_loss": not trainer.parallel_dims.pp_enabled or trainer.pp_has_last_stage,
+    }
+    trainer.checkpointer.close()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return merged(everyone)
+
+
+def merged(everyone: list[dict]) -> dict:
+    """What all ranks together know; they must not contradict each other."""
+    bias, grads = {}, {}
+    logged = [one["logged"] for one in everyone if one["sees_loss"]]
+    assert all(steps == logged[0] for steps in logged), logged
+    for one in everyone:
+        grads.update(one["grads"])
+        for name, value in one["bias"].items():
+            assert bias.setdefault(name, value) == value, f"bias of layer {name}"
+        for entry in logged[0]:
+            counts = entry.setdefault("counts", {})
+            for name, value in one["counts"][entry["step"]].items():
+                assert counts.setdefault(name, value) == value, f"counts of layer {name}"
+    return {"bias": bias, "grads": grads, "logged": logged[0]}
+
+
+def worker(settings: dict, folder: str, out: str) -> None:
+    ring_attention = "momoe_titan.model.parallel.parallelize.apply_cp_to_attention_module"
+    with mock.patch(ring_attention, gathered_attention):
+        result = run(settings, folder)
+    if dist.get_rank() == 0:
+        torch.save(result, out)
+
+
+def main(folder: str, runs: str) -> None:
+    torch.set_num_threads(1)
+    with describe_cpu():
+        import torchtitan.train  # noqa: F401 - once for all processes
+        from torchtitan.protocols.train_spec import register_train_spec
+        from torchtitan.tools.logging import init_logger
+
+        from momoe_titan.register import get_train_spec
+        from tests.support.tiny import tiny_args
+
+        init_logger()
+        spec = get_train_spec()
+        spec.model_args = {
+            "tiny": tiny_args(),
+            "6 experts": tiny_args(moe={"num_experts": 6}),
+            "8 experts": tiny_args(moe={"num_experts": 8}),
+            "normalised": tiny_args(qk_norm="per_head"),
+        }
+        spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
+        register_train_spec("momoe_llama", spec)
+        for index, (world, settings) in enumerate(json.loads(runs)):
+            store, out = f"{folder}/store{index}", f"{folder}/{index}.pt"
+            # What failed is the last thing said.
+            if not in_gloo_forks(world, store, lambda: worker(settings, folder, out)):
+                sys.exit(f"run {index} failed: {world} processes, {settings}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,8 +1,0 @@
-"""For experimental.custom_import: the flavor "tiny" of momoe_llama, which checkpoints in no time."""
-
-import momoe_titan.register  # noqa: F401
-from momoe_titan.model import flavors
-from tests.model.tiny import tiny_args
-
-# 6 experts: 2 ranks can share them
-flavors["tiny"] = tiny_args(vocab_size=2048, moe={"num_experts": 6})
