@@ -18,7 +18,6 @@ import os
 import sys
 import tempfile
 import threading
-import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+from momoe_titan.config.command_line import missing_section_option, was_given
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -122,23 +123,6 @@ def set_single_process_defaults() -> None:
         ("MASTER_PORT", "0"),  # the store picks a free one
     ):
         os.environ[name] = value
-
-
-def was_given(field: str, args: list[str]) -> bool:
-    """Whether `field` ("section.name") is set on the command line or in its file."""
-    section, name = field.split(".")
-    options: dict[str, str] = {}
-    for i, arg in enumerate(args):
-        key, has_value, value = arg.partition("=")
-        following = args[i + 1] if i + 1 < len(args) else ""
-        options[key.replace("-", "_")] = value if has_value else following
-    if f"__{field}" in options:
-        return True
-    try:
-        with open(options["__job.config_file"], "rb") as f:
-            return name in tomllib.load(f).get(section, {})
-    except (KeyError, OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return False  # no file; TorchTitan says what is wrong with one that is named
 
 
 def prepare_cpu_job(config: "JobConfig", args: list[str]) -> None:
@@ -318,8 +302,7 @@ def run(args: list[str]) -> None:
 def main() -> None:
     set_single_process_defaults()
     # Without it there would be no section [momoe], and none of it in --help.
-    if not was_given("job.custom_config_module", sys.argv[1:]):
-        sys.argv.append("--job.custom_config_module=momoe_titan.job_config")
+    sys.argv += missing_section_option(sys.argv[1:])
     if torch.cuda.is_available():
         run(sys.argv[1:])
     else:

@@ -192,17 +192,6 @@ def test_cpu_job_is_float32_unless_said_otherwise(read, monkeypatch):
     assert os.environ["LOCAL_RANK"] == "0"
 
 
-def test_was_given(tmp_path):
-    file = tmp_path / "job.toml"
-    file.write_text("[training]\nsteps = 3\n")
-    for spelling in ([f"--job.config_file={file}"], ["--job.config-file", str(file)]):
-        assert train.was_given("training.steps", spelling)
-        assert not train.was_given("training.seq_len", spelling)
-    assert train.was_given("training.seq_len", ["--training.seq-len=8"])
-    assert train.was_given("training.seq_len", ["--training.seq_len", "8"])
-    assert not train.was_given("training.seq_len", ["--job.config_file", "/no/such/file"])
-
-
 def test_the_end_of_a_process_leaves_out_the_interpreter_s_alone():
     program = """
 import atexit, threading, time

@@ -27,11 +27,11 @@ from momoe_titan.components.checkpoint import (
     saved_steps,
     step_folder,
 )
+from momoe_titan.config.command_line import missing_section_option
 from momoe_titan.data.loader import build_tokenizer
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import read_hf_args
 from momoe_titan.model.moe import BalancedMoE
-from momoe_titan.train import was_given
 
 
 def find_checkpoint(folder: str) -> tuple[str, bool]:
@@ -64,9 +64,7 @@ def read_job(options: list[str]) -> tuple[MomoeLlamaArgs, str]:
     Raises:
         ValueError: an unusable configuration; names the field.
     """
-    if not was_given("job.custom_config_module", options):
-        options = [*options, "--job.custom_config_module=momoe_titan.job_config"]
-    config = ConfigManager().parse_args(options)
+    config = ConfigManager().parse_args([*options, *missing_section_option(options)])
     if config.model.name != "momoe_llama":
         raise ValueError(f"model.name is {config.model.name!r}, must be 'momoe_llama'")
     if module := config.experimental.custom_import:  # which may add a flavor

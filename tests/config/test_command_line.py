@@ -1,0 +1,22 @@
+"""What is known of a job's options before TorchTitan reads them."""
+
+from momoe_titan.config.command_line import SECTION_OPTION, missing_section_option, was_given
+
+
+def test_was_given(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text("[training]\nsteps = 3\n")
+    for spelling in ([f"--job.config_file={file}"], ["--job.config-file", str(file)]):
+        assert was_given("training.steps", spelling)
+        assert not was_given("training.seq_len", spelling)
+    assert was_given("training.seq_len", ["--training.seq-len=8"])
+    assert was_given("training.seq_len", ["--training.seq_len", "8"])
+    assert not was_given("training.seq_len", ["--job.config_file", "/no/such/file"])
+
+
+def test_the_section_is_added_once(tmp_path):
+    own = tmp_path / "job.toml"
+    own.write_text('[job]\ncustom_config_module = "own"\n')
+    assert missing_section_option(["--training.steps=3"]) == [SECTION_OPTION]
+    for given in (["--job.custom-config-module=own"], [SECTION_OPTION], ["--job.config_file", str(own)]):
+        assert missing_section_option(given) == []
