@@ -1,8 +1,7 @@
-"""Accumulating tokens per expert over the microbatches of one optimizer step.
+"""Tokens per expert, and the router's entropy, summed over the microbatches of an optimizer step.
 
-Loss-free balancing (arXiv 2408.15664) needs each token counted once per step. A forward that
-is recomputed for activation checkpointing runs inside the backward and must not count again;
-evaluation must not count at all.
+Load balancing needs each token counted once per step. A forward that activation checkpointing
+recomputes runs inside the backward and must not count again. Evaluation must not count at all.
 """
 
 import math
@@ -18,8 +17,30 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-# A custom op, so that the question "is this a recomputation?" is asked when the op runs and not
-# when torch.compile traces it: one compiled graph serves the forward and its recomputation.
+def count_experts(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many tokens chose each expert, int64 (E). Deterministic, and does not wait for the device."""
+    ids = ids_TK.reshape(-1)
+    return ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
+
+
+def feeds_balancing(module: nn.Module) -> bool:
+    """True when training counts a forward of `module`: in training mode with gradients on.
+
+    A recomputed forward passes this test too; the ops below drop it. Checkpointing with
+    use_reentrant=True runs its first forward without gradients, so that nothing would be counted:
+    use use_reentrant=False, as TorchTitan does.
+    """
+    return module.training and torch.is_grad_enabled()
+
+
+def record_counts(module: nn.Module, total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
+    """Add counts_E to total_E in place, if this forward of `module` is one that training counts."""
+    if feeds_balancing(module):
+        accumulate_counts(total_E, counts_E)
+
+
+# A custom op asks whether this is a recomputation when the op runs, not when torch.compile traces
+# it: one compiled graph serves the forward and its recomputation.
 @torch.library.custom_op("momoe_titan::accumulate_counts", mutates_args=("total_E",))
 def accumulate_counts(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
     """Add counts_E (E,) to total_E (E,) in place, except inside a backward."""
@@ -32,35 +53,28 @@ def _(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
     return None
 
 
-def feeds_balancing(module: nn.Module) -> bool:
-    """True when a forward of `module` is one that training counts: training mode, gradients on.
-
-    A recomputed forward passes this test; `accumulate_counts` is what drops it. Checkpointing
-    with use_reentrant=True runs its first forward without gradients, so nothing would be
-    counted at all: use use_reentrant=False (TorchTitan does).
-    """
-    return module.training and torch.is_grad_enabled()
-
-
 def want_entropy(wanted: bool) -> None:
-    """Whether routers record their entropy from now on, in this process (at first they do not)."""
+    """Switch the recording of the routers' entropy in this process; it starts switched off."""
     global _entropy_wanted
     _entropy_wanted = wanted
 
 
 def records_entropy(module: nn.Module) -> bool:
-    """True when `accumulate_entropy` is to be called. Always while torch.compile traces, so that the
-    graph holds the op, which asks again when it runs: switching recompiles nothing."""
+    """True when `accumulate_entropy` is to be called.
+
+    Always true while torch.compile traces a training forward: the graph then holds the op, which
+    asks again when it runs, so that switching recompiles nothing.
+    """
     return feeds_balancing(module) and (torch.compiler.is_compiling() or _entropy_wanted)
 
 
 @torch.library.custom_op("momoe_titan::accumulate_entropy", mutates_args=("total_2",))
 def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
-    """Add the tokens' entropies and the number of tokens to total_2, where wanted and not inside a
-    backward.
+    """Add the sum of the tokens' entropies and the number of tokens to total_2, in place.
 
-    The entropy of a token is that of its scores, divided by their sum, in units of ln E: 1 where
-    all experts score alike, 0 where one has everything.
+    Does nothing where the entropy is not wanted, or inside a backward. The entropy of a token is
+    that of its scores, divided by their sum, in units of ln E: 1 where all experts score alike, 0
+    where one expert has everything.
     """
     if not _entropy_wanted or inside_backward():
         return

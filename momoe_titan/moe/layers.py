@@ -7,16 +7,23 @@ Inside: T tokens, E experts, K chosen experts per token, F expert hidden width.
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from momoe_titan.kernels import BACKENDS, momoe_mlp
-from momoe_titan.kernels.router import float32_product, route, runs_here
-from momoe_titan.moe.expert_stats import accumulate_counts, feeds_balancing
+from momoe_titan.kernels.router import float32_product
+from momoe_titan.moe.arguments import (
+    ACTIVATION_DTYPES,
+    check_device,
+    int_at_least,
+    narrower_dtype,
+    new_or_given_weight,
+    weight_device_dtype,
+)
+from momoe_titan.moe.balancing import bias_delta
+from momoe_titan.moe.expert_stats import record_counts
+from momoe_titan.moe.float32_buffers import Float32Buffers
+from momoe_titan.moe.router import expert_scores, route_tokens
 from momoe_titan.save_percent import validate_save_percent
-
-WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
-ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class MoMoE(nn.Module):
@@ -61,10 +68,10 @@ class MoMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.D = _int_at_least("embedding_dim", embedding_dim, 1)
-        self.H = _int_at_least("intermediate_dim", intermediate_dim, 1)
-        self.N = _int_at_least("num_experts", num_experts, 1)
-        self.K = _int_at_least("num_chosen_experts", num_chosen_experts, 1)
+        self.D = int_at_least("embedding_dim", embedding_dim, 1)
+        self.H = int_at_least("intermediate_dim", intermediate_dim, 1)
+        self.N = int_at_least("num_experts", num_experts, 1)
+        self.K = int_at_least("num_chosen_experts", num_chosen_experts, 1)
         if self.K > self.N:
             raise ValueError(f"num_chosen_experts is {self.K}, more than num_experts, {self.N}")
         self.save_percent = validate_save_percent(save_percent)
@@ -72,17 +79,10 @@ class MoMoE(nn.Module):
             raise ValueError(f"backend is {backend!r}, must be one of {BACKENDS}")
         self.backend = backend
 
-        given = {"Wl1_ND2H": Wl1_ND2H, "Wl2_NHD": Wl2_NHD}
-        device, dtype = _weight_device_dtype(given, device, dtype)
-        for name, shape in (
-            ("Wl1_ND2H", (self.N, self.D, 2 * self.H)),
-            ("Wl2_NHD", (self.N, self.H, self.D)),
-        ):
-            setattr(
-                self,
-                name,
-                _weight(name, given[name], shape, std=1 / self.D, device=device, dtype=dtype),
-            )
+        device, dtype = weight_device_dtype({"Wl1_ND2H": Wl1_ND2H, "Wl2_NHD": Wl2_NHD}, device, dtype)
+        place = {"std": 1 / self.D, "device": device, "dtype": dtype}
+        self.Wl1_ND2H = new_or_given_weight("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), **place)
+        self.Wl2_NHD = new_or_given_weight("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), **place)
 
     def forward(
         self, x_BSD: torch.Tensor, mask_NM: torch.Tensor, s_NM: torch.Tensor
@@ -111,7 +111,7 @@ class MoMoE(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}, must be (num_experts, tokens) = {(self.N, T)}"
                 )
-            _check_device(name, tensor, x_BSD.device)
+            check_device(name, tensor, x_BSD.device)
         if mask_NM.is_floating_point() or mask_NM.is_complex():
             raise ValueError(f"mask_NM has dtype {mask_NM.dtype}, must be integer or bool")
         if not s_NM.is_floating_point():
@@ -145,7 +145,7 @@ class MoMoE(nn.Module):
         x_TD, w1_ED2F, w2_EFD = x_BSD.reshape(T, self.D), self.Wl1_ND2H, self.Wl2_NHD
         autocast = torch.is_autocast_enabled(x_BSD.device.type)
         if not autocast:
-            compute_dtype = _compute_dtype(x_BSD.dtype, w1_ED2F.dtype)
+            compute_dtype = narrower_dtype(x_BSD.dtype, w1_ED2F.dtype)
             x_TD = x_TD.to(compute_dtype)
             w1_ED2F, w2_EFD = w1_ED2F.to(compute_dtype), w2_EFD.to(compute_dtype)
         out_TD, counts_E = momoe_mlp(
@@ -172,7 +172,7 @@ class MoMoE(nn.Module):
             raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
         if x_BSD.dtype not in ACTIVATION_DTYPES:
             raise ValueError(f"x_BSD has dtype {x_BSD.dtype}, must be one of {ACTIVATION_DTYPES}")
-        _check_device("x_BSD", x_BSD, self.Wl1_ND2H.device)
+        check_device("x_BSD", x_BSD, self.Wl1_ND2H.device)
         return x_BSD.shape[0] if x_BSD.dim() == 2 else x_BSD.shape[0] * x_BSD.shape[1]
 
     def _slots_from_mask(self, mask_NM: torch.Tensor, s_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,16 +231,16 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.D = _int_at_least("embedding_dim", embedding_dim, 1)
-        self.N = _int_at_least("num_experts", num_experts, 1)
-        self.K = _int_at_least("num_chosen_experts", num_chosen_experts, 1)
-        self.Ks = _int_at_least("num_shared_experts", num_shared_experts, 0)
+        self.D = int_at_least("embedding_dim", embedding_dim, 1)
+        self.N = int_at_least("num_experts", num_experts, 1)
+        self.K = int_at_least("num_chosen_experts", num_chosen_experts, 1)
+        self.Ks = int_at_least("num_shared_experts", num_shared_experts, 0)
         if self.K > self.N:
             raise ValueError(f"num_chosen_experts is {self.K}, more than num_experts, {self.N}")
         if self.Ks > self.K:
             raise ValueError(f"num_shared_experts is {self.Ks}, more than num_chosen_experts, {self.K}")
-        device, dtype = _weight_device_dtype({"Wg_DN": Wg_DN}, device, dtype)
-        self.Wg_DN = _weight("Wg_DN", Wg_DN, (self.D, self.N), std=1 / self.D, device=device, dtype=dtype)
+        device, dtype = weight_device_dtype({"Wg_DN": Wg_DN}, device, dtype)
+        self.Wg_DN = new_or_given_weight("Wg_DN", Wg_DN, (self.D, self.N), std=1 / self.D, device=device, dtype=dtype)
 
     def forward(self, x_BSD: torch.Tensor, biases_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The choice as a mask, for `MoMoE.forward`.
@@ -272,46 +272,24 @@ class TopKRouter(nn.Module):
             raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
         if biases_N.shape != (self.N,):
             raise ValueError(f"biases_N has shape {tuple(biases_N.shape)}, must be {(self.N,)}")
-        _check_device("x_BSD", x_BSD, self.Wg_DN.device)
-        _check_device("biases_N", biases_N, self.Wg_DN.device)
+        check_device("x_BSD", x_BSD, self.Wg_DN.device)
+        check_device("biases_N", biases_N, self.Wg_DN.device)
         logits_TE = float32_product(x_BSD.reshape(-1, self.D), self.Wg_DN.t())
         routed, split = self.N - self.Ks, self.K - self.Ks
-        if split and runs_here(logits_TE):
-            bias_E = biases_N[:routed].detach().float()
-            scores_TK, ids_TK = route(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
-            if not self.Ks:
-                return ids_TK, scores_TK
-            shared_TK = self._shared(logits_TE)
-            shared_scores_TK = F.softmax(_clamped(logits_TE[:, routed:]), dim=1)
-            return torch.cat([ids_TK, shared_TK], dim=1), torch.cat([scores_TK, shared_scores_TK], dim=1)
-        logits_TE = _clamped(logits_TE)
-        ids_TK = self._choose(logits_TE.detach(), biases_N.detach())
-        chosen_TK = logits_TE.gather(1, ids_TK)
-        # Softmax over the chosen logits is the softmax over all of them divided by the chosen
-        # ones' sum, without a division by a sum that may have underflowed to zero.
-        scores_TK = torch.cat([F.softmax(chosen_TK[:, :split], dim=1), F.softmax(chosen_TK[:, split:], dim=1)], dim=1)
+        bias_E = biases_N[:routed].detach().float()
+        scores_TK, ids_TK = route_tokens(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
+        if not self.Ks:
+            return ids_TK, scores_TK
+        shared_ids = torch.arange(routed, self.N, device=logits_TE.device)
+        ids_TK = torch.cat([ids_TK, shared_ids.expand(logits_TE.shape[0], self.Ks)], dim=1)
+        scores_TK = torch.cat([scores_TK, expert_scores(logits_TE[:, routed:], "softmax")], dim=1)
         return ids_TK, scores_TK
 
     def extra_repr(self) -> str:
         return f"D={self.D}, N={self.N}, K={self.K}, Ks={self.Ks}"
 
-    def _choose(self, logits_TE: torch.Tensor, biases_N: torch.Tensor) -> torch.Tensor:
-        routed = self.N - self.Ks
-        choice_TE = F.softmax(logits_TE[:, :routed], dim=1) + biases_N[:routed].float()
-        # NaN would sort before everything; as -inf it loses, and an all-NaN token takes the
-        # lowest ids.
-        choice_TE = choice_TE.masked_fill(choice_TE.isnan(), float("-inf"))
-        # A stable sort, because torch.topk leaves the order of equal values open.
-        order_TE = choice_TE.sort(dim=1, descending=True, stable=True).indices
-        ids_TK = order_TE[:, : self.K - self.Ks].sort(dim=1).values
-        return torch.cat([ids_TK, self._shared(logits_TE)], dim=1)
 
-    def _shared(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        shared = torch.arange(self.N - self.Ks, self.N, device=logits_TE.device)
-        return shared.expand(logits_TE.shape[0], self.Ks)
-
-
-class MoE(nn.Module):
+class MoE(Float32Buffers):
     """A `TopKRouter` and `MoMoE` experts, kept in balance without an auxiliary loss.
 
     forward(x) -> y changes no bias. Once per optimizer step, after all its microbatches, the
@@ -335,6 +313,8 @@ class MoE(nn.Module):
     Raises:
         ValueError: an argument out of range, or weights that cannot be used in place.
     """
+
+    float32_buffers = ("biases_N",)
 
     def __init__(
         self,
@@ -394,8 +374,7 @@ class MoE(nn.Module):
         """x_BSD (B, S, D) or (M, D) -> y of the same shape. Does not wait for the device."""
         ids_TK, scores_TK = self.router.route(x_BSD, self.biases_N)
         y_BSD, counts_N = self.momoe.forward_topk(x_BSD, ids_TK, scores_TK)
-        if feeds_balancing(self):
-            accumulate_counts(self.counts_N, counts_N)
+        record_counts(self, self.counts_N, counts_N)
         return y_BSD
 
     @torch.no_grad()
@@ -410,11 +389,7 @@ class MoE(nn.Module):
         if process_group is not None:
             torch.distributed.all_reduce(self.counts_N, group=process_group)
         routed = self.N - self.Ks
-        if routed:
-            counts = self.counts_N[:routed]
-            # sum - n * count has the sign of mean - count, in exact integers.
-            above_mean = torch.sign(counts.sum() - routed * counts)
-            self.biases_N[:routed] += self.bias_update_rate * above_mean
+        self.biases_N[:routed] += bias_delta(self.counts_N[:routed], self.bias_update_rate)
         self.counts_N.zero_()
 
     def register_bias_update(
@@ -424,93 +399,3 @@ class MoE(nn.Module):
     ) -> RemovableHandle:
         """Call `update_biases` after every `optimizer.step()`; `.remove()` the handle to stop."""
         return optimizer.register_step_post_hook(lambda *args, **kwargs: self.update_biases(process_group))
-
-    def _apply(self, fn, recurse=True):
-        # Rates of 1e-4 vanish in bfloat16 next to a bias of 0.1, so casting the module moves the
-        # biases to another device at most.
-        biases_N = self.biases_N
-        super()._apply(fn, recurse)
-        if self.biases_N.dtype != torch.float32:
-            self.biases_N = biases_N.to(device=self.biases_N.device)
-        return self
-
-
-def _int_at_least(name: str, value: int, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}, must be an integer")
-    if value < minimum:
-        raise ValueError(f"{name} is {value}, must be at least {minimum}")
-    return value
-
-
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the weights are on {device}")
-
-
-def _compute_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> torch.dtype:
-    """The narrower of the two, so that nobody's weights are silently widened."""
-    if weight_dtype == torch.float32 or x_dtype == weight_dtype:
-        return x_dtype
-    if x_dtype == torch.float32:
-        return weight_dtype
-    raise ValueError(f"x_BSD has dtype {x_dtype}, the weights have dtype {weight_dtype}")
-
-
-def _weight_device_dtype(
-    given: dict[str, torch.Tensor | None],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> tuple[torch.device, torch.dtype]:
-    """Where new weights go; the given ones have to agree with it and with each other."""
-    placed = {name: weight for name, weight in given.items() if weight is not None}
-    for name, weight in placed.items():
-        if not isinstance(weight, torch.Tensor):
-            raise ValueError(f"{name} is a {type(weight).__name__}, must be a tensor")
-        if weight.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"{name} has dtype {weight.dtype}, must be one of {WEIGHT_DTYPES}")
-    first = next(iter(placed.values()), None)
-    if device is not None:
-        # "cuda" means the current CUDA device, and a tensor's device always has an index.
-        device = torch.empty(0, device=device).device
-    elif first is not None:
-        device = first.device
-    else:
-        device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
-    if dtype is None:
-        if first is not None:
-            dtype = first.dtype
-        else:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype is {dtype}, must be one of {WEIGHT_DTYPES}")
-    for name, weight in placed.items():
-        if weight.device != device:
-            raise ValueError(f"{name} is on {weight.device}, expected {device}")
-        if weight.dtype != dtype:
-            raise ValueError(f"{name} has dtype {weight.dtype}, expected {dtype}")
-    return device, dtype
-
-
-def _clamped(logits_TE: torch.Tensor) -> torch.Tensor:
-    # inf - inf would make a NaN of a softmax that has a clear winner; NaN passes through.
-    largest = torch.finfo(torch.float32).max
-    return logits_TE.clamp(-largest, largest)
-
-
-def _weight(
-    name: str,
-    given: torch.Tensor | None,
-    shape: tuple[int, ...],
-    *,
-    std: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Parameter:
-    if given is None:
-        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(std=std))
-    if tuple(given.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}, must be {shape}")
-    if not given.is_contiguous():
-        raise ValueError(f"{name} is not contiguous (strides {given.stride()})")
-    return given if isinstance(given, nn.Parameter) else nn.Parameter(given.detach())
