@@ -13,7 +13,8 @@ from momoe_titan.components.loss import build_loss
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
-from momoe_titan.data.loader import build_dataloader, build_tokenizer
+from momoe_titan.data.loader import build_dataloader
+from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import (
     MomoeLlama,
     MomoeStateDictAdapter,

@@ -183,7 +183,7 @@ def check_config(config: "JobConfig") -> None:
     from torchtitan.hf_datasets.text_datasets import DATASETS
 
     from momoe_titan.config.fields import check_fields, check_flavor
-    from momoe_titan.data.loader import build_tokenizer, resolve_assets_path
+    from momoe_titan.data.tokenizer import build_tokenizer, resolve_assets_path
 
     check_fields(config)
     module = config.experimental.custom_import
@@ -274,7 +274,7 @@ def run(args: list[str]) -> None:
     from torchtitan import train as titan
 
     from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager
-    from momoe_titan.data.loader import DataError
+    from momoe_titan.data.errors import DataError
 
     accepted: JobConfig | None = None
 

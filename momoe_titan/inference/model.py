@@ -28,7 +28,7 @@ from momoe_titan.components.checkpoint import (
     step_folder,
 )
 from momoe_titan.config.command_line import missing_section_option
-from momoe_titan.data.loader import build_tokenizer
+from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import read_hf_args
 from momoe_titan.model.moe import BalancedMoE

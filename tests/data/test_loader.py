@@ -12,7 +12,15 @@ import pytest
 from torchtitan.config import ConfigManager
 
 import momoe_titan
-from momoe_titan.data import loader as data
+from momoe_titan.data import local_files
+from momoe_titan.data.dataset import TextDataset
+from momoe_titan.data.errors import DataError
+from momoe_titan.data.loader import build_dataloader, build_validation_dataloader
+from momoe_titan.data.local_files import LOCAL_SUFFIXES, load_local
+from momoe_titan.data.ranges import cut
+from momoe_titan.data.registration import DATASETS, register_datasets
+from momoe_titan.data.stdlib import is_held_out, load_stdlib, stdlib_files
+from momoe_titan.data.tokenizer import build_tokenizer, resolve_assets_path
 from momoe_titan.register import get_train_spec
 
 TOKENIZER = Path(momoe_titan.__file__).parent / "assets" / "tokenizer"
@@ -39,12 +47,12 @@ def own_hub_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.build_tokenizer(job())
+    return build_tokenizer(job())
 
 
 def test_stdlib_is_the_same_every_time_and_large_enough():
     root = sysconfig.get_path("stdlib")
-    first, again = data.load_stdlib(root), data.load_stdlib(root)
+    first, again = load_stdlib(root), load_stdlib(root)
     assert first["path"] == again["path"]
     assert first["text"] == again["text"]
     assert sum(map(len, first["text"])) > 2_000_000
@@ -53,7 +61,7 @@ def test_stdlib_is_the_same_every_time_and_large_enough():
 
 def test_held_out_files_are_in_neither_twice():
     root = sysconfig.get_path("stdlib")
-    train, held_out = (set(data.stdlib_files(root, split)) for split in (False, True))
+    train, held_out = (set(stdlib_files(root, split)) for split in (False, True))
     assert not train & held_out
     assert 0.01 < len(held_out) / len(train) < 0.12
 
@@ -62,16 +70,16 @@ def test_split_depends_on_the_path_alone(tmp_path):
     names = [f"m{i}.py" for i in range(200)]
     for name in names:
         (tmp_path / name).write_text("x = 1\n")
-    before = data.stdlib_files(tmp_path, held_out=True)
-    assert before == [n for n in data.stdlib_files(tmp_path, True) if data.is_held_out(n)]
+    before = stdlib_files(tmp_path, held_out=True)
+    assert before == [n for n in stdlib_files(tmp_path, True) if is_held_out(n)]
     for name in names[::2]:
         (tmp_path / name).unlink()
-    assert data.stdlib_files(tmp_path, True) == [n for n in before if n not in names[::2]]
+    assert stdlib_files(tmp_path, True) == [n for n in before if n not in names[::2]]
 
 
 def test_folder_without_sources_is_refused(tmp_path):
-    with pytest.raises(data.DataError, match="dataset_path .* holds no Python source"):
-        data.load_stdlib(str(tmp_path))
+    with pytest.raises(DataError, match="dataset_path .* holds no Python source"):
+        load_stdlib(str(tmp_path))
 
 
 def write(path: Path, texts=TEXTS, field="text") -> Path:
@@ -85,10 +93,10 @@ def write(path: Path, texts=TEXTS, field="text") -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("suffix", data.LOCAL_SUFFIXES)
+@pytest.mark.parametrize("suffix", LOCAL_SUFFIXES)
 def test_one_file(tmp_path, suffix, streaming):
     file = write(tmp_path / f"a{suffix}", field="body")
-    rows = list(data.load_local(str(file), "body", streaming))
+    rows = list(load_local(str(file), "body", streaming))
     assert "".join(row["text"] for row in rows) == "".join(TEXTS)
     assert len(rows) == (1 if suffix == ".txt" else len(TEXTS))
 
@@ -98,9 +106,9 @@ def test_folder_and_pattern(tmp_path):
     for name in ("b.txt", "a.jsonl", "sub/c.parquet", "sub/d.jsonl"):
         write(tmp_path / name, [name])
     (tmp_path / "notes.md").write_text("not data")
-    everything = [row["text"] for row in data.load_local(str(tmp_path))]
+    everything = [row["text"] for row in load_local(str(tmp_path))]
     assert everything == ["b.txt", "a.jsonl", "sub/d.jsonl", "sub/c.parquet"]
-    matched = [row["text"] for row in data.load_local(f"{tmp_path}/**/*.jsonl")]
+    matched = [row["text"] for row in load_local(f"{tmp_path}/**/*.jsonl")]
     assert matched == ["a.jsonl", "sub/d.jsonl"]
 
 
@@ -111,30 +119,30 @@ def test_other_columns_may_differ_from_file_to_file(tmp_path):
     pq.write_table(pa.table({"text": large, "score": [0.5]}), tmp_path / "c.parquet")
     pq.write_table(pa.table({"text": ["four"]}), tmp_path / "d.parquet")
     (tmp_path / "e.txt").write_text("five")
-    texts = [row["text"] for row in data.load_local(str(tmp_path))]
+    texts = [row["text"] for row in load_local(str(tmp_path))]
     assert texts == ["five", "one", "two", "three", "four"]
 
 
 def test_fewer_documents_than_ranks_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("a single document")
     config = job("--training.dataset=local", f"--training.dataset_path={tmp_path}")
-    tokenizer = data.build_tokenizer(config)
-    with pytest.raises(data.DataError, match="'local' has fewer documents than the 2 data-parallel ranks"):
-        data.build_dataloader(2, 1, tokenizer, config)
+    tokenizer = build_tokenizer(config)
+    with pytest.raises(DataError, match="'local' has fewer documents than the 2 data-parallel ranks"):
+        build_dataloader(2, 1, tokenizer, config)
 
 
 def test_a_source_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.py").write_bytes(b"# coding: no-such-encoding\n")
-    with pytest.raises(data.DataError, match="broken.py.*no-such-encoding"):
+    with pytest.raises(DataError, match="broken.py.*no-such-encoding"):
         for held_out in (False, True):
-            data.load_stdlib(str(tmp_path), held_out)
+            load_stdlib(str(tmp_path), held_out)
 
 
 def test_long_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_DOCUMENT_CHARS", 100)
+    monkeypatch.setattr(local_files, "MAX_DOCUMENT_CHARS", 100)
     text = "".join(f"line {i}\n" for i in range(50)) + "x" * 250 + "\n"
     (tmp_path / "long.txt").write_text(text)
-    pieces = data.load_local(str(tmp_path / "long.txt"))["text"]
+    pieces = load_local(str(tmp_path / "long.txt"))["text"]
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 100
     assert pieces[0].endswith("\n")
@@ -168,8 +176,8 @@ def damaged(tmp_path: Path, case: str) -> tuple[Path, str]:
 def test_damaged_file_is_named_before_training(tmp_path, tokenizer, case):
     file, message = damaged(tmp_path, case)
     config = job("--training.dataset=local", f"--training.dataset_path={file}")
-    with pytest.raises(data.DataError) as refused:
-        data.build_dataloader(1, 0, tokenizer, config)
+    with pytest.raises(DataError) as refused:
+        build_dataloader(1, 0, tokenizer, config)
     assert str(file) in str(refused.value)
     assert message in str(refused.value)
 
@@ -177,22 +185,22 @@ def test_damaged_file_is_named_before_training(tmp_path, tokenizer, case):
 @pytest.mark.parametrize("case", ["cut.jsonl", "cut.parquet", "noise.parquet", "empty.jsonl"])
 def test_damaged_first_file_is_named_when_streaming(tmp_path, case):
     file, _ = damaged(tmp_path, case)
-    with pytest.raises(data.DataError, match=case):
-        data.load_local(str(file), streaming=True)
+    with pytest.raises(DataError, match=case):
+        load_local(str(file), streaming=True)
 
 
 def test_missing_column_names_the_option(tmp_path):
     file = write(tmp_path / "a.parquet", field="body")
     for streaming in (False, True):
-        with pytest.raises(data.DataError, match="momoe.data_text_field") as refused:
-            data.load_local(str(file), streaming=streaming)
+        with pytest.raises(DataError, match="momoe.data_text_field") as refused:
+            load_local(str(file), streaming=streaming)
         assert "body" in str(refused.value)
 
 
 @pytest.mark.parametrize("path", ["", "no/such/file.txt", "no/such/*.jsonl"])
 def test_missing_path_is_refused(path):
-    with pytest.raises(data.DataError, match="dataset_path"):
-        data.load_local(path)
+    with pytest.raises(DataError, match="dataset_path"):
+        load_local(path)
 
 
 def batches(loader, n):
@@ -215,22 +223,19 @@ def test_loader_resumes_where_it_was(tmp_path, tokenizer, source):
         options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
         if source.endswith("streamed"):
             options.append("--momoe.data_streaming")
-    loader = data.build_dataloader(1, 0, tokenizer, job(*options))
+    loader = build_dataloader(1, 0, tokenizer, job(*options))
     iterator = iter(loader)
     for _ in range(5):
         next(iterator)
     state = loader.state_dict()
     expected = batches(iterator, 4)
-    resumed = data.build_dataloader(1, 0, tokenizer, job(*options))
+    resumed = build_dataloader(1, 0, tokenizer, job(*options))
     resumed.load_state_dict(state)
     assert batches(resumed, 4) == expected
 
 
 def resharded(states, ranks, *options):
-    loaders = [
-        data.build_dataloader(ranks, r, data.build_tokenizer(job()), job(*options), infinite=False)
-        for r in range(ranks)
-    ]
+    loaders = [build_dataloader(ranks, r, build_tokenizer(job()), job(*options), infinite=False) for r in range(ranks)]
     for loader in loaders:
         if states:
             loader.load_ranks(states)
@@ -312,9 +317,9 @@ CHANGES = {
 def test_data_read_in_another_way_starts_again(tmp_path, tokenizer, change, caplog):
     before, after, message = CHANGES[change]
     write(tmp_path / "a.jsonl", [f"text {i} " * 10 for i in range(20)])
-    loader = data.build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *before)))
+    loader = build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *before)))
     batches(loader, 3)
-    resumed, fresh = (data.build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *after))) for _ in range(2))
+    resumed, fresh = (build_dataloader(1, 0, tokenizer, job(*local(tmp_path, *after))) for _ in range(2))
     resumed.load_state_dict(loader.state_dict())
     (warning,) = [r.getMessage() for r in caplog.records if "THE DATA STARTS AGAIN" in r.getMessage()]
     assert message in warning
@@ -325,10 +330,10 @@ def test_streamed_files_of_another_kind_start_again(tmp_path, tokenizer, caplog)
     texts = [f"text {i} " * 10 for i in range(20)]
     write(tmp_path / "a.jsonl", texts)
     options = local(tmp_path, "--momoe.data_streaming")
-    loader = data.build_dataloader(1, 0, tokenizer, job(*options))
+    loader = build_dataloader(1, 0, tokenizer, job(*options))
     batches(loader, 3)
     write(tmp_path / "b.txt", texts)
-    resumed, fresh = (data.build_dataloader(1, 0, tokenizer, job(*options)) for _ in range(2))
+    resumed, fresh = (build_dataloader(1, 0, tokenizer, job(*options)) for _ in range(2))
     resumed.load_state_dict(loader.state_dict())
     assert batches(resumed, 3) == batches(fresh, 3)
     assert "the files of training.dataset 'local'" in caplog.text
@@ -361,7 +366,7 @@ def test_workers_read_each_document_once(tmp_path, tokenizer, source, ranks, wor
     config = job(*options, f"--training.dataloader.num_workers={workers}")
     seen = Counter()
     for rank in range(ranks):
-        loader = data.build_dataloader(ranks, rank, tokenizer, config, infinite=False)
+        loader = build_dataloader(ranks, rank, tokenizer, config, infinite=False)
         for inputs, labels in loader:
             seen.update([*inputs["input"].flatten().tolist(), *labels[:, -1].tolist()])
     everything = Counter(t for text in texts for t in tokenizer.encode(text, add_bos=True, add_eos=True))
@@ -376,7 +381,7 @@ def test_workers_resume_where_they_were(tmp_path, tokenizer, source, workers):
     config = job(*write_source(tmp_path, source)[1], f"--training.dataloader.num_workers={workers}")
 
     def loader(state=None):
-        built = data.build_dataloader(1, 0, tokenizer, config)
+        built = build_dataloader(1, 0, tokenizer, config)
         if state:
             built.load_state_dict(state)
         return built
@@ -395,11 +400,11 @@ def test_workers_resume_where_they_were(tmp_path, tokenizer, source, workers):
 @pytest.mark.parametrize("source", SOURCES)
 def test_resume_in_a_later_pass(tmp_path, tokenizer, source, workers):
     config = job(*write_source(tmp_path, source)[1], f"--training.dataloader.num_workers={workers}")
-    loader = data.build_dataloader(1, 0, tokenizer, config)
+    loader = build_dataloader(1, 0, tokenizer, config)
     iterator = iter(loader)
     for _ in range(200):
         next(iterator)
-    resumed = data.build_dataloader(1, 0, tokenizer, config)
+    resumed = build_dataloader(1, 0, tokenizer, config)
     resumed.load_state_dict(loader.state_dict())
     assert batches(resumed, 30) == batches(iterator, 30)
 
@@ -409,7 +414,7 @@ def test_worker_without_documents_leaves_the_others_to_go_on(tmp_path, tokenizer
     write(tmp_path / "a.jsonl", ["one document"])
     options = local(tmp_path, *streaming)
     alone, two = (
-        data.build_dataloader(1, 0, tokenizer, job(*options, f"--training.dataloader.num_workers={n}")) for n in (0, 2)
+        build_dataloader(1, 0, tokenizer, job(*options, f"--training.dataloader.num_workers={n}")) for n in (0, 2)
     )
     assert batches(two, 6) == batches(alone, 6)
 
@@ -422,11 +427,11 @@ def test_fewer_streamed_documents_than_ranks_are_refused(tmp_path, tokenizer, se
         "--validation.dataset=local",
         f"--validation.dataset_path={tmp_path}",
     )
-    data.build_dataloader(1, 0, tokenizer, config)
-    build = data.build_dataloader if section == "training" else data.build_validation_dataloader
+    build_dataloader(1, 0, tokenizer, config)
+    build = build_dataloader if section == "training" else build_validation_dataloader
     message = f"{section}.dataset 'local' has fewer documents than the 2 data-parallel ranks.*: 1 .*{tmp_path}"
     for rank in range(2):
-        with pytest.raises(data.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             build(2, rank, tokenizer, config, infinite=True)
 
 
@@ -435,18 +440,18 @@ def test_rank_whose_streamed_file_is_empty_is_told(tmp_path, tokenizer, workers)
     write(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_text("\n")
     options = local(tmp_path, "--momoe.data_streaming", f"--training.dataloader.num_workers={workers}")
-    batches(data.build_dataloader(2, 0, tokenizer, job(*options)), 3)
-    with pytest.raises(data.DataError, match="'local' has no document.* rank 1 of 2"):
-        batches(data.build_dataloader(2, 1, tokenizer, job(*options)), 1)
+    batches(build_dataloader(2, 0, tokenizer, job(*options)), 3)
+    with pytest.raises(DataError, match="'local' has no document.* rank 1 of 2"):
+        batches(build_dataloader(2, 1, tokenizer, job(*options)), 1)
 
 
 def test_streamed_data_goes_on_from_the_end_of_a_pass(tmp_path, tokenizer):
     """What a checkpoint leaves of its pass may hold no document, which is no error."""
     write(tmp_path / "a.jsonl", TEXTS)
     config = job(*local(tmp_path, "--momoe.data_streaming", "--training.seq_len=4"))
-    dataset = data.build_dataloader(1, 0, tokenizer, config, infinite=False).dataset
+    dataset = build_dataloader(1, 0, tokenizer, config, infinite=False).dataset
     list(dataset)
-    resumed = data.build_dataloader(1, 0, tokenizer, config).dataset
+    resumed = build_dataloader(1, 0, tokenizer, config).dataset
     resumed.load_state_dict(dataset.state_dict())
     assert len(list(islice(resumed, 10))) == 10
 
@@ -457,13 +462,13 @@ def validation(*options: str):
 
 def build_validator(config, ranks=1, rank=0):
     """As the trainer does, after the training loader."""
-    data.register_datasets(config.momoe.data_text_field, config.momoe.data_streaming)
+    register_datasets(config.momoe.data_text_field, config.momoe.data_streaming)
     names = ["parallel_dims", "loss_fn", "validation_context", "maybe_enable_amp", "metrics_processor"]
     return get_train_spec().build_validator_fn(
         job_config=config,
         dp_world_size=ranks,
         dp_rank=rank,
-        tokenizer=data.build_tokenizer(config),
+        tokenizer=build_tokenizer(config),
         **dict.fromkeys(names, "unused"),
     )
 
@@ -494,7 +499,7 @@ def test_validation_on_the_whole_is_for_one_rank(tmp_path):
     write(tmp_path / "a.jsonl")
     options = ["--validation.dataset=local", f"--validation.dataset_path={tmp_path}"]
     for rank in range(2):
-        with pytest.raises(data.DataError, match="validation.steps is -1 .* with 2 data-parallel ranks"):
+        with pytest.raises(DataError, match="validation.steps is -1 .* with 2 data-parallel ranks"):
             build_validator(validation(*options, "--validation.steps=-1"), 2, rank)
         build_validator(validation(*options, "--validation.steps=1"), 2, rank)
 
@@ -504,7 +509,7 @@ def test_fewer_validation_documents_than_ranks_are_refused(tmp_path):
     options = ["--validation.dataset=local", f"--validation.dataset_path={tmp_path}", "--validation.steps=1"]
     message = f"validation.dataset 'local' has fewer documents than the 2 .*: 1 .validation.dataset_path '{tmp_path}"
     for rank in range(2):
-        with pytest.raises(data.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             build_validator(validation(*options), 2, rank)
 
 
@@ -519,25 +524,22 @@ def test_validation_on_less_than_a_sequence_is_refused(tmp_path, workers):
             f"--validation.dataloader.num_workers={workers}",
         )
     ).validation_dataloader
-    with pytest.raises(data.DataError, match="validation.dataset 'local' holds not one sequence of .* 16 tokens"):
+    with pytest.raises(DataError, match="validation.dataset 'local' holds not one sequence of .* 16 tokens"):
         list(loader)
 
 
 def test_cut():
-    assert data._cut([(0, 3), (10, 13)], 2, 5) == [(2, 3), (10, 12)]
-    assert data._cut([(0, 3), (10, 13)], 3) == [(10, 13)]
-    assert data._cut([(0, 3), (10, 13)], 0, 3) == [(0, 3)]
-    assert data._cut([(0, 3)], 3) == data._cut([], 0) == []
+    assert cut([(0, 3), (10, 13)], 2, 5) == [(2, 3), (10, 12)]
+    assert cut([(0, 3), (10, 13)], 3) == [(10, 13)]
+    assert cut([(0, 3), (10, 13)], 0, 3) == [(0, 3)]
+    assert cut([(0, 3)], 3) == cut([], 0) == []
 
 
 def test_ranks_read_different_documents(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", [f"document number {i}\n" for i in range(10)])
-    data.register_datasets()
+    register_datasets()
     seen = [
-        {
-            row["text"]
-            for row in data.TextDataset("local", str(tmp_path), tokenizer, 16, rank, 2, False)._get_data_iter()
-        }
+        {row["text"] for row in TextDataset("local", str(tmp_path), tokenizer, 16, rank, 2, False)._get_data_iter()}
         for rank in range(2)
     ]
     assert not seen[0] & seen[1]
@@ -547,16 +549,16 @@ def test_ranks_read_different_documents(tmp_path, tokenizer):
 def test_text_field_of_the_job_reaches_the_loader(tmp_path, tokenizer):
     write(tmp_path / "a.jsonl", ["some text " * 20], field="body")
     options = ["--training.dataset=local", f"--training.dataset_path={tmp_path}"]
-    loader = data.build_dataloader(1, 0, tokenizer, job(*options, "--momoe.data_text_field=body"))
+    loader = build_dataloader(1, 0, tokenizer, job(*options, "--momoe.data_text_field=body"))
     ((inputs, labels),) = batches(loader, 1)
     assert tokenizer.decode(inputs[0]).startswith("some text")
     assert inputs[0][1:] == labels[0][:-1]
 
 
 def test_registering_again_keeps_torchtitans_datasets():
-    data.register_datasets()
-    data.register_datasets()
-    assert {"c4", "python_stdlib", "python_stdlib_validation", "local"} <= set(data.DATASETS)
+    register_datasets()
+    register_datasets()
+    assert {"c4", "python_stdlib", "python_stdlib_validation", "local"} <= set(DATASETS)
 
 
 def test_tokenizer_is_byte_level(tokenizer):
@@ -571,14 +573,14 @@ def test_tokenizer_is_byte_level(tokenizer):
 
 
 def test_tokenizer_fits_the_corpus(tokenizer):
-    texts = data.load_stdlib(sysconfig.get_path("stdlib"), held_out=True)["text"]
+    texts = load_stdlib(sysconfig.get_path("stdlib"), held_out=True)["text"]
     text = "".join(texts)
     assert len(text) / len(tokenizer.encode(text)) > 2.8
 
 
 def test_packaged_tokenizer_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Path(data.resolve_assets_path("momoe_titan/assets/tokenizer")) == TOKENIZER
+    assert Path(resolve_assets_path("momoe_titan/assets/tokenizer")) == TOKENIZER
 
 
 @pytest.mark.parametrize("content", [None, "", "{ not json", '{"version": "1.0"}'])
@@ -588,6 +590,6 @@ def test_missing_or_damaged_tokenizer_is_refused(tmp_path, content):
         folder.mkdir()
         if content:
             (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(data.DataError, match="model.hf_assets_path") as refused:
-        data.build_tokenizer(job(f"--model.hf_assets_path={folder}"))
+    with pytest.raises(DataError, match="model.hf_assets_path") as refused:
+        build_tokenizer(job(f"--model.hf_assets_path={folder}"))
     assert str(folder) in str(refused.value)
