@@ -22,7 +22,7 @@ from momoe_titan.memory.auto_save_percent import (
     _world_size,
 )
 from momoe_titan.memory.plan import PLAN_FAILED, MemoryPlan
-from momoe_titan.model.moe import MomoeExperts
+from momoe_titan.model.experts import MomoeExperts
 
 # What the choice depends on; a stored one is taken where all of it is as it was.
 _SECTIONS = ("model", "training", "parallelism", "activation_checkpoint", "compile", "optimizer")

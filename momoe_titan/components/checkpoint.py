@@ -23,7 +23,8 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.data.loader import TextDataloader
-from momoe_titan.model.moe import BalancedMoE, StockMoE
+from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.stock_moe import StockMoE
 
 BALANCE_STATE = ("expert_bias", "tokens_per_expert")
 RANK_PREFIX = f"{DATALOADER}.dp_rank_"  # of the position of each data-parallel rank

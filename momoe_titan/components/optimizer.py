@@ -1,4 +1,4 @@
-"""Load balancing without an auxiliary loss (arXiv 2408.15664), once per optimizer step."""
+"""The optimizers of a job, with load balancing and the guard against NaN gradients as step hooks."""
 
 import torch
 from torch import nn
@@ -8,37 +8,8 @@ from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
 
 from momoe_titan.components.non_finite import NonFiniteGuard
-from momoe_titan.config.section import BALANCE_RULES
 from momoe_titan.model.moe import BalancedMoE
-
-
-def expert_bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = "sign") -> torch.Tensor:
-    """What to add to the bias of each expert, given how many tokens chose it.
-
-    "sign" (arXiv 2408.15664, algorithm 1): rate * sign(mean - count). The biases of a layer are
-    not centred afterwards: the algorithm does not, and a common shift changes no choice.
-    "proportional" (the paper's variant without sign, section 4.3, with the error taken relative
-    to the mean, so that a rate does not depend on the batch size): rate * (mean - count) / mean.
-
-    Args:
-        counts_LE: integers, one row per layer; any leading shape.
-        rate: u, a number or a tensor that broadcasts over counts_LE.
-        rule: "sign" or "proportional".
-
-    Returns:
-        float32 of the shape of counts_LE. All zero for a layer that saw no token.
-
-    Raises:
-        ValueError: another rule.
-    """
-    if rule not in BALANCE_RULES:
-        raise ValueError(f"rule is {rule!r}, must be one of {BALANCE_RULES}")
-    # E * (mean - count) in integers: exact for any count, where float32 would round above 2^24.
-    total_L1 = counts_LE.sum(dim=-1, keepdim=True)
-    missing_LE = total_L1 - counts_LE.shape[-1] * counts_LE
-    if rule == "sign":
-        return rate * missing_LE.sign().float()
-    return rate * (missing_LE / total_L1.clamp(min=1)).float()
+from momoe_titan.moe.balancing import bias_delta
 
 
 class ExpertLoadBalancer:
@@ -74,8 +45,8 @@ class ExpertLoadBalancer:
         self.layers = [module for part in model_parts for module in part.modules() if isinstance(module, BalancedMoE)]
         self.groups = [group for group in (process_group, tp_group) if group is not None]
         self.counts_LE: torch.Tensor | None = None
-        self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_coeff]
-        rates = {self.layers[i].load_balance_coeff for i in self.balanced}
+        self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_rate]
+        rates = {self.layers[i].load_balance_rate for i in self.balanced}
         rules = {self.layers[i].load_balance_rule for i in self.balanced}
         for name, values in (
             ("num_experts", {layer.experts.num_experts for layer in self.layers}),
@@ -95,7 +66,7 @@ class ExpertLoadBalancer:
         for group in self.groups:
             torch.distributed.all_reduce(counts_LE, group=group)
         if self.balanced:
-            delta_LE = expert_bias_delta(counts_LE, self.rate, self.rule)
+            delta_LE = bias_delta(counts_LE, self.rate, self.rule)
             if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
                 delta_LE = delta_LE * (1 - found_inf)
             # in place: checkpoints keep a reference

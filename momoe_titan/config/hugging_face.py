@@ -66,7 +66,7 @@ def check_hugging_face(args: ModelArgs, job_config: JobConfig) -> None:
             except ValueError as e:
                 raise ValueError(f"checkpoint.{field} is true, but {e}") from e
     if checkpoint.last_save_in_hf and name not in FORMATS_WITH_BIAS:
-        if any(args.layer_balance_rate(i) for i in args.moe_layer_ids):
+        if any(args.layer_load_balance_rate(i) for i in args.moe_layer_ids):
             raise ValueError(
                 f"checkpoint.last_save_in_hf is true, but {name!r} cannot hold the bias that "
                 "load balancing moves: set momoe.load_balance_rate to 0, or convert the "

@@ -43,7 +43,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         save_percent: one number for all MoE layers, or one per MoE layer (0 to 100).
         backend: "auto", "triton", "torch" (see `momoe_titan.kernels.momoe_mlp`), or
             "torchtitan" for TorchTitan's own MoE from the same initial weights.
-        load_balance_rate, load_balance_rule: see `load_balancing.expert_bias_delta`; rate 0
+        load_balance_rate, load_balance_rule: see `moe.balancing.bias_delta`; rate 0
             turns balancing off.
         load_balance_off_layers: ids of MoE layers whose bias stays as it is.
         check_ids: debug flag of `momoe_mlp`.
@@ -80,7 +80,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             return self.save_percent[0]
         return self.save_percent[layer_id - self.n_dense_layers]
 
-    def layer_balance_rate(self, layer_id: int) -> float:
+    def layer_load_balance_rate(self, layer_id: int) -> float:
         """How far a step moves the bias of this layer; 0 where balancing is off."""
         return 0.0 if layer_id in self.load_balance_off_layers else self.load_balance_rate
 

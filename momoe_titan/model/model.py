@@ -18,7 +18,8 @@ from torchtitan.protocols.model import AttentionMasksType
 
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
-from momoe_titan.model.moe import BalancedMoE, MomoeMoE, StockMoE
+from momoe_titan.model.moe import BalancedMoE, MomoeMoE
+from momoe_titan.model.stock_moe import StockMoE
 
 
 class MomoeAttention(Attention):
@@ -124,8 +125,8 @@ def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
         moe_args=model_args.moe_args,
         dim=model_args.dim,
         hidden_dim=model_args.moe_hidden_dim,
-        balance_rate=model_args.layer_balance_rate(layer_id),
-        balance_rule=model_args.load_balance_rule,
+        load_balance_rate=model_args.layer_load_balance_rate(layer_id),
+        load_balance_rule=model_args.load_balance_rule,
     )
     if model_args.backend == STOCK_BACKEND:
         return StockMoE(**common)

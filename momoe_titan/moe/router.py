@@ -6,7 +6,7 @@ On a GPU one Triton kernel does it (kernels/router.py). Elsewhere plain torch gi
 import torch
 from torch import Tensor
 
-from momoe_titan.kernels import router as kernel
+from momoe_titan.kernels.router import route, runs_here
 
 
 # An op of its own, so that activation checkpointing can keep the chosen ids and drop the sort's
@@ -77,8 +77,8 @@ def route_tokens(
     Returns:
         scores_TK float32 and ids_TK int64.
     """
-    if top_k and kernel.runs_here(logits_TE):
-        return kernel.route(logits_TE, bias_E, top_k, score_func, normalize, scale)
+    if top_k and runs_here(logits_TE):
+        return route(logits_TE, bias_E, top_k, score_func, normalize, scale)
     if score_func == "softmax_of_chosen":
         choice_TE = _add_bias(expert_scores(logits_TE.detach(), "softmax"), bias_E)
         # NaN would sort before everything. As -inf it loses, and an all-NaN token takes the lowest ids.

@@ -26,7 +26,7 @@ from momoe_titan.config.fields import check_fields, check_flavor
 from momoe_titan.config.section import AUTO
 from momoe_titan.kernels import op as autograd
 from momoe_titan.memory.plan import MemoryPlan, Moment
-from momoe_titan.model.moe import MomoeExperts
+from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.plan.cost import StepCost
 from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place, as_on_gpu
 

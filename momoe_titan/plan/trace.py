@@ -34,8 +34,9 @@ from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.portable import down_proj, rows_gemm, up_proj, weight_grad
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import Share
-from momoe_titan.model import moe
+from momoe_titan.model import stock_moe
 from momoe_titan.model.parallel import dispatch as expert_parallel
+from momoe_titan.moe import router as moe_router
 
 FORWARD = torch.ops.momoe_titan.moe_forward.default
 _BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
@@ -392,8 +393,8 @@ def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> 
         mock.patch.object(gpu, "interpreting", lambda: False),
         mock.patch.object(gpu, "device_properties", lambda device: (capability, "GPU")),
         mock.patch.object(hopper, "num_programs", lambda device: _NUM_PROCESSORS),
-        *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe, router)),
-        mock.patch.object(moe, "has_cuda_capability", fits),
+        *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe_router, router)),
+        mock.patch.object(stock_moe, "has_cuda_capability", fits),
         mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
         mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, shares)),
         mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * shares[1]),

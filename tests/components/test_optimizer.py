@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchtitan.models.moe import MoEArgs
 
-from momoe_titan.components.optimizer import ExpertLoadBalancer, expert_bias_delta
+from momoe_titan.components.optimizer import ExpertLoadBalancer
 from momoe_titan.model import MomoeMoE, StockMoE
+from momoe_titan.moe.balancing import bias_delta
 from tests.support.tiny import (
     assert_same_run,
     batch,
@@ -18,40 +19,13 @@ from tests.support.tiny import (
 )
 
 
-class TestDelta:
-    def test_sign_rule(self):
-        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 8], [5, 5, 5, 5], [0, 0, 0, 0]])
-        # means 3, 2, 5, 0; at the mean an expert stays where it is, and nothing is re-centred
-        want = [[-1, 1, 0, 1], [1, 1, 1, -1], [0, 0, 0, 0], [0, 0, 0, 0]]
-        delta = expert_bias_delta(counts, 0.001)
-        assert delta.dtype == torch.float32
-        assert torch.equal(delta, 0.001 * torch.tensor(want, dtype=torch.float32))
-
-    def test_proportional_rule(self):
-        counts = torch.tensor([[6, 1, 3, 2], [0, 0, 0, 0]])
-        delta = expert_bias_delta(counts, 0.3, "proportional")
-        want = 0.3 * torch.tensor([[-1, 2 / 3, 0, 1 / 3], [0, 0, 0, 0]])
-        torch.testing.assert_close(delta, want)
-        # counts, not their scale, matter
-        torch.testing.assert_close(expert_bias_delta(counts * 1000, 0.3, "proportional"), want)
-
-    def test_counts_beyond_float32(self):
-        # neighbours of 2**30 are one float32
-        counts = torch.tensor([2**30 - 1, 2**30, 2**30 + 1])
-        assert expert_bias_delta(counts, 1.0).tolist() == [1, 0, -1]
-
-    def test_unknown_rule(self):
-        with pytest.raises(ValueError, match="rule is 'signs'"):
-            expert_bias_delta(torch.ones(1, 2), 0.1, "signs")
-
-
 @pytest.mark.parametrize("backend", ["torch", "torchtitan"])
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
 def test_bias_follows_the_counts_of_each_step(backend, rule):
     model = build(tiny_args(backend=backend, load_balance_rule=rule))
     run = train(model, steps=3)
     assert (run["counts"].sum(-1) == batch(0)[0].numel() * 2).all()
-    delta = sum(expert_bias_delta(counts, 0.01, rule) for counts in run["counts"])
+    delta = sum(bias_delta(counts, 0.01, rule) for counts in run["counts"])
     torch.testing.assert_close(run["bias"], delta)
     assert run["bias"].any(dim=1).all()
     assert not any(moe.tokens_per_expert.any() for moe in moes(model))
@@ -195,19 +169,19 @@ def test_optimizer_steps_in_backward():
     counts = torch.stack([moe.tokens_per_expert for moe in moes(model)])
     optimizers.step()
     bias = torch.stack([moe.expert_bias for moe in moes(model)])
-    assert torch.equal(bias, expert_bias_delta(counts, 0.01))
+    assert torch.equal(bias, bias_delta(counts, 0.01))
 
 
 def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
     args = MoEArgs(num_experts=num_experts, top_k=1, score_before_experts=False)
-    moe = cls(args, 6, 5, **{"balance_rate": 0.5, **kwargs})
+    moe = cls(args, 6, 5, **{"load_balance_rate": 0.5, **kwargs})
     with torch.no_grad():
         moe.init_weights(0.1, torch.device("cpu"))
     return moe
 
 
 def test_counts_of_the_last_step():
-    layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(balance_rate=0.0)])
+    layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(load_balance_rate=0.0)])
     balancer = ExpertLoadBalancer([layers])
     assert balancer.counts_LE is None
     counts = [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
@@ -231,8 +205,8 @@ def test_no_moe_layer():
     ("other", "name"),
     [
         ({"num_experts": 6}, "num_experts"),
-        ({"balance_rate": 0.1}, "load_balance_rate"),
-        ({"balance_rule": "proportional"}, "load_balance_rule"),
+        ({"load_balance_rate": 0.1}, "load_balance_rate"),
+        ({"load_balance_rule": "proportional"}, "load_balance_rule"),
     ],
 )
 def test_layers_that_do_not_fit_together(other, name):

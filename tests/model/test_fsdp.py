@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.components.optimizer import expert_bias_delta
 from momoe_titan.model.parallel.parallelize import _warn_of_ranks_without_experts
+from momoe_titan.moe.balancing import bias_delta
 from tests.support.tiny import assert_same_run, build, tiny_args, train
 
 ROOT = Path(__file__).parents[2]
@@ -99,5 +99,5 @@ def test_non_finite_gradient_on_one_rank(two, name):
     run = two[f"{name}, non-finite gradient"]
     torch.testing.assert_close(run["counts"][:2], two["fsdp"]["counts"][:2])
     assert run["losses"].isfinite().tolist() == [True, False, True]
-    delta = sum(expert_bias_delta(run["counts"][step], 0.01) for step in (0, 2))
+    delta = sum(bias_delta(run["counts"][step], 0.01) for step in (0, 2))
     torch.testing.assert_close(run["bias"][0], delta[0])

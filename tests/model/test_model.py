@@ -218,7 +218,7 @@ class TestUpdateFromConfig:
         config.training.seq_len = 8
         args.update_from_config(config)
         assert args.save_percent == [0.0, 50.0] and args.backend == "torch"
-        assert args.layer_balance_rate(1) == 0.5 and args.layer_balance_rate(2) == 0
+        assert args.layer_load_balance_rate(1) == 0.5 and args.layer_load_balance_rate(2) == 0
         assert args.load_balance_rule == "proportional" and args.check_ids
         assert args.vocab_size == 128 and args.max_seq_len == 8
         assert args.moe_args._debug_force_load_balance

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torchtitan.models.moe import MoE, MoEArgs
 
-from momoe_titan.model.moe import MomoeMoE, MomoeRouter, StockMoE
+from momoe_titan.model.moe import MomoeMoE
+from momoe_titan.model.router import MomoeRouter
+from momoe_titan.model.stock_moe import StockMoE
+from momoe_titan.moe.layers import TopKRouter
 
 D, FFN, E, K = 12, 7, 5, 2
 ARGS = dict(
@@ -23,7 +26,7 @@ ARGS = dict(
 
 def layer(cls=MomoeMoE, moe=None, **kwargs):
     torch.manual_seed(0)
-    built = cls(MoEArgs(**{**ARGS, **(moe or {})}), D, FFN, balance_rate=0.01, **kwargs)
+    built = cls(MoEArgs(**{**ARGS, **(moe or {})}), D, FFN, load_balance_rate=0.01, **kwargs)
     with torch.no_grad():
         built.init_weights(0.3, torch.device("cpu"))
         # far from ties and from a softmax that is flat
@@ -182,6 +185,14 @@ class TestRouter:
         assert ids.tolist() == [[1, 3], [2, 0], [0, 1]]
         want = [[0.5, 0.5], [2 / 3, 1 / 3] if score_func == "sigmoid" else [1, 0], [0.5, 0.5]]
         torch.testing.assert_close(scores, torch.tensor(want))
+
+    def test_chooses_and_scores_as_the_layer_without_torchtitan(self):
+        r, x, bias = router(score_func="softmax", route_norm=True), tokens(64), torch.linspace(-0.1, 0.1, E)
+        ids, scores = TopKRouter(D, E, K, 0, Wg_DN=r.gate.weight.t().contiguous()).route(x, bias)
+        titan_scores, titan_ids = r(x, bias)
+        order = titan_ids.argsort(dim=1)
+        assert torch.equal(ids, titan_ids.gather(1, order))
+        torch.testing.assert_close(scores, titan_scores.gather(1, order))
 
     def test_round_robin_debug_switch(self):
         r = router(_debug_force_load_balance=True)

@@ -1,0 +1,96 @@
+"""The experts of an MoE layer for TorchTitan's trainer: our kernels' and the shared ones."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtitan.models.moe import FeedForward
+from torchtitan.models.utils import trunc_normal_
+
+from momoe_titan.kernels import momoe_mlp
+from momoe_titan.memory.activation_eviction import ActivationBudget
+from momoe_titan.model.parallel.tensor import local_weight
+
+
+class MomoeExperts(nn.Module):
+    """All experts of one layer.
+
+    Args:
+        dim: D.
+        hidden_dim: F.
+        num_experts: E.
+        save_percent, backend, check_ids: of `momoe_mlp`.
+
+    Attributes:
+        w1: (E, D, 2, F): [:, :, 0] up, [:, :, 1] gate. With an axis of their own, the same columns
+            of both are one shard of the last dimension, as tensor parallelism needs them.
+        w2: (E, F, D).
+        activation_budget: of the z that this model's layers save, where it may have to be evicted, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        save_percent: float = 0.0,
+        backend: str = "auto",
+        check_ids: bool = False,
+    ):
+        super().__init__()
+        self.num_experts = num_experts
+        self.save_percent = save_percent
+        self.backend = backend
+        self.check_ids = check_ids
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2, hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.activation_budget: ActivationBudget | None = None
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        scores_TK: torch.Tensor,
+        num_rows: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
+        w1, w2 = local_weight(self.w1), local_weight(self.w2)
+        save_percent, on_keep = self.save_percent, None
+        if self.activation_budget is not None:
+            save_percent = self.activation_budget.save_percent(self)
+            on_keep = functools.partial(self.activation_budget.record_saved, self)
+        return momoe_mlp(
+            x_TD,
+            w1.flatten(2),
+            w2,
+            ids_TK,
+            scores_TK,
+            save_percent,
+            num_rows=num_rows,
+            backend=self.backend,
+            check_ids=self.check_ids,
+            on_keep=on_keep,
+        )
+
+    @torch.no_grad()
+    def init_weights(self, init_std: float) -> None:
+        """Draw what TorchTitan's GroupedExperts draws from the same seed, in its order: gate
+        (their w1), down (w2), up (w3), each of shape (E, out, in)."""
+        for target_EIO, std in (
+            (self.w1[:, :, 1], 0.02),
+            (self.w2, init_std),
+            (self.w1[:, :, 0], init_std),
+        ):
+            drawn_EOI = target_EIO.new_empty(target_EIO.transpose(1, 2).shape)
+            trunc_normal_(drawn_EOI, mean=0.0, std=std)
+            target_EIO.copy_(drawn_EOI.transpose(1, 2))
+
+
+class SharedExperts(FeedForward):
+    """TorchTitan's feed-forward, which under tensor parallelism computes a rank's columns of the
+    hidden dimension: x (T, D) -> its share of the sum that is the output (T, D)."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        w1, w2, w3 = (local_weight(w.weight) for w in (self.w1, self.w2, self.w3))
+        return F.linear(F.silu(F.linear(x_TD, w1)) * F.linear(x_TD, w3), w2)

@@ -1,0 +1,76 @@
+"""The router of an MoE layer for TorchTitan's trainer."""
+
+import torch
+from torch import nn
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.moe.moe import TokenChoiceTopKRouter
+
+from momoe_titan.kernels.router import float32_product
+from momoe_titan.model.parallel.tensor import local_weight
+from momoe_titan.moe.expert_stats import accumulate_entropy, records_entropy
+from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies in float32, whatever the dtype of x and weight.
+
+    x is (T, D), the output float32. Autocast is switched off inside. Under FSDP mixed precision, x
+    and the gathered weight arrive rounded to bfloat16 and are not rounded any further.
+    """
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        out_TE = float32_product(x_TD, local_weight(self.weight))
+        return out_TE if self.bias is None else out_TE + local_weight(self.bias).float()
+
+
+class MomoeRouter(TokenChoiceTopKRouter):
+    """TorchTitan's token-choice router with float32 logits and the choice of `moe.router.route_tokens`.
+
+    Buffer, not in the state dict:
+        entropy_and_tokens: (2) float32: the sum of the tokens' entropies, and their number, over
+            the training forwards since the last log (see `expert_stats.accumulate_entropy`).
+    """
+
+    def __init__(self, dim: int, moe_args: MoEArgs):
+        super().__init__(
+            dim=dim,
+            num_experts=moe_args.num_experts,
+            num_expert_groups=None,
+            num_limited_groups=None,
+            top_k=moe_args.top_k,
+            score_func=moe_args.score_func,
+            route_norm=moe_args.route_norm,
+            route_scale=moe_args.route_scale,
+            gate_bias=moe_args.gate_bias,
+            _debug_force_load_balance=moe_args._debug_force_load_balance,
+        )
+        self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
+        self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
+
+    def forward(
+        self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x_TD: tokens, any floating dtype.
+            expert_bias_E: float32, added for the choice of experts and not to the scores
+                (arXiv 2408.15664, equation 3).
+
+        Returns:
+            scores_TK float32 and ids_TK int64, ordered by falling score plus bias.
+        """
+        logits_TE = self.gate(x_TD)
+        if records_entropy(self):
+            scores_TE = expert_scores(logits_TE.detach(), self.score_func)
+            accumulate_entropy(self.entropy_and_tokens, scores_TE)
+        how = self.route_norm, self.route_scale
+        if self._debug_force_load_balance:
+            scores_TE = expert_scores(logits_TE, self.score_func)
+            ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)
+            return scale_scores(scores_TK, *how), ids_TK
+        return route_tokens(logits_TE, expert_bias_E, self.top_k, self.score_func, *how)
+
+    def init_weights(self, init_std: float) -> None:
+        super().init_weights(init_std)
+        if self.gate.bias is not None:
+            nn.init.zeros_(self.gate.bias)

@@ -1,0 +1,72 @@
+"""TorchTitan's own MoE layer, for comparison with ours."""
+
+import dataclasses
+
+import torch
+from torch.distributed.tensor import Shard
+from torchtitan.models.moe import MoEArgs
+from torchtitan.models.moe.moe import TokenReorderer
+from torchtitan.tools.utils import has_cuda_capability
+
+from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.parallel.tensor import gather_rows, sum_and_scatter_rows
+from momoe_titan.model.router import MomoeRouter
+from momoe_titan.moe.expert_stats import count_experts, record_counts
+
+
+class _StockRouter(MomoeRouter):
+    def forward(self, x_TD, expert_bias_E=None):
+        scores_TK, ids_TK = super().forward(x_TD, expert_bias_E)
+        # The base class adds these to tokens_per_expert in every forward.
+        counts_E = ids_TK.new_zeros(self.num_experts)
+        record_counts(self, counts_E, count_experts(ids_TK, self.num_experts))
+        return scores_TK, ids_TK, counts_E
+
+
+class _StockReorderer(TokenReorderer):
+    def forward(self, scores_TK, ids_TK):
+        # torch.histc, which the base class counts with, has no integer kernel for the CPU and no
+        # deterministic one for CUDA.
+        if ids_TK.is_cuda and not torch.are_deterministic_algorithms_enabled():
+            return super().forward(scores_TK, ids_TK)
+        ids_R = ids_TK.reshape(-1)
+        order_R = ids_R.argsort(stable=True)
+        return scores_TK.reshape(-1)[order_R], order_R, count_experts(ids_TK, self.num_experts)
+
+
+class StockMoE(BalancedMoE):
+    """TorchTitan's own forward and experts, for comparison with `MomoeMoE`.
+
+    Differs from TorchTitan's MoE in what would make the comparison unfair or stop it on a CPU:
+    the router is ours, and tokens are counted as in `BalancedMoE`. Under tensor parallelism
+    TorchTitan 0.2.2 takes each rank's share of the scores' gradient for the whole; here it is
+    summed.
+    """
+
+    router_class = _StockRouter
+    experts_tp_placements = {"w1": Shard(1), "w2": Shard(2), "w3": Shard(1)}
+
+    def __init__(
+        self,
+        moe_args: MoEArgs,
+        dim: int,
+        hidden_dim: int,
+        *,
+        load_balance_rate: float = 0.0,
+        load_balance_rule: str = "sign",
+    ):
+        grouped_mm = moe_args.use_grouped_mm and has_cuda_capability(9, 0)
+        super().__init__(
+            dataclasses.replace(moe_args, use_grouped_mm=grouped_mm),
+            dim,
+            hidden_dim,
+            load_balance_rate=load_balance_rate,
+            load_balance_rule=load_balance_rule,
+        )
+        self.reorderer = _StockReorderer(moe_args.num_experts, moe_args.top_k)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """x (B, L, D) -> out (B, L, D)."""
+        x_TD = gather_rows(x_BLD.flatten(0, 1), self.tp_mesh)
+        out_TD = super().forward(x_TD[None])[0]
+        return sum_and_scatter_rows(out_TD, self.tp_mesh).view(x_BLD.shape)
