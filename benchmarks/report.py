@@ -1,0 +1,474 @@
+"""Tables and charts of the pages, from the measurements in benchmarks/results.
+
+    python benchmarks/report.py            # write them
+    python benchmarks/report.py --check    # exit status 1 if a table or a chart is not up to date
+
+A page marks the place of a table by two comments, `<!-- table: NAME -->` and `<!-- /table -->`; what
+stands between them is written by the function NAME of `TABLES`. Charts are PNG files in docs/, which
+need matplotlib (pip install "momoe_titan[plot]"); each carries a hash of what it shows, so that --check
+needs no drawing.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Row = dict[str, object]
+NAMES = {"momoe_titan": "momoe_titan", "sonicmoe": "SonicMoE", "torchtitan": "TorchTitan"}
+COLORS = {"momoe_titan 100": "#1b6ca8", "momoe_titan 0": "#7fb3d8", "SonicMoE": "#e08a3c", "TorchTitan": "#8c8c8c"}
+OURS = ("momoe_titan 100", "momoe_titan 0")
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of one measurement."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def about(name: str) -> dict:
+    """Hardware, versions, date and command of one measurement."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["about"]
+
+
+def source(*names: str) -> str:
+    """The line under a table: which hardware, when, and where the rows and the command are."""
+    first = about(names[0])
+    files = ", ".join(f"`{name}.json`" for name in names)
+    return f"{first['hardware']}, {first['date']}; {files}."
+
+
+def label(row: Row) -> str:
+    """How a chart or a column names an implementation."""
+    name = NAMES[str(row["implementation"])]
+    return f"{name} {row['save_percent']}" if "save_percent" in row else name
+
+
+def text(value: object) -> str:
+    """A cell: thousands with commas, floats as they were recorded."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of markdown: the first column to the left, the others to the right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *([text(cell) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def pivot(rows: list[Row], index: str, columns: Sequence[str], value: str, name: Callable[[Row], str] = label) -> str:
+    """A table with a row for each `index`, a column for each name, and one number a cell."""
+    cells: dict[object, dict[str, object]] = {}
+    for row in rows:
+        cells.setdefault(row[index], {})[name(row)] = row.get(value, row.get("error"))
+    return table([index, *columns], ([key, *(of_key.get(c) for c in columns)] for key, of_key in cells.items()))
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+README_SHAPES = ("1.4B-n256", "7B-n256", "30B-n1024", "120B-n1024", "seed-64e", "seed-128e-long")
+
+
+def readme_layer() -> str:
+    """Forward and backward of six shapes, and their peaks."""
+    cells = {(row["shape"], label(row)): row for row in rows_of("layer_h100")}
+    columns = (*OURS, "SonicMoE")
+    header = ["shape", *(f"TFLOPS, {c}" for c in columns), *(f"peak MiB, {c}" for c in columns)]
+    body = ([s, *(cells[s, c][v] for v in ("both", "peak") for c in columns)] for s in README_SHAPES)
+    return table(header, body)
+
+
+def layer_shapes() -> str:
+    """What the names of the shapes stand for."""
+    shapes = {row["shape"]: row for row in rows_of("layer_h100")}
+    return table(["shape", *"TDFEK"], ([name, *(row[k] for k in "TDFEK")] for name, row in shapes.items()))
+
+
+def _layer(value: str) -> str:
+    return pivot(rows_of("layer_h100"), "shape", (*OURS, "SonicMoE", "TorchTitan"), value)
+
+
+def layer_both() -> str:
+    """Forward and backward, all shapes."""
+    return _layer("both") + "\n" + source("layer_h100") + "\n"
+
+
+def layer_forward() -> str:
+    return _layer("forward")
+
+
+def layer_backward() -> str:
+    return _layer("backward")
+
+
+def layer_inference() -> str:
+    return _layer("inference")
+
+
+def layer_saved() -> str:
+    return _layer("saved")
+
+
+def layer_peak() -> str:
+    return _layer("peak")
+
+
+def layer_other_host() -> str:
+    return pivot(rows_of("layer_other_host_h100"), "shape", ("momoe_titan 100", "SonicMoE"), "both")
+
+
+def layer_save_percent() -> str:
+    """TFLOPS at five values of save_percent."""
+    percents = ("0", "25", "50", "75", "100")
+    return pivot(rows_of("layer_save_percent_h100"), "shape", percents, "both", lambda r: str(r["save_percent"]))
+
+
+def layer_h200() -> str:
+    """Shapes nobody tuned for: speed, then peak."""
+    rows = rows_of("layer_h200")
+    keys = ("forward", "backward", "both", "inference", "peak")
+    header = ["shape", "implementation", *(f"{k}, TFLOPS" for k in keys[:-1]), "peak, MiB"]
+    return table(header, ([r["shape"], label(r), *(r.get(k) for k in keys)] for r in rows))
+
+
+def layer_original_momoe() -> str:
+    header = ["shape", "save_percent", "forward and backward, TFLOPS", "peak, MiB"]
+    rows = rows_of("layer_original_momoe_h100")
+    return table(header, ([r["shape"], r["save_percent"], r["both"], r["peak"]] for r in rows))
+
+
+def layer_errors() -> str:
+    keys = ("y", "dx", "scores", "w1", "w2")
+    rows = rows_of("layer_errors_h100")
+    return table(["implementation", *keys], ([label(r), *(f"{r[k]:.4f}" for k in keys)] for r in rows))
+
+
+def layer_skew() -> str:
+    rows = rows_of("layer_skew_h100")
+    return table(
+        ["shape", "balanced, ms", "skewed, ms"], ([r["shape"], r["balanced_ms"], r["skewed_ms"]] for r in rows)
+    )
+
+
+def layer_router_share() -> str:
+    return table(["shape", "share, %"], ([r["shape"], r["share"]] for r in rows_of("layer_router_share_h100")))
+
+
+def router() -> str:
+    keys = ("torch_float32", "ours_float32", "torch_bfloat16", "ours_bfloat16")
+    header = ["shape", *(f"{k.replace('_', ', ').replace('ours', 'kernels')}, ms" for k in keys)]
+    return table(header, ([r["shape"], *(r[k] for k in keys)] for r in rows_of("router_h100")))
+
+
+def decode() -> str:
+    """Share of a copy's speed, by the number of tokens."""
+    tokens = ("1", "4", "16", "64")
+    rows = [row for row in rows_of("decode_h100") if row["implementation"] == "momoe_titan"]
+    name = lambda row: str(row["T"])  # noqa: E731
+    return pivot(rows, "shape", tokens, "share", name) + "\n" + source("decode_h100") + "\n"
+
+
+def decode_time() -> str:
+    rows = [row for row in rows_of("decode_h100") if row["implementation"] == "momoe_titan"]
+    return pivot(rows, "shape", ("1", "4", "16", "64"), "us", lambda row: str(row["T"]))
+
+
+MODES = ("none", "full", "selective, op", "every second block")
+
+
+def _modes(name: str, value: str) -> str:
+    rows = rows_of(name)
+    for row in rows:
+        row["save_percent"] = row.get("save_percent", "TorchTitan's MoE")
+    return pivot(rows, "save_percent", MODES, value, lambda row: str(row["mode"]))
+
+
+def memory_500m_speed() -> str:
+    return _modes("memory_500m_h100", "tokens_per_s") + "\n" + source("memory_500m_h100") + "\n"
+
+
+def memory_500m_peak() -> str:
+    return _modes("memory_500m_h100", "peak")
+
+
+def memory_500m_planned() -> str:
+    return _modes("memory_500m_h100", "planned")
+
+
+def memory_500m_moe() -> str:
+    return _modes("memory_500m_h100", "moe")
+
+
+def memory_1_4b_speed() -> str:
+    return _modes("memory_1.4b_h100", "tokens_per_s") + "\n" + source("memory_1.4b_h100") + "\n"
+
+
+def memory_1_4b_peak() -> str:
+    return _modes("memory_1.4b_h100", "peak")
+
+
+def memory_1_4b_planned() -> str:
+    return _modes("memory_1.4b_h100", "planned")
+
+
+def memory_1_4b_moe() -> str:
+    return _modes("memory_1.4b_h100", "moe")
+
+
+def _plain(name: str, **header: str) -> str:
+    """All rows of a measurement as they are; `header` names the columns and their units."""
+    body = ([label(r) if k == "implementation" else r.get(k) for k in header] for r in rows_of(name))
+    return table(list(header.values()), body) + "\n" + source(name) + "\n"
+
+
+def compile_500m() -> str:
+    header = {"mode": "activation checkpointing", "implementation": "MoE", "tokens_per_s": "tokens/s"}
+    return _plain("compile_500m_h100", **header, peak="peak, GiB")
+
+
+def memory_batch() -> str:
+    header = {"config": "model", "sequences": "sequences a step", "tokens_per_s": "tokens/s", "peak": "peak, GiB"}
+    return _plain("memory_batch_h100", **header)
+
+
+def train_500m() -> str:
+    losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 100, 200, 300)}
+    return _plain(
+        "train_500m_h100", run="run", **losses, tokens_per_s="tokens/s", peak="peak, GiB", planned="plan, GiB"
+    )
+
+
+def models_h200() -> str:
+    header = {"model": "model", "gpus": "GPUs", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU"}
+    return _plain("models_h200", **header, mfu="MFU, %")
+
+
+def parallel_two() -> str:
+    header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "predicted": "predicted"}
+    return _plain("parallel_2xh100", **header, peak="peak, GiB", planned="plan, GiB", loss_40="loss, step 40")
+
+
+def parallel_bfloat16() -> str:
+    header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "lowest": "lowest log"}
+    return _plain(
+        "parallel_bfloat16_2xh100", **header, highest="highest log", peak="peak, GiB", loss_20="loss, step 20"
+    )
+
+
+def parallel_four() -> str:
+    losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 5, 10)}
+    header = {"grad_norm_10": "gradient norm, step 10", "reserved": "reserved, GiB", "planned": "plan, GiB"}
+    return _plain("parallel_4xh100", run="run", **losses, **header)
+
+
+def step_time() -> str:
+    header = {"gpu": "GPU", "run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s", "predicted": "predicted"}
+    return _plain("step_time", **header)
+
+
+def rates_step_time() -> str:
+    return _plain("rates_step_time", rate="rate", unit="unit", h100="H100", h200="H200", source="where from")
+
+
+def eviction() -> str:
+    header = {"mode": "activation checkpointing", "run": "run", "budget": "budget, MiB", "allocated": "allocated, MiB"}
+    return _plain("eviction_2xh200", **header, reserved="reserved, MiB", evicted="evicted, MiB")
+
+
+def balancing_debug() -> str:
+    header = {"rate": "`load_balance_rate`", "rule": "`load_balance_rule`", "maxvio_mean": "MaxVio, mean of layers"}
+    return _plain("balancing_debug_cpu", **header, maxvio_max="MaxVio, worst layer", loss="loss")
+
+
+def seed_curve() -> str:
+    return _plain("seed_curve_h100", step="step", loss="loss")
+
+
+def inference() -> str:
+    return _plain("inference", what="what", hardware="hardware", value="value", unit="unit")
+
+
+def kernel_times() -> str:
+    keys = ("up", "down", "down_backward", "dw2", "dw1", "dx", "combines")
+    return _plain("kernel_times_h100", code="code", **{k: f"{k.replace('_', ' ')}, us" for k in keys})
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
+    + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
+    + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
+    + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
+    + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
+    + (rates_step_time, eviction, balancing_debug, seed_curve, inference, kernel_times)
+}
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the measurements have them now."""
+
+    def block(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table is called {match[2]!r}; the tables are {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]]() + match[3]
+
+    return BLOCK.sub(block, page)
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+def _bars(axes, rows: list[Row], shapes: Sequence[str], columns: Sequence[str], value: str, ylabel: str) -> None:
+    """One group of bars for each shape, one bar for each implementation."""
+    cells = {(row["shape"], label(row)): row.get(value) for row in rows}
+    width = 0.8 / len(columns)
+    for i, column in enumerate(columns):
+        heights = [cells[shape, column] or 0 for shape in shapes]
+        x = [j + (i - (len(columns) - 1) / 2) * width for j in range(len(shapes))]
+        axes.bar(x, heights, width, label=column, color=COLORS[column])
+    axes.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_readme(figure) -> None:
+    """Speed to the left, peak memory to the right."""
+    rows, columns = rows_of("layer_h100"), (*OURS, "SonicMoE", "TorchTitan")
+    left, right = figure.subplots(1, 2)
+    shapes = README_SHAPES
+    _bars(left, rows, shapes, columns, "both", "TFLOPS, forward and backward")
+    _bars(right, rows, shapes, columns, "peak", "peak memory of the layer, MiB")
+    right.legend(frameon=False, fontsize="small")
+
+
+def _draw_all_shapes(value: str, ylabel: str) -> Callable[[object], None]:
+    def draw(figure) -> None:
+        rows = rows_of("layer_h100")
+        shapes = list(dict.fromkeys(str(row["shape"]) for row in rows))
+        for axes, part in zip(figure.subplots(3, 1), (shapes[:6], shapes[6:12], shapes[12:]), strict=True):
+            _bars(axes, rows, part, (*OURS, "SonicMoE", "TorchTitan"), value, ylabel)
+        figure.axes[0].legend(frameon=False, fontsize="small", ncols=4)
+
+    return draw
+
+
+def draw_ratio(figure) -> None:
+    """One dot for each run: TFLOPS of forward and backward over SonicMoE's."""
+    cells: dict[str, list[float]] = {}
+    both = {(row["shape"], label(row)): row.get("both") for row in rows_of("layer_h100")}
+    for shape, column in both:
+        if column == "SonicMoE":
+            cells[shape] = [both[shape, OURS[0]] / both[shape, column]]
+    for row in rows_of("layer_repeats_h100"):
+        if "both" in row and row["run"] != "earlier kernels":
+            cells[str(row["shape"])].append(float(row["both"]))
+    axes = figure.subplots()
+    for i, ratios in enumerate(cells.values()):
+        axes.plot([i] * len(ratios), ratios, "o", color=COLORS[OURS[0]], alpha=0.6)
+    axes.axhline(1, color=COLORS["SonicMoE"], label="SonicMoE 0.1.2")
+    axes.set_xticks(range(len(cells)), list(cells), rotation=40, ha="right")
+    axes.set_ylabel("TFLOPS over SonicMoE's, one dot a run")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_memory(name: str) -> Callable[[object], None]:
+    def draw(figure) -> None:
+        axes = figure.subplots()
+        rows, colors = rows_of(name), ("#1b6ca8", "#3a9d6e", "#e08a3c", "#9b59b6")
+        for mode, color in zip(MODES, colors, strict=True):
+            ours = [r for r in rows if r["mode"] == mode and "save_percent" in r]
+            stock = [r for r in rows if r["mode"] == mode and "save_percent" not in r]
+            axes.plot([r["peak"] for r in ours], [r["tokens_per_s"] for r in ours], "o-", color=color, label=mode)
+            axes.plot([r["peak"] for r in stock], [r["tokens_per_s"] for r in stock], "x", color=color)
+        axes.plot([], [], "x", color="black", label="TorchTitan's MoE, same mode")
+        axes.set_xlabel("peak memory, GiB")
+        axes.set_ylabel("tokens/s")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small")
+
+    return draw
+
+
+# name: (what draws it, measurements it shows, size in inches)
+CHARTS: dict[str, tuple[Callable, tuple[str, ...], tuple[float, float]]] = {
+    "layer": (draw_readme, ("layer_h100",), (10, 3.6)),
+    "layer_forward_backward": (_draw_all_shapes("both", "TFLOPS"), ("layer_h100",), (8, 8)),
+    "layer_forward": (_draw_all_shapes("forward", "TFLOPS"), ("layer_h100",), (8, 8)),
+    "layer_peak": (_draw_all_shapes("peak", "MiB"), ("layer_h100",), (8, 8)),
+    "layer_ratio": (draw_ratio, ("layer_h100", "layer_repeats_h100"), (8, 4)),
+    "memory_500m": (_draw_memory("memory_500m_h100"), ("memory_500m_h100",), (7, 4.5)),
+    "memory_1.4b": (_draw_memory("memory_1.4b_h100"), ("memory_1.4b_h100",), (7, 4.5)),
+}
+
+
+def chart_hash(name: str) -> str:
+    """A hash of a chart's measurements and of the code that draws it."""
+    draw, measurements, size = CHARTS[name]
+    parts = [name, inspect.getsource(draw), inspect.getsource(_bars), repr((size, COLORS, README_SHAPES))]
+    parts += [json.dumps(rows_of(measurement)) for measurement in measurements]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def stored_hash(png: Path) -> str | None:
+    """The hash that a chart carries in its PNG metadata, None without one."""
+    if not png.exists():
+        return None
+    data, at = png.read_bytes(), 8
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + length]
+        if kind == b"tEXt" and body.startswith(b"Data\0"):
+            return body[5:].decode()
+        at += 12 + length
+    return None
+
+
+def draw_chart(name: str) -> None:
+    """Write docs/NAME.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw, _, size = CHARTS[name]
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    draw(figure)
+    figure.savefig(DOCS / f"{name}.png", dpi=110, metadata={"Data": chart_hash(name)})
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write what is not up to date, or, with --check, name it and return 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is stale")
+    check = parser.parse_args(arguments).check
+
+    pages = {path: path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+    stale_pages = [path for path, page in pages.items() if filled(page) != page]
+    stale_charts = [name for name in CHARTS if stored_hash(DOCS / f"{name}.png") != chart_hash(name)]
+    for path in stale_pages:
+        if not check:
+            path.write_text(filled(pages[path]))
+    for name in stale_charts:
+        if not check:
+            draw_chart(name)
+    stale = [path.name for path in stale_pages] + [f"{name}.png" for name in stale_charts]
+    if stale:
+        print(f"{'not up to date' if check else 'written'}: {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
