@@ -6,19 +6,18 @@ from torchtitan.components.optimizer import OptimizersContainer
 
 
 class NonFiniteGuard:
-    """Optimizer step pre-hook: a step is not taken where any rank has a NaN or an infinity in its
-    gradient.
+    """Optimizer step pre-hook that skips a step if any rank's gradient has a NaN or an infinity.
 
-    TorchTitan clips by the norm and steps in any case, after which every weight is NaN. Here
-    weights and moments stay as they are, on all ranks alike, and the schedule goes on. Decided on
-    the device, which nobody waits for: PyTorch's fused optimizers read the answer from `found_inf`,
-    as they do for a gradient scaler. Other implementations know no such thing and step as in
-    TorchTitan. Costs one more reading of the gradient, and with several ranks an all-reduce of one
-    number.
+    TorchTitan clips by the norm and steps in any case, after which every weight is NaN. With this
+    hook, weights and moments stay as they are on all ranks, and the learning-rate schedule goes on.
+    The host does not wait for the device: PyTorch's fused optimizers read the decision from
+    `found_inf` on the device, as they do for a gradient scaler. Other implementations of the
+    optimizer do not read `found_inf` and step as in TorchTitan. The cost is one more reading of the
+    gradient, and with several ranks an all-reduce of one number.
 
     Attributes:
-        skipped_steps: since the start; after the first step a tensor without dimensions on the
-            device.
+        skipped_steps: how many steps were skipped since the start: 0 before the first step, then a
+            0-dimensional tensor on the device.
     """
 
     def __init__(self):
@@ -29,13 +28,13 @@ class NonFiniteGuard:
         grads = [p.grad for part in optimizers.model_parts for p in part.parameters()]
         grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads if g is not None]
         device = next(optimizers.model_parts[0].parameters()).device
-        # without a gradient (it was used in the backward) there is nothing to find
+        # No gradient is left where the optimizer steps during the backward.
         norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=device)]
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
-        # Not with one rank: NCCL allocates at its first collective, where a first step may have filled the GPU.
+        # Not with one rank: NCCL's first collective allocates memory, which the first step may have filled.
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
-        optimizers.found_inf = found_inf  # for the other hooks
+        optimizers.found_inf = found_inf  # read by the hooks that follow
         if all(g["fused"] for optimizer in optimizers for g in optimizer.param_groups):
             for optimizer in optimizers:
                 optimizer.found_inf = found_inf

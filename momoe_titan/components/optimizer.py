@@ -13,24 +13,26 @@ from momoe_titan.moe.balancing import bias_delta
 
 
 class ExpertLoadBalancer:
-    """Optimizer step pre-hook: reduces the counts of all MoE layers and moves their biases.
+    """Optimizer step pre-hook that moves the biases of all MoE layers by their token counts.
 
-    Counts accumulate in the layers, over all microbatches of a step. The hook sums them over the
-    ranks that route different tokens, so that every rank moves its biases alike whatever its
-    own gradients are, then starts the counts again at 0. It never waits for the device. Layers
-    with balancing off keep their bias and are counted all the same. A step that the optimizer is
-    told to skip (its `found_inf` is 1, see `non_finite`) moves no bias: NaN activations choose any
-    experts. A loop that skips the call of the optimizer carries its counts over into the next.
+    The layers count tokens over all microbatches of a step. The hook sums these counts over the
+    ranks that route different tokens, so that every rank moves its biases alike, and starts the
+    counts again at 0. It never waits for the device. A layer with balancing off keeps its bias; its
+    tokens are counted all the same.
+
+    Where the optimizer is told to skip a step (its `found_inf` is 1, see `non_finite`), no bias
+    moves, because NaN activations choose any experts. A loop that does not call the optimizer at
+    all carries the counts over into the next step.
 
     Args:
         model_parts: modules to search for MoE layers.
         process_group: the data- and context-parallel ranks, or None for one.
-        tp_group: the tensor-parallel ranks where each counts tokens of its own, as it does where
-            expert parallelism borrows them; None where all count the same.
+        tp_group: the tensor-parallel ranks, if each counts tokens of its own, which is so where
+            expert parallelism uses them as its ranks; None if all of them count the same tokens.
 
     Attributes:
-        counts_LE: (MoE layers, E) int64, tokens per expert of the last step over all ranks, on
-            the device; None before the first step or without MoE layers.
+        counts_LE: (MoE layers, E) int64 on the device, tokens per expert of the last step over all
+            ranks; None before the first step or without MoE layers.
 
     Raises:
         ValueError: layers that differ in number of experts or rule, or, where on, in rate.
@@ -59,7 +61,7 @@ class ExpertLoadBalancer:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
-        """The hook; of its arguments only `optimizer.found_inf` is read, if there is one."""
+        """The hook. Of its arguments it reads `optimizer.found_inf` alone, if there is one."""
         if not self.layers:
             return
         counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
@@ -84,8 +86,11 @@ def build_momoe_optimizers(
     parallel_dims: ParallelDims,
     ft_manager=None,
 ) -> OptimizersContainer:
-    """TorchTitan's optimizers with two step pre-hooks, which are also their attributes
-    `non_finite_guard` and `load_balancer`, and the models' `AutoSavePercent` as post-hooks."""
+    """TorchTitan's optimizers, with our step hooks registered.
+
+    Before a step run `non_finite_guard` and then `load_balancer`, both also attributes of the
+    result. After a step runs each model part's `auto_save_percent`, where it has one.
+    """
     optimizers = build_optimizers(model_parts, optimizer_config, parallel_dims, ft_manager)
     loss_mesh = parallel_dims.get_optional_mesh("loss")
     group = None if loss_mesh is None else loss_mesh.get_group()
