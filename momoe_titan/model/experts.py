@@ -10,7 +10,7 @@ from torchtitan.models.utils import trunc_normal_
 
 from momoe_titan.kernels import momoe_mlp
 from momoe_titan.memory.activation_eviction import ActivationBudget
-from momoe_titan.model.parallel.tensor import local_weight
+from momoe_titan.model.parallel.collectives import local_weight
 
 
 class MomoeExperts(nn.Module):

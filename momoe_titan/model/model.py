@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -117,6 +118,14 @@ class MomoeBlock(nn.Module):
                 self.moe.init_weights(self.weight_init_std, device)
             else:
                 self.feed_forward.init_weights(self.weight_init_std)
+
+
+def blocks_of(model: nn.Module) -> list[MomoeBlock]:
+    """The blocks of a model, or of a pipeline stage of it.
+
+    Activation checkpointing and torch.compile wrap blocks in modules that pass attributes on.
+    """
+    return cast(list[MomoeBlock], list(model.get_submodule("layers").children()))
 
 
 def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:

@@ -6,7 +6,7 @@ from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 
 from momoe_titan.kernels.router import float32_product
-from momoe_titan.model.parallel.tensor import local_weight
+from momoe_titan.model.parallel.collectives import local_weight
 from momoe_titan.moe.expert_stats import accumulate_entropy, records_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
 

@@ -4,17 +4,31 @@ Load balancing needs each token counted once per step. A forward that activation
 recomputes runs inside the backward and must not count again. Evaluation must not count at all.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 _entropy_wanted = False
+_paused = False
 
 
 def inside_backward() -> bool:
     """True while autograd runs a backward on this thread, hence in every recomputed forward."""
     return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def recording_paused() -> Iterator[None]:
+    """Within the block this process records nothing: for a forward on values that mean nothing."""
+    global _paused
+    before, _paused = _paused, True
+    try:
+        yield
+    finally:
+        _paused = before
 
 
 def count_experts(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -43,8 +57,8 @@ def record_counts(module: nn.Module, total_E: torch.Tensor, counts_E: torch.Tens
 # it: one compiled graph serves the forward and its recomputation.
 @torch.library.custom_op("momoe_titan::accumulate_counts", mutates_args=("total_E",))
 def accumulate_counts(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
-    """Add counts_E (E,) to total_E (E,) in place, except inside a backward."""
-    if not inside_backward():
+    """Add counts_E (E,) to total_E (E,) in place, except inside a backward or while paused."""
+    if not (_paused or inside_backward()):
         total_E.add_(counts_E)
 
 
@@ -72,11 +86,11 @@ def records_entropy(module: nn.Module) -> bool:
 def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
     """Add the sum of the tokens' entropies and the number of tokens to total_2, in place.
 
-    Does nothing where the entropy is not wanted, or inside a backward. The entropy of a token is
+    Does nothing where the entropy is not wanted, inside a backward, or while paused. The entropy of a token is
     that of its scores, divided by their sum, in units of ln E: 1 where all experts score alike, 0
     where one expert has everything.
     """
-    if not _entropy_wanted or inside_backward():
+    if not _entropy_wanted or _paused or inside_backward():
         return
     tokens, num_experts = scores_TE.shape
     tiny = torch.finfo(scores_TE.dtype).tiny

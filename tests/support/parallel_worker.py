@@ -71,7 +71,7 @@ class Batches:
 def gathered_attention(modules, mesh, attention_type) -> None:
     """Context parallelism for a CPU, for which torch has no ring attention: every rank attends
     to the keys and values of all."""
-    from momoe_titan.model.parallel.tensor import gather_rows
+    from momoe_titan.model.parallel.collectives import gather_rows
 
     # With the default load balancer a rank has one piece from the front and one from the back.
     pieces = [(r, 2 * mesh.size() - 1 - r) for r in range(mesh.size())]

@@ -1,35 +1,40 @@
-"""Pipeline parallelism: TorchTitan's, with a count of tokens that stays right."""
+"""Pipeline parallelism: TorchTitan's, with token counts that stay exact."""
 
-import torch
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
-from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.distributed.pipelining import PipelineStage
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
-from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.moe.expert_stats import recording_paused
 
 
 def pipeline_momoe_llama(model: nn.Module, *args):
-    """TorchTitan's `pipeline_llm`, whose arguments and results these are."""
+    """TorchTitan's `pipeline_llm`: the same arguments, the same results."""
     schedule, *rest = pipeline_llm(model, *args)
-    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+    # A schedule of several stages per rank has `_stages`, one of a single stage `_stage`.
+    stages = getattr(schedule, "_stages", None) or [getattr(schedule, "_stage")]  # noqa: B009
+    for stage in stages:
         _leave_probes_uncounted(stage)
     return schedule, *rest
 
 
-def _leave_probes_uncounted(stage: _PipelineStageBase) -> None:
-    """Before its first microbatch, and again after validation, a stage runs a forward to learn the
-    shapes that it will send, on values that mean nothing."""
-    probe = stage._prepare_forward_infra
+def _leave_probes_uncounted(stage: PipelineStage) -> None:
+    """Keep the forward by which a stage learns the shapes it will send out of the token counts.
 
-    def uncounted_probe(*args, **kwargs):
-        moes = [module for module in stage.submod.modules() if isinstance(module, BalancedMoE)]
-        sums = [moe.tokens_per_expert for moe in moes]
-        sums += [moe.router.entropy_and_tokens for moe in moes]
-        before = [total.clone() for total in sums]
-        result = probe(*args, **kwargs)
-        with torch.no_grad():
-            for total, value in zip(sums, before, strict=True):
-                total.copy_(value)
-        return result
+    The stage runs this forward on meaningless values before its first microbatch, and again when
+    training follows validation. torch 2.13 has no hook around it, and from inside, the model cannot
+    tell it from a microbatch. Hence the replaced method.
+    """
+    stage._prepare_forward_infra = _without_recording(stage._prepare_forward_infra)
 
-    stage._prepare_forward_infra = uncounted_probe
+
+def _without_recording(probe: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(probe)
+    def paused(*args, **kwargs):
+        with recording_paused():
+            return probe(*args, **kwargs)
+
+    return paused
