@@ -1,0 +1,175 @@
+"""Limits that no tool checks: lengths, arguments and type hints of functions, circles of files, replaced attributes.
+
+Kernels (functions under a `jit`) are free of them, and implementations of registered ops may take many arguments,
+because an op's schema is flat.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(ROOT.joinpath("momoe_titan").rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+MAX_LINES, MAX_POSITIONAL, MAX_PATCHES = 60, 8, 8
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(ROOT.joinpath(name).read_text())
+
+
+def decorators(function: Function) -> list[str]:
+    return [ast.unparse(decorator) for decorator in function.decorator_list]
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    """Every function but kernels."""
+    for node in ast.walk(tree):
+        if isinstance(node, Function) and not any(re.search(r"\bjit\b", text) for text in decorators(node)):
+            yield node
+
+
+def assert_none(found: dict) -> None:
+    assert not found, "\n".join(f"{where}: {what}" for where, what in found.items())
+
+
+def positional(function: Function) -> list[str]:
+    """The names of positional arguments but self and cls."""
+    every = [argument.arg for argument in function.args.posonlyargs + function.args.args]
+    return [name for name in every if name not in ("self", "cls", "ctx")]
+
+
+def op_implementations(tree: ast.Module) -> set[str]:
+    """Names in a call `library.impl(...)`, or in the table that a loop around one goes through."""
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    impls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".impl")]
+    names = {name.id for call in impls for name in ast.walk(call) if isinstance(name, ast.Name)}
+    for loop in loops:
+        if any(call in ast.walk(loop) for call in impls):
+            names |= {name.id for name in ast.walk(loop.iter) if isinstance(name, ast.Name)}
+    return names
+
+
+def test_no_function_is_long():
+    lines = {
+        f"{name}:{node.name}": node.end_lineno - node.lineno + 1 for name in NAMES for node in functions(parse(name))
+    }
+    assert_none({function: count for function, count in lines.items() if count > MAX_LINES})
+
+
+def test_no_function_takes_many_positional_arguments():
+    many = {}
+    for name in NAMES:
+        tree = parse(name)
+        ops = op_implementations(tree)
+        for node in functions(tree):
+            is_op = node.name in ops or any(re.search("register_fake|custom_op", text) for text in decorators(node))
+            if len(positional(node)) > MAX_POSITIONAL and not is_op:
+                many[f"{name}:{node.name}"] = len(positional(node))
+    assert_none(many)
+
+
+def test_public_functions_are_hinted():
+    """At the top level of a module or class: every argument, and what comes back."""
+    missing = {}
+    for name in NAMES:
+        tree = parse(name)
+        bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+        for node in functions(tree):
+            if node.name.startswith("_") or not any(node in body for body in bodies):
+                continue
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            without = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
+            if without or node.returns is None:
+                missing[f"{name}:{node.name}"] = [*without, *(["return"] if node.returns is None else [])]
+    assert_none(missing)
+
+
+def test_no_circle_of_files():
+    """Imports inside functions and under TYPE_CHECKING count."""
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in NAMES}
+    graph = {}
+    for module, name in modules.items():
+        imported = set()
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name}: write absolute imports"
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    imported.add(inner if inner in modules else node.module)
+        graph[module] = {other for other in imported if other in modules and other != module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(" <- ".join(e.args[1]))
+
+
+def replaced(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, what) of everything that replaces a part of something that is not the file's own.
+
+    That is a call of mock.patch or setattr, an attribute of a module, a private attribute of another object, and a
+    function in place of another object's.
+    """
+    modules, own = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, Function):
+            own.add(node.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if re.fullmatch(r"(mock\.)?patch(\.object|\.dict|\.multiple)?", called):
+                first = node.args[0]
+                if isinstance(first, ast.Constant):
+                    yield node.lineno, str(first.value).rpartition(".")[2]
+                elif called.endswith("object"):
+                    second = node.args[1]
+                    yield node.lineno, str(second.value) if isinstance(second, ast.Constant) else ast.unparse(second)
+                else:
+                    yield node.lineno, ast.unparse(first)
+            elif called == "setattr" and ast.unparse(node.args[0]) != "self":
+                yield node.lineno, ast.unparse(node.args[1]).strip("'\"")
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if not isinstance(target, ast.Attribute):
+                    continue
+                root = ast.unparse(target).split(".")[0].split("(")[0]
+                is_function = isinstance(node.value, ast.Lambda) or ast.unparse(node.value or target) in own
+                private = target.attr.startswith("_") and not target.attr.startswith("__")
+                if root not in ("self", "cls") and (root in modules or is_function or private):
+                    yield node.lineno, target.attr
+
+
+def test_few_attributes_are_replaced_and_each_has_a_reason_in_the_internals_page():
+    page = ROOT.joinpath("docs/internals.md").read_text()
+    places = [(f"{name}:{line}", what) for name in NAMES for line, what in replaced(parse(name))]
+    assert_none({place: what for place, what in places if what not in page})
+    assert len(places) <= MAX_PATCHES, places
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("mock.patch('a.b', 1)", "b"),
+        ("mock.patch.object(module, 'name', 1)", "name"),
+        ("mock.patch.dict(os.environ, A='1')", "os.environ"),
+        ("setattr(module, 'name', 1)", "name"),
+        ("import module\nmodule.name = 1", "name"),
+        ("stage._name = 1", "_name"),
+        ("def f(): pass\nstage.name = f", "name"),
+        ("stage.name = lambda: 0", "name"),
+        ("self._name = 1; ctx.name = x", None),
+    ],
+)
+def test_replaced_attributes_are_seen(text, what):
+    assert [found for _, found in replaced(ast.parse(text))] == ([] if what is None else [what])

@@ -1,0 +1,58 @@
+"""Pages: links lead somewhere, the README is short, the change log knows the version."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import momoe_titan
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "momoe_titan/kernels", "benchmarks")
+    for path in sorted(ROOT.joinpath(folder).glob("*.md"))
+]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    found = set()
+    for heading in re.findall(r"^#+ +(.+?) *$", without_code(text), flags=re.MULTILINE):
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        number = 1
+        unique = anchor
+        while unique in found:
+            unique, number = f"{anchor}-{number}", number + 1
+        found.add(unique)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"`[^`\n]*`", "", without_code(ROOT.joinpath(page).read_text()))
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"""(?:src|href|srcset)=["']([^"']+)["']""", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ROOT.joinpath(page).parent.joinpath(path).resolve() if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            dead.append(link)
+    assert dead == []
+
+
+def test_readme_is_short():
+    assert len(ROOT.joinpath("README.md").read_text().splitlines()) < 150
+
+
+def test_change_log_has_the_version():
+    log = ROOT.joinpath("CHANGELOG.md").read_text()
+    releases = re.findall(r"^## \[?(.+?)\]?(?: - .*)?$", log, flags=re.MULTILINE)
+    assert releases[0] == "Unreleased"
+    assert momoe_titan.__version__ in releases
