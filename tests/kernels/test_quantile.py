@@ -1,0 +1,125 @@
+"""The counting of margins: every token once per expert, in the bin of its margin, on CPU and GPU alike."""
+
+import pytest
+import torch
+
+from momoe_titan.kernels import quantile
+from momoe_titan.kernels.quantile import NUM_BINS, bin_edges, count_margins
+from momoe_titan.moe.router import route_tokens
+
+
+def case(num_tokens, num_experts, top_k, score_func, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(num_tokens, num_experts, generator=generator)
+    bias_E = 0.1 * torch.randn(num_experts, generator=generator)
+    logits_TE, bias_E = logits_TE.to(device), bias_E.to(device)
+    _, ids_TK = route_tokens(logits_TE, bias_E, top_k, score_func)
+    return logits_TE, bias_E, ids_TK
+
+
+def empty_histogram(logits_TE):
+    return torch.zeros(logits_TE.shape[1], NUM_BINS, dtype=torch.int32, device=logits_TE.device)
+
+
+def reference_histogram(logits_TE, bias_E, ids_TK, score_func):
+    """By its definition, in float64, one token after another."""
+    scores_TE = logits_TE.sigmoid() if score_func == "sigmoid" else logits_TE.softmax(dim=1)
+    choice_TE = scores_TE + bias_E
+    edges = bin_edges()
+    histogram_EB = torch.zeros(logits_TE.shape[1], NUM_BINS, dtype=torch.int32)
+    for choice_E, ids_K in zip(choice_TE, ids_TK, strict=True):
+        left = [e for e in range(len(choice_E)) if e not in ids_K.tolist()]
+        cutoff = 0.5 * (choice_E[ids_K].min() + choice_E[left].max())
+        for e, value in enumerate(choice_E):
+            margin = (cutoff - value).double()
+            index = torch.bucketize(margin, edges, right=e not in ids_K.tolist()).item() - 1
+            histogram_EB[e, min(max(index, 0), NUM_BINS - 1)] += 1
+    return histogram_EB
+
+
+SHAPES = {  # (T, E, K)
+    "a part of a block": (37, 8, 2),
+    "experts not a power of two": (100, 5, 2),
+    "many experts": (50, 128, 8),
+    "one expert left": (40, 4, 3),
+}
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(shape, score_func):
+    logits_TE, bias_E, ids_TK = case(*SHAPES[shape], score_func)
+    histogram_EB = empty_histogram(logits_TE)
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
+    assert torch.equal(histogram_EB, reference_histogram(logits_TE, bias_E, ids_TK, score_func))
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax", "softmax_of_chosen"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel(shape, score_func, device):
+    logits_TE, bias_E, ids_TK = case(*SHAPES[shape], score_func, device)
+    got, want = empty_histogram(logits_TE), empty_histogram(logits_TE)
+    quantile._count_margins(logits_TE, bias_E, ids_TK, got, score_func)
+    quantile._count_margins_ref(logits_TE, bias_E, ids_TK, want, score_func)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[1])
+    assert torch.equal(got[:, : NUM_BINS // 2].sum(dim=1), counts_E)
+    assert (got.sum(dim=1) == logits_TE.shape[0]).all()
+    # An exponential that differs in its last bit may move a margin to the next bin.
+    assert (got.cumsum(dim=1) - want.cumsum(dim=1)).abs().max() <= (1 if device == "cuda" else 0)
+
+
+def test_adds_to_what_is_there_and_gives_the_same_bits_in_parts(device):
+    logits_TE, bias_E, ids_TK = case(300, 8, 2, "sigmoid", device)
+    whole, parts = empty_histogram(logits_TE), empty_histogram(logits_TE)
+    quantile._count_margins(logits_TE, bias_E, ids_TK, whole, "sigmoid")
+    for part in (slice(0, 70), slice(70, 300)):
+        quantile._count_margins(logits_TE[part], bias_E, ids_TK[part].contiguous(), parts, "sigmoid")
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("by", ["kernel", "reference"])
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+def test_tokens_with_nan_are_left_out_and_infinities_are_not(score_func, by, device):
+    logits_TE, bias_E, _ = case(20, 8, 2, score_func, device)
+    logits_TE[3, 5], logits_TE[7], logits_TE[9, 1] = float("nan"), float("nan"), float("inf")
+    _, ids_TK = route_tokens(logits_TE, bias_E, 2, score_func)
+    histogram_EB = empty_histogram(logits_TE)
+    count = quantile._count_margins if by == "kernel" else quantile._count_margins_ref
+    count(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
+    assert (histogram_EB.sum(dim=1) == 18).all()
+
+
+def test_no_tokens(device):
+    logits_TE, bias_E, ids_TK = case(0, 8, 2, "sigmoid", device)
+    histogram_EB = empty_histogram(logits_TE)
+    quantile._count_margins(logits_TE, bias_E, ids_TK, histogram_EB, "sigmoid")
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, "sigmoid")
+    assert not histogram_EB.any()
+
+
+def test_rows_of_a_wider_matrix(device):
+    """`TopKRouter` with shared experts hands over the first columns of its logits."""
+    logits_TE, bias_E, ids_TK = case(40, 8, 2, "softmax", device)
+    wide_TE = torch.cat([logits_TE, torch.full_like(logits_TE, 9.0)], dim=1)[:, :8]
+    got, want = empty_histogram(logits_TE), empty_histogram(logits_TE)
+    quantile._count_margins(wide_TE, bias_E, ids_TK, got, "softmax")
+    quantile._count_margins(logits_TE, bias_E, ids_TK, want, "softmax")
+    assert torch.equal(got, want)
+
+
+def test_edges():
+    edges = bin_edges()
+    assert len(edges) == NUM_BINS + 1 and (edges.diff() > 0).all() and edges[NUM_BINS // 2] == 0
+    assert torch.equal(edges, -edges.flip(0)) and edges[-1] == 2.0**quantile.MAX_EXPONENT
+
+
+def test_equal_scores_are_counted_by_who_was_chosen(device):
+    """All experts alike: the lowest ids are chosen, at a margin of 0, on the chosen side."""
+    logits_TE = torch.zeros(10, 4, device=device)
+    bias_E = torch.zeros(4, device=device)
+    _, ids_TK = route_tokens(logits_TE, bias_E, 2, "sigmoid")
+    histogram_EB = empty_histogram(logits_TE)
+    quantile._count_margins(logits_TE, bias_E, ids_TK, histogram_EB, "sigmoid")
+    middle = NUM_BINS // 2
+    assert histogram_EB[:, middle - 1].tolist() == [10, 10, 0, 0]
+    assert histogram_EB[:, middle].tolist() == [0, 0, 10, 10]
