@@ -24,21 +24,11 @@ CASES = {  # (T, D, F, E, K): why
     "7B": (2048, 1536, 256, 128, 8),
     "wide": (4096, 4096, 448, 5, 3),  # up_proj takes few column tiles at a time; several tiles for each program
     "two programs": (700, 320, 448, 5, 3),  # which share all tiles: what one leaves to the next
-    "two programs, three steps": (
-        300,
-        128,
-        192,
-        5,
-        3,
-    ),  # of down_proj, under which four blocks of the tile before go out
+    # of down_proj, under which four blocks of the tile before go out
+    "two programs, three steps": (300, 128, 192, 5, 3),
     "two programs, one step": (517, 64, 64, 6, 4),  # experts 0 and 5 empty
-    "two programs, one expert": (
-        900,
-        576,
-        320,
-        4,
-        1,
-    ),  # dw: tiles of 15 steps, whose blocks go out apart, among tiles of one
+    # dw: tiles of 15 steps, whose blocks go out apart, among tiles of one
+    "two programs, one expert": (900, 576, 320, 4, 1),
     "seed": (1000, 2176, 1152, 64, 6),
 }
 ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -203,21 +193,21 @@ class Case:
         begin = max(b for b in self.offsets if b <= row)
         return begin + (row - begin) // 128 * 128
 
-    def split(self, rows, num_kept):
+    def split(self, rows, num_saved):
         """rows in two buffers; NaN where a buffer's rows belong to the other."""
-        z = hopper.SplitRows.beside(rows[:num_kept].clone(), self.R)
-        if num_kept not in (0, self.R):
-            z.kept[self.tile_start(num_kept) :] = float("nan")
+        z = hopper.SplitRows.beside(rows[:num_saved].clone(), self.R)
+        if num_saved not in (0, self.R):
+            z.saved[self.tile_start(num_saved) :] = float("nan")
             z.rest.copy_(rows[z.first :])
-            z.rest[: self.tile_start(num_kept) - z.first] = float("nan")
-        elif num_kept == 0:
+            z.rest[: self.tile_start(num_saved) - z.first] = float("nan")
+        elif num_saved == 0:
             z.rest.copy_(rows)
         return z
 
     def joined(self, z):
         """The rows of a `SplitRows`."""
-        begin = self.tile_start(z.num_kept) if z.num_kept < self.R else self.R
-        return torch.cat([z.kept[:begin], z.rest[begin - z.first :]])[: self.R]
+        begin = self.tile_start(z.num_saved) if z.num_saved < self.R else self.R
+        return torch.cat([z.saved[:begin], z.rest[begin - z.first :]])[: self.R]
 
     def gathered(self, t):
         return t[self.routing.token_R.long()].float()
@@ -262,7 +252,7 @@ def case(request, name, monkeypatch):
         monkeypatch.setattr(hopper, "DOWN_BACKWARD_AT_A_TIME", (0, 2))
         monkeypatch.setattr(hopper, "ROWS_AT_A_TIME", 1)
     if name not in ("wide", "seed"):
-        monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
+        monkeypatch.setattr(hopper, "SYNC_FLOPS", 0)
     return Case(name, request.param)
 
 
@@ -299,8 +289,8 @@ def test_recompute_z(case):
             case.check(z.rest[first - z.first :], z_want[first:], rows=case.used - first)
             case.untouched(z.rest[: begin - z.first])  # the tile around num_saved is written whole
             case.untouched(z.rest[case.used - z.first :])
-        if z.kept is not z.rest:
-            case.untouched(z.kept)
+        if z.saved is not z.rest:
+            case.untouched(z.saved)
 
 
 @pytest.mark.gpu
@@ -341,7 +331,7 @@ def test_down_proj_backward(case, dz_is):
         elif dz_is == "over the rest of z":
             dz.copy_(rows)
             dz[: case.tile_start(num_saved)] = float("nan")
-            z = hopper.SplitRows(z.kept, dz, num_saved)
+            z = hopper.SplitRows(z.saved, dz, num_saved)
         hopper.down_proj_backward(case.dout, case.w2, case.routing, case.score, z, dz, act, dscore)
         dz = case.joined(dz) if dz_is == "over z" else dz
         case.check(dz, dz_want)
@@ -372,7 +362,9 @@ def test_weight_grad(case):
 @pytest.mark.gpu
 @on_hopper
 def test_no_tokens():
-    new = lambda *size: torch.full(size, 7.0, device="cuda", dtype=torch.bfloat16)
+    def new(*size):
+        return torch.full(size, 7.0, device="cuda", dtype=torch.bfloat16)
+
     none = torch.empty(0, 2, device="cuda")
     packed, _ = build_routing_ref(none.long(), none, 3, 128)
     routing = unpack_routing(packed, 0, 2, 3, 128)
@@ -392,16 +384,16 @@ def test_no_tokens():
 @on_hopper
 @pytest.mark.parametrize("name", ["7B", "wide"])
 def test_same_bits_every_time(name, monkeypatch):
-    """In step or not, and with a program that never runs, so that the others' patience ends."""
+    """With `ProgramSync`, without it, and with a program that never runs, so that the others reach max_polls."""
     case = Case(name, torch.bfloat16)
-    launched_with, pace = [], hopper._pace
+    launched_with, program_sync = [], hopper._program_sync
 
     def recorded(*args):
-        launched_with.append(pace(*args))
+        launched_with.append(program_sync(*args))
         return launched_with[-1]
 
     def one_is_missing(*args):
-        counts, _ = pace(*args)
+        counts, _ = program_sync(*args)
         counts[-1] = 0
         return counts, 3
 
@@ -421,21 +413,21 @@ def test_same_bits_every_time(name, monkeypatch):
         return act, y, case.joined(dz), scaled, dscore, dx, dw1, dw2
 
     first = run()
-    for paced_flops, how in [(1e30, recorded), (0, recorded), (0, one_is_missing), (0, recorded), (1e30, recorded)]:
-        monkeypatch.setattr(hopper, "PACED_FLOPS", paced_flops)
-        monkeypatch.setattr(hopper, "_pace", how)
-        assert all(torch.equal(a, b) for a, b in zip(first, run()))
-    told = [counts for counts, patience in launched_with if patience]
-    assert len(told) == 2 * 4 and len(launched_with) == 4 * 4  # up, z again, dw1, dw2
-    assert all((counts == 1 << 30).all() for counts in told)
+    for sync_flops, how in [(1e30, recorded), (0, recorded), (0, one_is_missing), (0, recorded), (1e30, recorded)]:
+        monkeypatch.setattr(hopper, "SYNC_FLOPS", sync_flops)
+        monkeypatch.setattr(hopper, "_program_sync", how)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    published = [counts for counts, max_polls in launched_with if max_polls]
+    assert len(published) == 2 * 4 and len(launched_with) == 4 * 4  # up, z again, dw1, dw2
+    assert all((counts == 1 << 30).all() for counts in published)  # every program has retired
 
 
 @pytest.mark.gpu
 @on_hopper
-def test_programs_in_step_tell_of_every_tile(monkeypatch):
-    """Patience for seconds, of which none is wanted."""
-    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
-    monkeypatch.setattr(hopper, "PATIENCE", 10**7)
+def test_program_sync_publishes_every_tile(monkeypatch):
+    """Programs would poll for seconds if a tile were never published; none should have to."""
+    monkeypatch.setattr(hopper, "SYNC_FLOPS", 0)
+    monkeypatch.setattr(hopper, "MAX_POLLS", 10**7)
     case = Case("wide", torch.bfloat16)
     z, act, dw1 = (
         torch.empty(n, device="cuda", dtype=case.dtype) for n in ((case.R, 896), (case.R, 448), case.w1.shape)
@@ -450,7 +442,7 @@ def test_programs_in_step_tell_of_every_tile(monkeypatch):
         launch()
         events[1].record()
         torch.cuda.synchronize()
-        assert events[0].elapsed_time(events[1]) < 500  # ms; a program that is not told of holds the others for longer
+        assert events[0].elapsed_time(events[1]) < 500  # ms; a tile that is not published takes longer
 
 
 @pytest.mark.gpu

@@ -24,7 +24,10 @@ SHAPES = {  # (T, D, F, E, K)
 
 def cases(tokens, d_model, ffn, experts, chosen, dtype):
     """(name, call) for every launcher and configuration."""
-    new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
+
+    def new(*size, dtype=dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
     rows = tokens * chosen
     packed = new(packed_size(tokens, chosen, experts, 128), dtype=torch.int32)
     routing = unpack_routing(packed, tokens, chosen, experts, 128)
@@ -48,14 +51,14 @@ def cases(tokens, d_model, ffn, experts, chosen, dtype):
 def main():
     driver.set_active(_NoDevice(90))
     hopper.num_programs = lambda device: 132
-    run, seen = JITFunction.run, set()
+    run, seen, launched = JITFunction.run, set(), {}
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            row = {"kernel": self.fn.__name__, "case": case, "shape": shape, "dtype": str(dtype)}
-            row |= {"shared": compiled.metadata.shared} | resources(compiled.asm["cubin"])
+            row = {"kernel": self.fn.__name__, **launched, "shared": compiled.metadata.shared}
+            row |= resources(compiled.asm["cubin"])
             print(json.dumps(row), flush=True)
         return compiled
 
@@ -64,6 +67,7 @@ def main():
     for shape, sizes in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float16):
             for case, call in cases(*sizes, dtype):
+                launched.update(case=case, shape=shape, dtype=str(dtype))
                 call()
 
 

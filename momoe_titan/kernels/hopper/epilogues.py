@@ -1,0 +1,346 @@
+"""What the two consumers make of a product, and how results leave.
+
+`storing_consumer` keeps a tile's results packed in registers and sends them out under the products of the next
+tile. Its epilogue says what the results are: `UpEpilogue` (z, act) or `PlainEpilogue` (the product).
+`down_backward_consumer` has no registers left for results: it writes them over z in the ring.
+
+Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
+"""
+
+# Gluon's compiler reads this code; its types are not those of Python that runs.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+from momoe_titan.kernels.hopper.layouts import (
+    ACCUMULATOR,
+    BM,
+    BN,
+    CHUNK,
+    HALF,
+    SLICE_ACCUMULATOR,
+    TILE_SMEM,
+    Z_STEPS,
+    as_ragged,
+    ragged_coordinates,
+)
+from momoe_titan.kernels.hopper.operands import is_saved
+from momoe_titan.kernels.hopper.pipeline import advance, multiply
+
+
+@gluon.jit
+def _halves(v):
+    width: gl.constexpr = v.shape[1] // 2
+    return v.reshape([v.shape[0], 2, width]).permute(0, 2, 1).split()
+
+
+@gluon.jit
+def _quarters(v):
+    a, b = _halves(v)
+    a0, a1 = _halves(a)
+    b0, b1 = _halves(b)
+    return a0, a1, b0, b1
+
+
+@gluon.jit
+def _send(blocks, descs, buffers, row, row_end, cols):
+    """Stores (64, 64) blocks, each through a buffer that no other store is reading."""
+    for i in gl.static_range(len(blocks)):
+        buffers[i].store(blocks[i].to(descs[i].dtype))
+    _send_buffers(descs, buffers, row, row_end, cols)
+
+
+@gluon.jit
+def _send_buffers(descs, buffers, row, row_end, cols):
+    fence_async_shared()
+    _send_fenced(descs, buffers, row, row_end, cols)
+
+
+@gluon.jit
+def _send_fenced(descs, buffers, row, row_end, cols):
+    for i in gl.static_range(len(buffers)):
+        where = ragged_coordinates(row, row_end, cols[i])
+        tma.async_copy_shared_to_global(descs[i], where, as_ragged(buffers[i], descs[i]))
+
+
+@gluon.jit
+def _sigmoid(g, FAST: gl.constexpr):
+    """FAST: one special-function instruction with a relative error of 2^-11 in the tanh, well inside bfloat16."""
+    if FAST:
+        h = 0.5 * g
+        s = 0.5 + 0.5 * gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [h], gl.float32, True, 1)
+    else:
+        s = 1.0 / (1.0 + gl.exp(-g))
+    return s
+
+
+@gluon.jit
+def _pack(block, dtype: gl.constexpr):
+    """(64, 64) float32 as (64, 32) int32 of two columns each: loops keep a single 16-bit value in a register of 32."""
+    even, odd = block.reshape([HALF, CHUNK // 2, 2]).split()
+    asm: gl.constexpr = f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], gl.int32, True, 1)
+
+
+@gluon.jit
+def _pack_quarters(acc, dtype: gl.constexpr):
+    a, b, c, d = _quarters(acc)
+    return _pack(a, dtype), _pack(b, dtype), _pack(c, dtype), _pack(d, dtype)
+
+
+@gluon.jit
+def _unpack(packed, dtype: gl.constexpr):
+    even = packed.to(gl.int16).to(dtype, bitcast=True)
+    odd = (packed >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.join(even, odd).reshape([HALF, CHUNK])
+
+
+@aggregate
+class EpilogueStore:
+    """Where a consumer's results go, and how."""
+
+    desc: tma.tensor_descriptor
+    gate_desc: tma.tensor_descriptor
+    buffers: gl.shared_memory_descriptor  # (2, 64, 64)
+    COUNT: gl.constexpr  # blocks of 64 columns in a tile
+    GATED: gl.constexpr  # the third and the fourth go to the columns of the first two, through gate_desc
+    TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
+    STEPS_APART: gl.constexpr  # steps of the next tile between two blocks; of 1 to 4 the fastest for each kernel
+
+    @gluon.constexpr_function
+    def __init__(self, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED, STEPS_APART):
+        self.desc = desc
+        self.gate_desc = gate_desc
+        self.buffers = buffers
+        self.COUNT = gl.constexpr(COUNT)
+        self.GATED = gl.constexpr(GATED)
+        self.TRANSPOSED = gl.constexpr(TRANSPOSED)
+        self.STEPS_APART = gl.constexpr(STEPS_APART)
+
+
+@aggregate
+class PendingTile:
+    """A consumer's (64, 256) results of a tile, in registers, with the place they go to."""
+
+    store: EpilogueStore
+    block_0: gl.tensor  # 64 columns, packed
+    block_1: gl.tensor
+    block_2: gl.tensor
+    block_3: gl.tensor
+    row: gl.tensor  # of the output
+    row_end: gl.tensor  # no row from here on is stored
+    col: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, store, block_0, block_1, block_2, block_3, row, row_end, col):
+        self.store = store
+        self.block_0 = block_0
+        self.block_1 = block_1
+        self.block_2 = block_2
+        self.block_3 = block_3
+        self.row = row
+        self.row_end = row_end
+        self.col = col
+
+    @gluon.jit
+    def send(self, i: gl.constexpr):
+        """Sends block i, after the blocks before it."""
+        out = self.store
+        if self.row < self.row_end:
+            block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[i], out.desc.dtype)
+            buffer = out.buffers.index(i % 2)
+            tma.store_wait(1)
+            if out.TRANSPOSED:
+                buffer.permute((1, 0)).store(block)
+                where = ragged_coordinates(self.row + i * CHUNK, self.row_end, self.col)
+            else:
+                buffer.store(block)
+                where = ragged_coordinates(self.row, self.row_end, self.col + (i % 2 if out.GATED else i) * CHUNK)
+            fence_async_shared()
+            desc = out.gate_desc if out.GATED and i >= 2 else out.desc
+            tma.async_copy_shared_to_global(desc, where, as_ragged(buffer, desc))
+
+    @gluon.jit
+    def send_all(self):
+        for i in gl.static_range(self.store.COUNT):
+            self.send(i)
+
+
+@aggregate
+class UpEpilogue:
+    """Of up_proj: z waits for the next tile and act goes out at once; without Z, act waits."""
+
+    up_desc: tma.tensor_descriptor  # the halves of z, whose first row is row z_first; act_desc twice if not Z
+    gate_desc: tma.tensor_descriptor
+    act_desc: tma.tensor_descriptor
+    z_first: gl.tensor
+    z_end: gl.tensor  # no row of z from here on is stored
+    ACT: gl.constexpr  # act is wanted
+    Z: gl.constexpr  # z is wanted
+
+    @gluon.constexpr_function
+    def __init__(self, up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z):
+        self.up_desc = up_desc
+        self.gate_desc = gate_desc
+        self.act_desc = act_desc
+        self.z_first = z_first
+        self.z_end = z_end
+        self.ACT = gl.constexpr(ACT)
+        self.Z = gl.constexpr(Z)
+
+    @gluon.jit
+    def store(self):
+        buffers = gl.allocate_shared_memory(self.act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
+        if self.Z:
+            store = EpilogueStore(self.up_desc, self.gate_desc, buffers, 4, True, False, 2)
+        else:
+            store = EpilogueStore(self.up_desc, self.gate_desc, buffers, 2, True, False, 1)
+        return store
+
+    @gluon.jit
+    def finish(self, store, acc, tiles, tile, row):
+        """The four packed blocks that wait, and the row, row end and column they go to."""
+        dtype: gl.constexpr = self.act_desc.dtype
+        FAST: gl.constexpr = dtype == gl.bfloat16
+        if self.ACT:
+            up_0, up_1, gate_0, gate_1 = _quarters(acc)
+            act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
+            act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
+        if self.Z:
+            if self.ACT:
+                tma.store_wait(0)
+                cols = tile.col, tile.col + CHUNK
+                buffers = store.buffers.index(0), store.buffers.index(1)
+                _send((act_0, act_1), (self.act_desc, self.act_desc), buffers, row, tile.row_end, cols)
+            b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+            out_row = row - self.z_first
+            out_end = gl.minimum(tile.row_end, self.z_end) - self.z_first
+        else:
+            b0, b1 = _pack(act_0, dtype), _pack(act_1, dtype)
+            b2, b3 = b0, b1  # never sent
+            out_row = row
+            out_end = tile.row_end
+        return b0, b1, b2, b3, out_row, out_end, tile.col
+
+
+@aggregate
+class PlainEpilogue:
+    """Of down_proj, dx and the weight gradients: the product, or its transpose, waits for the next tile."""
+
+    out_desc: tma.tensor_descriptor
+    TRANSPOSED: gl.constexpr  # the tile of a weight gradient goes to the transposed gradient of its expert
+    STEPS_APART: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, out_desc, TRANSPOSED, STEPS_APART):
+        self.out_desc = out_desc
+        self.TRANSPOSED = gl.constexpr(TRANSPOSED)
+        self.STEPS_APART = gl.constexpr(STEPS_APART)
+
+    @gluon.jit
+    def store(self):
+        buffers = gl.allocate_shared_memory(self.out_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
+        return EpilogueStore(self.out_desc, self.out_desc, buffers, 4, False, self.TRANSPOSED, self.STEPS_APART)
+
+    @gluon.jit
+    def finish(self, store, acc, tiles, tile, row):
+        """The four packed blocks that wait, and the row, row end and column they go to."""
+        b0, b1, b2, b3 = _pack_quarters(acc, self.out_desc.dtype)
+        if self.TRANSPOSED:
+            out_row = tile.expert * tiles.N + tile.col
+            out_end = (tile.expert + 1) * tiles.N
+            out_col = row - tile.expert * tiles.M
+        else:
+            out_row = row
+            out_end = tile.row_end
+            out_col = tile.col
+        return b0, b1, b2, b3, out_row, out_end, out_col
+
+
+@gluon.jit
+def storing_consumer(ring, tiles, epilogue, W: gl.constexpr):
+    """Computes rows [64 W, 64 W + 64) of each tile and stores a tile's results while the next one is computed."""
+    store = epilogue.store()
+    stage = 0
+    phase = 0
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
+    # Before the first tile nothing is pending: no row is stored.
+    b0, b1, b2, b3 = _pack_quarters(acc, store.desc.dtype)
+    out_row = gl.to_tensor(0)
+    out_end = gl.to_tensor(0)
+    out_col = gl.to_tensor(0)
+    packed_tile = tiles.packed_tile(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, packed_tile)
+        packed_tile = tiles.packed_tile(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        pending = PendingTile(store, b0, b1, b2, b3, out_row, out_end, out_col)
+        acc, stage, phase = multiply(ring, tile, acc, stage, phase, W, pending=pending)
+        b0, b1, b2, b3, out_row, out_end, out_col = epilogue.finish(store, acc, tiles, tile, row)
+    PendingTile(store, b0, b1, b2, b3, out_row, out_end, out_col).send_all()
+    tma.store_wait(0)
+
+
+@gluon.jit
+def down_backward_consumer(
+    ring, tiles, score_ptr, dz_saved_descs, dz_rest_descs, num_saved, dz_first, act_desc, dscore_ptr, W: gl.constexpr
+):
+    """From dact and z to dz, score * act and a part of dscore.
+
+    dz takes the place of z in its stage, and score * act the place of lhs, until their stores have read them.
+    """
+    dtype: gl.constexpr = act_desc.dtype
+    FAST: gl.constexpr = dtype == gl.bfloat16
+    stage = 0
+    phase = 0
+    results_stage = -1
+    acc = gl.zeros((HALF, BN), gl.float32, ACCUMULATOR)
+    packed_tile = tiles.packed_tile(tiles.begin())
+    for t in range(tiles.begin(), tiles.end(), gl.num_programs(0)):
+        tile = tiles.tile(t, packed_tile)
+        packed_tile = tiles.packed_tile(t + gl.num_programs(0))
+        row = tile.row + W * HALF
+        rows = row + gl.arange(0, HALF, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+        score = gl.load(score_ptr + rows, mask=rows < tile.row_end, other=0.0)
+        acc, stage, phase = multiply(ring, tile, acc, stage, phase, W, results_stage)
+        slices = _quarters(acc)
+        dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+        for i in gl.static_range(Z_STEPS):
+            mbarrier.wait(ring.ready.index(stage), phase)
+            up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
+            gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
+            act_buffer = ring.lhs.index(2 * stage + W)
+            halves = _halves(slices[i])
+            for h in gl.static_range(2):  # 64 columns at once would not fit into the registers
+                up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+                dact = gl.convert_layout(halves[h], SLICE_ACCUMULATOR)
+                up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+                sigmoid = _sigmoid(gate, FAST)
+                silu = gate * sigmoid
+                act = up * silu
+                dscore += gl.sum(dact * act, axis=1)
+                scaled = dact * score[:, None]
+                up_half.store((scaled * silu).to(dtype))
+                gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
+                act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
+            col = tile.col + i * CHUNK
+            _send_buffers((act_desc,), (act_buffer,), row, tile.row_end, (col,))
+            if is_saved(tile.row, tile.row_end, num_saved):
+                _send_fenced(dz_saved_descs, (up_buffer, gate_buffer), row, tile.row_end, (col, col))
+            else:
+                buffers = up_buffer, gate_buffer
+                _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, (col, col))
+            if i > 0:
+                tma.store_wait(3)
+                mbarrier.arrive(ring.empty.index(results_stage))
+            results_stage = stage
+            stage, phase = advance(stage, phase)
+        part = rows.to(gl.int64) * tiles.num_cols + tile.col // BN
+        gl.store(dscore_ptr + part, dscore, mask=rows < tile.row_end)
+    tma.store_wait(0)
