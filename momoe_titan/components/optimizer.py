@@ -50,11 +50,9 @@ class ExpertLoadBalancer:
         self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_rate]
         rates = {self.layers[i].load_balance_rate for i in self.balanced}
         rules = {self.layers[i].load_balance_rule for i in self.balanced}
-        for name, values in (
-            ("num_experts", {layer.experts.num_experts for layer in self.layers}),
-            ("load_balance_rate", rates),
-            ("load_balance_rule", rules),
-        ):
+        sizes = {layer.num_experts for layer in self.layers}
+        alike: dict[str, set] = {"num_experts": sizes, "load_balance_rate": rates, "load_balance_rule": rules}
+        for name, values in alike.items():
             if len(values) > 1:
                 raise ValueError(f"{name} must be the same in all MoE layers, got {sorted(values)}")
         self.rate, self.rule = (rates.pop(), rules.pop()) if self.balanced else (0.0, "sign")
@@ -71,12 +69,13 @@ class ExpertLoadBalancer:
             delta_LE = bias_delta(counts_LE, self.rate, self.rule)
             if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
                 delta_LE = delta_LE * (1 - found_inf)
-            # in place: checkpoints keep a reference
-            torch._foreach_add_(
+            # In place, because checkpoints keep a reference.
+            torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
                 [self.layers[i].expert_bias for i in self.balanced],
                 [delta_LE[i] for i in self.balanced],
             )
-        torch._foreach_zero_([layer.tokens_per_expert for layer in self.layers])
+        totals = [layer.tokens_per_expert for layer in self.layers]
+        torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
         self.counts_LE = counts_LE
 
 
@@ -97,10 +96,10 @@ def build_momoe_optimizers(
     tp_group = None
     if parallel_dims.tp_enabled and parallel_dims.ep_enabled and not parallel_dims.etp_enabled:
         tp_group = parallel_dims.get_mesh("tp").get_group()
-    optimizers.load_balancer = ExpertLoadBalancer(model_parts, group, tp_group)
-    optimizers.non_finite_guard = NonFiniteGuard()
-    optimizers.register_step_pre_hook(optimizers.non_finite_guard)
-    optimizers.register_step_pre_hook(optimizers.load_balancer)
+    balancer = ExpertLoadBalancer(model_parts, group, tp_group)
+    for name, hook in (("non_finite_guard", NonFiniteGuard()), ("load_balancer", balancer)):
+        setattr(optimizers, name, hook)
+        optimizers.register_step_pre_hook(hook)
     for part in model_parts:
         if (auto := getattr(part, "auto_save_percent", None)) is not None:
             optimizers.register_step_post_hook(auto)

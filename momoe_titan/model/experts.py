@@ -23,8 +23,9 @@ class MomoeExperts(nn.Module):
         save_percent, backend, check_ids: of `momoe_mlp`.
 
     Attributes:
-        w1: (E, D, 2, F): [:, :, 0] up, [:, :, 1] gate. With an axis of their own, the same columns
-            of both are one shard of the last dimension, as tensor parallelism needs them.
+        w1: (E, D, 2, F): [:, :, 0] up, [:, :, 1] gate. Up and gate have an axis of their own, so
+            that a shard of the last dimension has the same columns of both, as tensor parallelism
+            needs them.
         w2: (E, F, D).
         activation_budget: of the z that this model's layers save, where it may have to be evicted, or None.
     """
@@ -75,8 +76,10 @@ class MomoeExperts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init_std: float) -> None:
-        """Draw what TorchTitan's GroupedExperts draws from the same seed, in its order: gate
-        (their w1), down (w2), up (w3), each of shape (E, out, in)."""
+        """Draw the weights that TorchTitan's GroupedExperts draws from the same seed.
+
+        Its order is gate (its w1), down (w2), up (w3), each of shape (E, out, in).
+        """
         for target_EIO, std in (
             (self.w1[:, :, 1], 0.02),
             (self.w2, init_std),
@@ -88,8 +91,11 @@ class MomoeExperts(nn.Module):
 
 
 class SharedExperts(FeedForward):
-    """TorchTitan's feed-forward, which under tensor parallelism computes a rank's columns of the
-    hidden dimension: x (T, D) -> its share of the sum that is the output (T, D)."""
+    """TorchTitan's feed-forward, x (T, D) -> out (T, D).
+
+    Under tensor parallelism a rank computes its columns of the hidden dimension, and out is the
+    rank's partial sum.
+    """
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         w1, w2, w3 = (local_weight(w.weight) for w in (self.w1, self.w2, self.w3))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import nn
@@ -24,13 +24,16 @@ from momoe_titan.model.stock_moe import StockMoE
 
 
 class MomoeAttention(Attention):
-    """TorchTitan's llama-3 attention with heads of any even width and, if `qk_norm` asks for it,
-    normalised queries and keys.
+    """TorchTitan's llama-3 attention with heads of any even width and optional QK-norm.
 
     Attributes:
-        q_norm, k_norm: None, or an RMSNorm over head_dim ("per_head"), or over all heads of the
-            queries, n_heads * head_dim, and of the keys, n_kv_heads * head_dim ("full").
+        q_norm, k_norm: by `model_args.qk_norm`, None ("none"), an RMSNorm over each head
+            ("per_head"), or an RMSNorm over all heads together ("full"): n_heads * head_dim wide for
+            the queries, n_kv_heads * head_dim for the keys.
     """
+
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
 
     def __init__(self, model_args: MomoeLlamaArgs):
         super().__init__(model_args)
@@ -50,9 +53,9 @@ class MomoeAttention(Attention):
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)
-        if self.q_norm is not None:
-            self.q_norm.reset_parameters()
-            self.k_norm.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def forward(
         self,
@@ -61,14 +64,16 @@ class MomoeAttention(Attention):
         attention_masks: AttentionMasksType | None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, L, D) -> (B, L, D); the other arguments are those of the base class, which has no
-        place for the norms."""
-        if self.q_norm is None:
+        """x (B, L, D) -> (B, L, D); the other arguments are those of the base class.
+
+        With QK-norm this repeats the base class's forward, which has no place for the norms.
+        """
+        if self.q_norm is None or self.k_norm is None:
             return super().forward(x_BLD, freqs_cis, attention_masks, positions)
         xq, xk, xv = self.wq(x_BLD), self.wk(x_BLD), self.wv(x_BLD)
         if self.qk_norm == "full":
             xq, xk = self.q_norm(xq), self.k_norm(xk)
-        # (B, L, heads, head_dim); -1, because tensor parallelism leaves a rank some of the heads
+        # (B, L, heads, head_dim); heads is -1, because under tensor parallelism a rank has some of them
         xq, xk, xv = (x.unflatten(-1, (-1, self.head_dim)) for x in (xq, xk, xv))
         if self.qk_norm == "per_head":
             xq, xk = self.q_norm(xq), self.k_norm(xk)
@@ -78,8 +83,14 @@ class MomoeAttention(Attention):
 
 
 class MomoeBlock(nn.Module):
-    """Pre-norm transformer block. `moe_enabled` says whether its second half is `moe` or
-    `feed_forward`, as in TorchTitan's MoE models."""
+    """Pre-norm transformer block.
+
+    `moe_enabled` says whether its second half is `moe` or `feed_forward`, as in TorchTitan's MoE
+    models.
+    """
+
+    moe: BalancedMoE
+    feed_forward: FeedForward
 
     def __init__(self, layer_id: int, model_args: MomoeLlamaArgs):
         super().__init__()
@@ -128,19 +139,23 @@ def blocks_of(model: nn.Module) -> list[MomoeBlock]:
     return cast(list[MomoeBlock], list(model.get_submodule("layers").children()))
 
 
+class BalancingArgs(TypedDict):
+    load_balance_rate: float
+    load_balance_rule: str
+
+
 def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
     """The MoE layer that `model_args.backend` asks for."""
-    common = dict(
-        moe_args=model_args.moe_args,
-        dim=model_args.dim,
-        hidden_dim=model_args.moe_hidden_dim,
-        load_balance_rate=model_args.layer_load_balance_rate(layer_id),
-        load_balance_rule=model_args.load_balance_rule,
-    )
+    balancing: BalancingArgs = {
+        "load_balance_rate": model_args.layer_load_balance_rate(layer_id),
+        "load_balance_rule": model_args.load_balance_rule,
+    }
+    widths = model_args.moe_args, model_args.dim, model_args.moe_hidden_dim
     if model_args.backend == STOCK_BACKEND:
-        return StockMoE(**common)
+        return StockMoE(*widths, **balancing)
     return MomoeMoE(
-        **common,
+        *widths,
+        **balancing,
         save_percent=model_args.layer_save_percent(layer_id),
         backend=model_args.backend,
         check_ids=model_args.check_ids,
@@ -156,7 +171,7 @@ class MomoeLlama(Transformer):
 
     def __init__(self, model_args: MomoeLlamaArgs):
         model_args.validate()
-        # no layers: the base class would fill them with dense blocks
+        # The base class would fill the layers with dense blocks: it gets none.
         super().__init__(dataclasses.replace(model_args, n_layers=0))
         self.model_args = model_args
         self.n_layers = model_args.n_layers
@@ -165,8 +180,9 @@ class MomoeLlama(Transformer):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw all weights, the same from one seed on any number of FSDP ranks and with either
-        MoE backend; zero the load-balancing state.
+        """Draw all weights, and set the load-balancing state to zero.
+
+        One seed gives the same weights on any number of FSDP ranks and with either MoE layer.
 
         Args:
             buffer_device: where buffers go; None for where they are.
@@ -193,27 +209,27 @@ def whole_parameters(*modules: nn.Module) -> Iterator[None]:
     """Let code that initialises parameters see whole tensors where FSDP left shards.
 
     Every rank then draws the whole tensor from the same generator state and keeps its shard.
-    Drawing shards instead gives other weights on every number of ranks, and on a CPU, where
-    DTensor does not manage the generator, the same values in every rank's shard: experts that
-    start equal, with equal router rows, and stay equal. Costs the memory of the modules' whole
-    parameters for the while.
+    Drawing shards instead would give other weights on every number of ranks. On a CPU, where DTensor
+    does not manage the generator, all ranks would even draw the same values: experts would start
+    equal, with equal router rows, and stay equal. Within the block the modules' whole parameters
+    take memory.
     """
     shards: list[tuple[nn.Module, str, DTensor]] = []
     for root in modules:
         for module in root.modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in list(module.named_parameters(recurse=False)):
                 if isinstance(parameter, DTensor):
                     shards.append((module, name, parameter))
                     local = parameter.to_local()
                     whole = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
-                    module._parameters[name] = nn.Parameter(whole)
+                    setattr(module, name, nn.Parameter(whole))
     try:
         yield
         for module, name, shard in shards:
-            whole = module._parameters[name].detach()
-            # src_data_rank=None: all ranks hold the same tensor, nothing is sent
+            whole = module.get_parameter(name).detach()
+            # src_data_rank=None: all ranks hold the same tensor, so that nothing is sent
             new = distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
             shard.to_local().copy_(new.to_local())
     finally:
         for module, name, shard in shards:
-            module._parameters[name] = shard
+            setattr(module, name, shard)

@@ -4,22 +4,22 @@ import dataclasses
 import functools
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Placement, Shard
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.tools.logging import logger
 
 from momoe_titan.model.experts import MomoeExperts, SharedExperts
+from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.parallel.dispatch import Dispatcher
-from momoe_titan.model.parallel.tensor import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.router import MomoeRouter
 from momoe_titan.moe.expert_stats import record_counts
 from momoe_titan.moe.float32_buffers import Float32Buffers
 
 
 class BalancedMoE(Float32Buffers, MoE):
-    """What both MoE layers share: router, shared experts, and the state of loss-free load
-    balancing.
+    """What `MomoeMoE` and `StockMoE` share: router, shared experts, and the state of load balancing.
 
     Args:
         moe_args: TorchTitan's arguments; its `load_balance_coeff` is not read.
@@ -29,18 +29,26 @@ class BalancedMoE(Float32Buffers, MoE):
         load_balance_rule: "sign" or "proportional", see `moe.balancing.bias_delta`.
 
     Attributes:
-        tp_mesh: the ranks of tensor parallelism, where x is a rank's part of the sequence, or None.
+        tp_mesh: the ranks of tensor parallelism that each give the layer their part of the
+            sequence, or None.
         experts_tp_placements: how tensor parallelism shards the experts' weights, by name.
 
-    Buffers, both in the state dict, both changed in place by an optimizer step:
+    Buffers, both in the state dict and changed in place by an optimizer step:
         expert_bias: (E) float32, whatever dtype the module is cast to.
         tokens_per_expert: (E) int64, tokens that chose each expert in training forwards since the
-            last optimizer step. Neither evaluation, nor no_grad, nor a forward recomputed for
-            activation checkpointing (use_reentrant=False) is counted.
+            last optimizer step. Not counted: evaluation, forwards under no_grad, and forwards that
+            activation checkpointing recomputes (use_reentrant=False).
     """
 
     float32_buffers = ("expert_bias",)
     router_class = MomoeRouter
+    experts_tp_placements: dict[str, Placement]
+    router: MomoeRouter
+    experts: nn.Module
+    shared_experts: nn.Module | None
+    tp_mesh: DeviceMesh | None
+    expert_bias: torch.Tensor
+    tokens_per_expert: torch.Tensor
 
     def __init__(
         self,
@@ -51,14 +59,14 @@ class BalancedMoE(Float32Buffers, MoE):
         load_balance_rate: float = 0.0,
         load_balance_rule: str = "sign",
     ):
-        # With any rate the base class registers both buffers.
+        # The base class registers expert_bias only where it has a rate.
         super().__init__(dataclasses.replace(moe_args, load_balance_coeff=1.0), dim, hidden_dim)
         self.load_balance_coeff = load_balance_rate or None  # TorchTitan's name for the rate
         self.load_balance_rule = load_balance_rule
         self.router = self.router_class(dim, moe_args)
         if self.shared_experts is not None:
             self.shared_experts = SharedExperts(dim, hidden_dim * moe_args.num_shared_experts)
-        self.tp_mesh: DeviceMesh | None = None
+        self.tp_mesh = None
         counts_E = torch.zeros(moe_args.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts_E, persistent=True)
         self.register_load_state_dict_pre_hook(_start_missing_state_at_zero)
@@ -72,9 +80,13 @@ class BalancedMoE(Float32Buffers, MoE):
         super().init_weights(init_std, buffer_device)
         self.reset_balance_state(buffer_device)
 
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_experts
+
     def reset_balance_state(self, device: torch.device) -> None:
-        """Zero bias, counts and the router's entropy, on this device."""
-        num_experts = self.experts.num_experts
+        """Set the bias, the counts and the router's entropy to zero, on this device."""
+        num_experts = self.num_experts
         self.expert_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.router.entropy_and_tokens = torch.zeros(2, device=device)
@@ -82,24 +94,25 @@ class BalancedMoE(Float32Buffers, MoE):
     def omit_from_next_load(self, name: str) -> None:
         """Leave a buffer out of the state dict until the next `load_state_dict`, which zeroes it.
 
-        For a checkpoint that lacks it: torch.distributed.checkpoint refuses to load a key that
-        the checkpoint does not have.
+        For a checkpoint without this buffer, because torch.distributed.checkpoint refuses to load a
+        key that the checkpoint does not have.
         """
         self._non_persistent_buffers_set.add(name)
 
 
 class MomoeMoE(BalancedMoE):
-    """Router, our experts and optional shared experts.
+    """An MoE layer with the experts of our kernels and optional shared experts.
 
     Args:
         save_percent, backend, check_ids: of `momoe_mlp`.
         the others: as in `BalancedMoE`.
 
     Attributes:
-        dispatcher: what expert parallelism sends tokens to their experts with, or None.
+        dispatcher: sends tokens to the ranks of their experts under expert parallelism, or None.
     """
 
     experts_tp_placements = {"w1": Shard(3), "w2": Shard(1)}
+    experts: MomoeExperts
 
     def __init__(
         self,
@@ -120,9 +133,11 @@ class MomoeMoE(BalancedMoE):
         self.dispatcher: Dispatcher | None = None
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """x (B, L, D) -> out (B, L, D), without waiting for the device but for the sizes of what
-        expert parallelism exchanges. t of the T tokens are the rank's own: all, but for tensor
-        parallelism."""
+        """x (B, L, D) -> out (B, L, D).
+
+        Does not wait for the device, except for the sizes of what expert parallelism exchanges. t of
+        the T tokens are the rank's own, which is all of them without tensor parallelism.
+        """
         x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
         x_TD = gather_rows(x_tD, self.tp_mesh)
         scores_tK, ids_tK = self.router(x_tD, self.expert_bias)
@@ -146,6 +161,7 @@ class MomoeMoE(BalancedMoE):
 def _start_missing_state_at_zero(
     module: BalancedMoE, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
 ) -> None:
+    """`load_state_dict` hook: a layer's part of a state dict without bias or counts gets zeros for them."""
     if not any(key.startswith(prefix) for key in state_dict):
         return
     for name in ("expert_bias", "tokens_per_expert"):

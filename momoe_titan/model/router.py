@@ -12,7 +12,7 @@ from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that multiplies in float32, whatever the dtype of x and weight.
+    """A linear layer that multiplies in float32, whatever the dtypes of x and weight.
 
     x is (T, D), the output float32. Autocast is switched off inside. Under FSDP mixed precision, x
     and the gathered weight arrive rounded to bfloat16 and are not rounded any further.
@@ -26,10 +26,13 @@ class Float32Linear(nn.Linear):
 class MomoeRouter(TokenChoiceTopKRouter):
     """TorchTitan's token-choice router with float32 logits and the choice of `moe.router.route_tokens`.
 
-    Buffer, not in the state dict:
+    Buffer, which is not in the state dict:
         entropy_and_tokens: (2) float32: the sum of the tokens' entropies, and their number, over
             the training forwards since the last log (see `expert_stats.accumulate_entropy`).
     """
+
+    gate: Float32Linear
+    entropy_and_tokens: torch.Tensor
 
     def __init__(self, dim: int, moe_args: MoEArgs):
         super().__init__(
@@ -50,11 +53,11 @@ class MomoeRouter(TokenChoiceTopKRouter):
     def forward(
         self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
+        """Choose K experts per token.
+
         Args:
             x_TD: tokens, any floating dtype.
-            expert_bias_E: float32, added for the choice of experts and not to the scores
-                (arXiv 2408.15664, equation 3).
+            expert_bias_E: float32. Takes part in the choice of experts, not in the scores.
 
         Returns:
             scores_TK float32 and ids_TK int64, ordered by falling score plus bias.

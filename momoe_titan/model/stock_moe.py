@@ -6,10 +6,10 @@ import torch
 from torch.distributed.tensor import Shard
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import TokenReorderer
-from torchtitan.tools.utils import has_cuda_capability
 
+from momoe_titan.kernels.gpu import has_capability
 from momoe_titan.model.moe import BalancedMoE
-from momoe_titan.model.parallel.tensor import gather_rows, sum_and_scatter_rows
+from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.router import MomoeRouter
 from momoe_titan.moe.expert_stats import count_experts, record_counts
 
@@ -17,7 +17,8 @@ from momoe_titan.moe.expert_stats import count_experts, record_counts
 class _StockRouter(MomoeRouter):
     def forward(self, x_TD, expert_bias_E=None):
         scores_TK, ids_TK = super().forward(x_TD, expert_bias_E)
-        # The base class adds these to tokens_per_expert in every forward.
+        # The layer's base class adds these counts to tokens_per_expert in every forward, so that they
+        # are zero where a forward must not count.
         counts_E = ids_TK.new_zeros(self.num_experts)
         record_counts(self, counts_E, count_experts(ids_TK, self.num_experts))
         return scores_TK, ids_TK, counts_E
@@ -25,7 +26,7 @@ class _StockRouter(MomoeRouter):
 
 class _StockReorderer(TokenReorderer):
     def forward(self, scores_TK, ids_TK):
-        # torch.histc, which the base class counts with, has no integer kernel for the CPU and no
+        # The base class counts by torch.histc, which has no integer kernel for the CPU and no
         # deterministic one for CUDA.
         if ids_TK.is_cuda and not torch.are_deterministic_algorithms_enabled():
             return super().forward(scores_TK, ids_TK)
@@ -37,10 +38,9 @@ class _StockReorderer(TokenReorderer):
 class StockMoE(BalancedMoE):
     """TorchTitan's own forward and experts, for comparison with `MomoeMoE`.
 
-    Differs from TorchTitan's MoE in what would make the comparison unfair or stop it on a CPU:
-    the router is ours, and tokens are counted as in `BalancedMoE`. Under tensor parallelism
-    TorchTitan 0.2.2 takes each rank's share of the scores' gradient for the whole; here it is
-    summed.
+    Differs from TorchTitan's MoE where that would make the comparison unfair, or would not run on a
+    CPU: the router is ours, and tokens are counted as `BalancedMoE` says. Under tensor parallelism
+    the ranks' partial gradients of the scores are summed, which TorchTitan 0.2.2 does not do.
     """
 
     router_class = _StockRouter
@@ -55,7 +55,7 @@ class StockMoE(BalancedMoE):
         load_balance_rate: float = 0.0,
         load_balance_rule: str = "sign",
     ):
-        grouped_mm = moe_args.use_grouped_mm and has_cuda_capability(9, 0)
+        grouped_mm = moe_args.use_grouped_mm and has_capability(9, 0)
         super().__init__(
             dataclasses.replace(moe_args, use_grouped_mm=grouped_mm),
             dim,

@@ -315,6 +315,8 @@ class MoE(Float32Buffers):
     """
 
     float32_buffers = ("biases_N",)
+    biases_N: torch.Tensor
+    counts_N: torch.Tensor
 
     def __init__(
         self,

@@ -2,35 +2,36 @@
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    Placement,
-    Shard,
-    distribute_module,
-    distribute_tensor,
-)
+from torch.distributed.tensor import Placement, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel as TitanExpertParallel
 
+from momoe_titan.model.model import blocks_of
 from momoe_titan.model.moe import MomoeMoE
 from momoe_titan.model.parallel.dispatch import Dispatcher
 
 
 class ExpertParallel(ParallelStyle):
-    """For `MomoeExperts`, which is then called as (x_MD, ReceivedChoice): a rank owns E/P experts.
+    """Gives each rank E/P experts of a `MomoeExperts`, which is then called as (x_MD, ReceivedChoice).
 
     Args:
-        tp_placements: how each weight is sharded over the second dimension of the mesh, if it has
-            two: the ranks of tensor parallelism that share an expert.
+        tp_placements: how each weight is sharded over the mesh's second dimension, where there is
+            one: the tensor-parallel ranks that split an expert's hidden dimension.
     """
 
     def __init__(self, tp_placements: dict[str, Placement]):
         self.tp_placements = tp_placements
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._partition, self._unpack)
+        return distribute_module(
+            module,
+            device_mesh,
+            self._partition,
+            self._unpack,  # pyright: ignore[reportArgumentType] - typed as returning None; its result is used
+        )
 
-    def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    def _partition(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             placements = [Shard(0), self.tp_placements[name]][: mesh.ndim]
             sharded = distribute_tensor(parameter, mesh, placements)
@@ -43,13 +44,13 @@ class ExpertParallel(ParallelStyle):
 
 
 def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None:
-    """Spread the experts of all MoE layers over `parallel_dims`' expert-parallel ranks.
+    """Spread the experts of all MoE layers over the expert-parallel ranks of `parallel_dims`.
 
     TorchTitan's own layer gets TorchTitan's own expert parallelism.
     """
     mesh = parallel_dims.get_mesh("ep")
     experts_mesh = parallel_dims.get_optional_mesh(["ep", "etp"]) or mesh
-    for block in model.layers.values():
+    for block in blocks_of(model):
         if not block.moe_enabled:
             continue
         moe = block.moe
