@@ -1,52 +1,51 @@
-"""What every rank knows of the whole job after a log step, for one reduction and one copy."""
+"""The state of the whole job at a log step, made known to every rank by one reduction and one copy to the host."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from momoe_titan.model.moe import BalancedMoE
 
+T = TypeVar("T")
 
-class RankState(NamedTuple):
-    """What a rank tells of itself: memory in GiB, and what it has counted since it started.
+
+class RankState(NamedTuple, Generic[T]):
+    """What a rank reports of itself: memory in GiB, and what it has counted since it started.
 
     Attributes:
-        held: memory in use (allocated by tensors at the peak, on a GPU; resident on a CPU).
+        in_use: on a GPU what tensors took at the peak; on a CPU what is resident.
         peak: the most that was reserved (on a GPU) or resident (on a CPU).
-        experts_kept: of it, what our experts keep for the backward; and what they would keep at
-            save_percent 100.
-        skipped_steps: optimizer steps not taken, alike on all ranks; a tensor on the device or a
-            number.
-        experts_shed: z that was not kept of the last forward, for want of room; experts_kept is computed as if
-            it were.
+        experts_saved: the part that our experts save for the backward, computed from shapes as if nothing was evicted.
+        experts_saved_at_100: what that would be at save_percent 100.
+        skipped_steps: optimizer steps not taken, the same on all ranks; a tensor on the device or a number.
+        experts_evicted: the part of experts_saved that the last forward had no room to save.
     """
 
-    held: float
-    peak: float
-    capacity: float
-    alloc_retries: float
-    ooms: float
-    kernel_compiles: float
-    experts_kept: float
-    experts_kept_at_100: float
-    skipped_steps: float | torch.Tensor = 0
-    experts_shed: float = 0
+    in_use: T
+    peak: T
+    capacity: T
+    alloc_retries: T
+    ooms: T
+    kernel_compiles: T
+    experts_saved: T
+    experts_saved_at_100: T
+    skipped_steps: T
+    experts_evicted: T
 
 
 @dataclasses.dataclass(frozen=True)
 class JobState:
-    """Arrays on the host, alike on all ranks. L MoE layers of all pipeline stages, W ranks.
+    """Arrays on the host, the same on all ranks. L MoE layers of all pipeline stages, W ranks.
 
     Attributes:
-        layer_ids: of layers that have been counted, none before the first step.
+        layer_ids: layers that have been counted; none before the first step.
         counts_LE: tokens per expert of the last step.
         bias_LE: the balancing bias.
-        entropy_L: of the router's scores, from 0 (decided) to 1 (undecided); NaN where it was not
-            recorded.
+        entropy_L: entropy of the router's scores, from 0 (decided) to 1 (undecided); NaN where it was not recorded.
         save_percent_L: NaN for layers whose experts are not ours.
         ranks: one array (W) per field.
     """
@@ -56,7 +55,7 @@ class JobState:
     bias_LE: np.ndarray
     entropy_L: np.ndarray
     save_percent_L: np.ndarray
-    ranks: RankState
+    ranks: RankState[np.ndarray]
 
     @property
     def ours(self) -> bool:
@@ -79,27 +78,60 @@ def gather(
     layers: Mapping[int, tuple[BalancedMoE, torch.Tensor]],
     layer_ids: Sequence[int],
     num_experts: int,
-    here: RankState,
+    here: RankState[float | torch.Tensor],
     device: torch.device,
 ) -> JobState:
-    """A collective over all ranks of the job, where it has more than one.
+    """The state of the job; a collective over all its ranks, where it has more than one.
 
     Args:
-        layers: by id, this rank's MoE layers with their tokens per expert (E) of the last step,
-            over all ranks that share the layer.
-        layer_ids: of all pipeline stages.
-        device: of the reduction.
+        layers: this rank's MoE layers by id, each with the tokens per expert (E) that all ranks of the layer counted
+            in the last step.
+        layer_ids: the MoE layers of all pipeline stages.
+        here: the state of this rank.
+        device: where the reduction runs.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if world > 1 else 0
-    # Per layer: ranks that have it, sums of their entropies and tokens, save_percent, biases, counts.
-    # Ranks that share a layer agree on the last three, whose sums are divided by the ranks. float64
-    # is exact for sums of counts up to 2^53.
-    width = 4 + 2 * num_experts
-    table_LC = torch.zeros(len(layer_ids), width, dtype=torch.float64, device=device)
+    table_LC = _layer_table(layers, layer_ids, num_experts, device)
+    table_WC = torch.zeros(world, len(here), dtype=torch.float64, device=device)
+    table_WC[rank] = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in here])
+    flat = torch.cat([table_LC.flatten(), table_WC.flatten()])
+    if world > 1:
+        torch.distributed.all_reduce(flat)
+    flat = np.array(flat.tolist())
+    rows_LC, rows_WC = (
+        flat[: table_LC.numel()].reshape(table_LC.shape),
+        flat[table_LC.numel() :].reshape(table_WC.shape),
+    )
+    known_L = rows_LC[:, 0] > 0
+    rows_LC = rows_LC[known_L]
+    sharers_L1, tokens_L = rows_LC[:, :1], rows_LC[:, 2]
+    return JobState(
+        layer_ids=[layer_id for layer_id, known in zip(layer_ids, known_L, strict=True) if known],
+        counts_LE=rows_LC[:, 4 + num_experts :] / sharers_L1,
+        bias_LE=rows_LC[:, 4 : 4 + num_experts] / sharers_L1,
+        entropy_L=np.where(tokens_L > 0, rows_LC[:, 1] / np.maximum(tokens_L, 1), np.nan),
+        save_percent_L=rows_LC[:, 3] / sharers_L1[:, 0],
+        ranks=RankState(*rows_WC.T),
+    )
+
+
+def _layer_table(
+    layers: Mapping[int, tuple[BalancedMoE, torch.Tensor]],
+    layer_ids: Sequence[int],
+    num_experts: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """This rank's part of a table with one row per layer, zero for layers that it does not have.
+
+    The columns: ranks that have the layer, sums of their entropies and tokens, save_percent, biases, counts. Ranks that
+    share a layer agree on the last three, so that the sums over ranks are divided by the number of ranks. float64 is
+    exact for sums of counts up to 2^53.
+    """
+    table_LC = torch.zeros(len(layer_ids), 4 + 2 * num_experts, dtype=torch.float64, device=device)
     own = [row for row, layer_id in enumerate(layer_ids) if layer_id in layers]
     if own:
-        moes, counts = zip(*(layers[layer_ids[row]] for row in own))
+        moes, counts = zip(*(layers[layer_ids[row]] for row in own), strict=True)
         percents = [getattr(moe.experts, "save_percent", math.nan) for moe in moes]
         parts = [
             torch.ones(len(own), 1, device=device),
@@ -109,21 +141,4 @@ def gather(
             torch.stack(counts),
         ]
         table_LC[torch.tensor(own, device=device)] = torch.cat([p.double() for p in parts], dim=1)
-    table_WC = torch.zeros(world, len(here), dtype=torch.float64, device=device)
-    table_WC[rank] = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in here])
-    flat = torch.cat([table_LC.flatten(), table_WC.flatten()])
-    if world > 1:
-        torch.distributed.all_reduce(flat)
-    flat = np.array(flat.tolist())
-    rows_LC = flat[: table_LC.numel()].reshape(len(layer_ids), width)
-    known_L = rows_LC[:, 0] > 0
-    rows_LC = rows_LC[known_L]
-    sharers_L1, tokens_L = rows_LC[:, :1], rows_LC[:, 2]
-    return JobState(
-        layer_ids=[layer_id for layer_id, known in zip(layer_ids, known_L) if known],
-        counts_LE=rows_LC[:, 4 + num_experts :] / sharers_L1,
-        bias_LE=rows_LC[:, 4 : 4 + num_experts] / sharers_L1,
-        entropy_L=np.where(tokens_L > 0, rows_LC[:, 1] / np.maximum(tokens_L, 1), np.nan),
-        save_percent_L=rows_LC[:, 3] / sharers_L1[:, 0],
-        ranks=RankState(*flat[table_LC.numel() :].reshape(world, len(here)).T),
-    )
+    return table_LC

@@ -1,20 +1,17 @@
-"""Metrics of a momoe_titan run: TorchTitan's, and the balance of the experts, memory and health of
-the whole job, gathered at log steps only.
+"""Metrics of a run: TorchTitan's, and the balance of the experts, the memory and the health of the whole job.
 
-On a machine without a GPU the memory is that of the process and is named so; there is no model
-FLOPS utilization, because there is no peak to relate it to.
+On a machine without a GPU, memory is that of the process and has tags of its own. There is no model FLOPS utilisation,
+because the peak FLOPS of a CPU are not known.
 """
 
 import logging
 import math
-import os
-import platform
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torchtitan.components import metrics as titan
@@ -24,83 +21,34 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from momoe_titan.components.job_state import JobState, RankState, gather
-from momoe_titan.dashboard.tensorboard import (
-    Progress,
-    RunRecorder,
-    TimeLeft,
-    custom_scalars_layout,
-    layer_tag,
-    tensorboard_writer,
-)
+from momoe_titan.components.process_memory import GIB, ProcessMemoryMonitor, ProcessMemStats
+from momoe_titan.dashboard import tags
+from momoe_titan.dashboard.console import Progress, TimeLeft
+from momoe_titan.dashboard.tensorboard import RunRecorder, custom_scalars_layout, tensorboard_writer
 from momoe_titan.kernels.compile_count import compile_count
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
 from momoe_titan.moe.expert_stats import want_entropy
 from momoe_titan.save_percent import num_saved_rows
 
-GIB = 1024**3
-
-
-class ProcessMemStats(NamedTuple):
-    """Resident memory of this process, in GiB and in percent of the machine's memory."""
-
-    rss_gib: float
-    rss_pct: float
-    peak_rss_gib: float
-    peak_rss_pct: float
-
-    # The two names by which TorchTitan's Trainer logs the memory of the fresh model.
-    @property
-    def max_reserved_gib(self) -> float:
-        return self.peak_rss_gib
-
-    @property
-    def max_reserved_pct(self) -> float:
-        return self.peak_rss_pct
-
-
-class ProcessMemoryMonitor:
-    """What TorchTitan's DeviceMemoryMonitor is to a GPU, for the memory of this process.
-
-    The peak is that of the whole process life: Linux has no way to restart it for oneself alone.
-    """
-
-    def __init__(self):
-        self.device = torch.device("cpu")
-        self.device_name = platform.processor() or platform.machine()
-        self.device_capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.device_capacity_gib = self.device_capacity / GIB
-
-    def get_peak_stats(self) -> ProcessMemStats:
-        rss, peak = _process_memory()
-        return ProcessMemStats(
-            rss / GIB,
-            100 * rss / self.device_capacity,
-            peak / GIB,
-            100 * peak / self.device_capacity,
-        )
-
-    def reset_peak_stats(self) -> None:
-        """Nothing to do; TorchTitan calls it after every log line."""
-
 
 class MomoeMetricsProcessor(titan.MetricsProcessor):
-    """TorchTitan's metrics processor with the state of all ranks and layers.
+    """TorchTitan's metrics processor, which also logs the state of all ranks and layers.
 
-    Adds at log steps, for one reduction over all ranks and one copy from the device, and costs
-    nothing in between:
+    A log step costs one reduction over all ranks and one copy from the device; other steps cost nothing. It adds:
         moe/..., moe_maxvio/...  balance of the last optimizer step, in all pipeline stages
         moe/kernel_compiles      Triton kernels compiled since the start, on the rank with most
         memory/worst_rank...     memory of the rank that uses most
-        health/...               out of memory, allocation retries, non-finite values, skipped steps,
-                                 resumes
-        time_metrics/step(s)     of the steps since the last log step or validation
-    the experts' load as tensors and images (see `dashboards.RunRecorder`), and on the CPU
-    memory/process_rss, memory/process_peak_rss in place of GPU memory.
+        health/...               out of memory, allocation retries, non-finite values, skipped steps, resumes
+        time_metrics/step(s)     mean over the steps since the last log step or validation
+    and the experts' load as tensors and images (see `RunRecorder`). On the CPU, memory/process_rss and
+    memory/process_peak_rss take the place of GPU memory. `dashboard.tags` lists all tags.
 
     Args:
-        model_args: says which layers the whole model has; without them it is this rank's.
+        model_args: names the MoE layers of the whole model; without it only those of this rank are known.
     """
+
+    device_memory_monitor: titan.DeviceMemoryMonitor | ProcessMemoryMonitor
 
     def __init__(
         self,
@@ -168,46 +116,24 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         now = time.perf_counter()
         seconds = now - self.time_last_log
         tps = self._tokens_per_second(seconds)
-        loading = sum(self.data_loading_times)
         memory = self.device_memory_monitor.get_peak_stats()
         state = self._gather(memory)
         if not self.described:
             self._describe_run(state)
             self.described = True
-        self.non_finite += not (math.isfinite(global_avg_loss) and math.isfinite(grad_norm))
-        if (skipped := int(state.ranks.skipped_steps.max())) > self.skipped_steps:
-            logger.warning(
-                f"{skipped - self.skipped_steps} optimizer steps were NOT TAKEN since the last log "
-                "line: their gradient was not finite"
-            )
-            self.skipped_steps = skipped
-        extra_metrics = {
+        self._count_faults(state, global_avg_loss, grad_norm)
+        metrics = {
             **self._state_metrics(state),
-            "time_metrics/step(s)": seconds / max(1, self.steps_since_last_log),
+            tags.STEP_TIME: seconds / max(1, self.steps_since_last_log),
             **(extra_metrics or {}),
         }
-        if self.on_gpu:
+        if isinstance(memory, ProcessMemStats):
+            losses = {tags.LOSS: global_avg_loss, tags.WORST_LOSS: global_max_loss, tags.GRAD_NORM: grad_norm}
+            self._log_on_cpu(step, seconds, {**losses, **memory.metrics(), **metrics})
+        else:
             # Its line is replaced by the one below; what it warns of, the call above has said.
             with _silent(logger):
-                super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
-        else:
-            self.logger.log(
-                {
-                    "loss_metrics/global_avg_loss": global_avg_loss,
-                    "loss_metrics/global_max_loss": global_max_loss,
-                    "grad_norm": grad_norm,
-                    "throughput(tps)": tps,
-                    "tflops": self.num_flops_per_token * tps / 1e12,
-                    "time_metrics/end_to_end(s)": seconds / self.job_config.metrics.log_freq,
-                    "time_metrics/data_loading(s)": loading / max(1, len(self.data_loading_times)),
-                    "time_metrics/data_loading(%)": 100 * loading / seconds,
-                    **_memory_metrics(memory),
-                    **extra_metrics,
-                },
-                step,
-            )
-            self.data_loading_times.clear()
-            self._restart_interval()
+                super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
         self.steps_since_last_log = 0
         self.recorder.record(state.load_LE, step)
         worst = int(state.ranks.peak.argmax())
@@ -226,6 +152,31 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         )
         logger.info(progress.line(self.color))
 
+    def _count_faults(self, state: JobState, loss: float, grad_norm: float) -> None:
+        """Count a non-finite log step, and warn of optimizer steps that were skipped since the last one."""
+        self.non_finite += not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if (skipped := int(state.ranks.skipped_steps.max())) > self.skipped_steps:
+            logger.warning(
+                f"{skipped - self.skipped_steps} optimizer steps were NOT TAKEN since the last log "
+                "line: their gradient was not finite"
+            )
+            self.skipped_steps = skipped
+
+    def _log_on_cpu(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Log these metrics with the times that TorchTitan's own `log` would add, and start the next interval."""
+        tps = self._tokens_per_second(seconds)
+        loading = sum(self.data_loading_times)
+        times = {
+            tags.TOKENS_PER_SECOND: tps,
+            tags.TFLOPS: self.num_flops_per_token * tps / 1e12,
+            tags.TIME_END_TO_END: seconds / self.job_config.metrics.log_freq,
+            tags.DATA_LOADING_TIME: loading / max(1, len(self.data_loading_times)),
+            tags.DATA_LOADING_PERCENT: 100 * loading / seconds,
+        }
+        self.logger.log({**times, **metrics}, step)
+        self.data_loading_times.clear()
+        self._restart_interval()
+
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Log one validation: its loss, throughput and memory."""
         self.steps_since_last_log = 0
@@ -234,13 +185,14 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         if self.on_gpu:
             super().log_validation(loss, step, extra_metrics)
             return
-        tps = self._tokens_per_second(time.perf_counter() - self.time_last_log)
         memory = self.device_memory_monitor.get_peak_stats()
+        assert isinstance(memory, ProcessMemStats)
+        tps = self._tokens_per_second(time.perf_counter() - self.time_last_log)
         self.logger.log(
             {
-                "validation_metrics/loss": loss,
-                "validation_metrics/throughput(tps)": tps,
-                **{f"validation_metrics/{k}": v for k, v in _memory_metrics(memory).items()},
+                tags.VALIDATION_LOSS: loss,
+                tags.VALIDATION_TOKENS_PER_SECOND: tps,
+                **{f"{tags.VALIDATION}/{tag}": value for tag, value in memory.metrics().items()},
                 **(extra_metrics or {}),
             },
             step,
@@ -258,21 +210,22 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         return {
             int(layer_id): module
             for part in self.model_parts or ()
-            for layer_id, block in part.layers.items()
+            for layer_id, block in cast(torch.nn.ModuleDict, part.layers).items()
             for module in block.modules()
             if isinstance(module, BalancedMoE)
         }
 
-    def _gather(self, memory: NamedTuple) -> JobState:
+    def _gather(self, memory: titan.DeviceMemStats | ProcessMemStats) -> JobState:
+        """What all ranks know of the job, for one reduction; then starts the record of the entropy anew."""
         layers = self._layers()
         balancer = getattr(self.optimizers, "load_balancer", None)
         counted = {}
         if balancer is not None and balancer.counts_LE is not None:
-            counts = {id(layer): counts_E for layer, counts_E in zip(balancer.layers, balancer.counts_LE)}
+            counts = {id(layer): counts_E for layer, counts_E in zip(balancer.layers, balancer.counts_LE, strict=True)}
             counted = {i: (layer, counts[id(layer)]) for i, layer in layers.items()}
         if self.model_args is None:
             layer_ids = sorted(layers)
-            num_experts = next(iter(layers.values())).experts.num_experts if layers else 1
+            num_experts = next(iter(layers.values())).expert_bias.numel() if layers else 1
         else:
             layer_ids = self.model_args.moe_layer_ids
             num_experts = self.model_args.moe_args.num_experts
@@ -284,34 +237,35 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
 
     def _restart_entropy(self) -> None:
         if layers := self._layers():
-            torch._foreach_zero_([layer.router.entropy_and_tokens for layer in layers.values()])
+            totals = [layer.router.entropy_and_tokens for layer in layers.values()]
+            torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage]  one launch for all layers
 
-    def _rank_state(self, memory: NamedTuple, layers: list[BalancedMoE]) -> RankState:
-        if self.on_gpu:
-            held, peak = memory.max_active_gib, memory.max_reserved_gib
-            retries, ooms = memory.num_alloc_retries, memory.num_ooms
+    def _rank_state(self, memory: titan.DeviceMemStats | ProcessMemStats, layers: list[BalancedMoE]) -> RankState:
+        if isinstance(memory, ProcessMemStats):
+            in_use, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
         else:
-            held, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
+            in_use, peak = memory.max_active_gib, memory.max_reserved_gib
+            retries, ooms = memory.num_alloc_retries, memory.num_ooms
         ours = [layer for layer in layers if isinstance(layer, MomoeMoE)]
-        ledgers = {layer.experts.ledger for layer in ours} - {None}  # one or none
+        budgets = {budget for layer in ours if (budget := layer.experts.activation_budget) is not None}  # one or none
         guard = getattr(self.optimizers, "non_finite_guard", None)
         return RankState(
-            held=held,
+            in_use=in_use,
             peak=peak,
             capacity=self.device_memory_monitor.device_capacity_gib,
             alloc_retries=retries,
             ooms=ooms,
             kernel_compiles=compile_count(),
-            experts_kept=sum(self._kept(layer, layer.experts.save_percent) for layer in ours),
-            experts_kept_at_100=sum(self._kept(layer, 100) for layer in ours),
+            experts_saved=sum(self._saved_gib(layer, layer.experts.save_percent) for layer in ours),
+            experts_saved_at_100=sum(self._saved_gib(layer, 100) for layer in ours),
             skipped_steps=0 if guard is None else guard.skipped_steps,
-            experts_shed=sum(ledger.shed_bytes for ledger in ledgers) / GIB,
+            experts_evicted=sum(budget.evicted_bytes for budget in budgets) / GIB,
         )
 
-    def _kept(self, layer: MomoeMoE, save_percent: float) -> float:
-        """GiB that the layer's experts keep of a rank's local batch, beyond input and routing.
+    def _saved_gib(self, layer: MomoeMoE, save_percent: float) -> float:
+        """GiB that the layer's experts save of a rank's local batch for the backward, besides input and routing.
 
-        Computed from shapes, for routing that is even over ranks. Pipeline stages keep what the
+        Computed from shapes, as if all ranks had routed the same number of rows. Pipeline stages save what the
         microbatches under way need, which is at most this.
         """
         training, dims = self.job_config.training, self.parallel_dims
@@ -322,38 +276,37 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
 
     def _state_metrics(self, state: JobState) -> dict[str, float]:
         ranks = state.ranks
-        held, peak = ("active", "reserved") if self.on_gpu else ("rss", "peak_rss")
         scalars = {
-            f"memory/worst_rank_{held}(GiB)": ranks.held.max(),
-            f"memory/worst_rank_{peak}(GiB)": ranks.peak.max(),
-            "memory/worst_rank": ranks.peak.argmax(),
-            "memory/capacity(GiB)": ranks.capacity.min(),
-            "health/alloc_retries": ranks.alloc_retries.sum(),
-            "health/ooms": ranks.ooms.sum(),
-            "health/non_finite": self.non_finite,
-            "health/skipped_steps": ranks.skipped_steps.max(),
-            "health/resumes": self.resumes,
-            "moe/kernel_compiles": ranks.kernel_compiles.max(),
+            tags.WORST_RANK_ACTIVE if self.on_gpu else tags.WORST_RANK_RSS: ranks.in_use.max(),
+            tags.WORST_RANK_RESERVED if self.on_gpu else tags.WORST_RANK_PEAK_RSS: ranks.peak.max(),
+            tags.WORST_RANK: ranks.peak.argmax(),
+            tags.CAPACITY: ranks.capacity.min(),
+            tags.ALLOC_RETRIES: ranks.alloc_retries.sum(),
+            tags.OOMS: ranks.ooms.sum(),
+            tags.NON_FINITE: self.non_finite,
+            tags.SKIPPED_STEPS: ranks.skipped_steps.max(),
+            tags.RESUMES: self.resumes,
+            tags.KERNEL_COMPILES: ranks.kernel_compiles.max(),
         }
         if state.ours:
-            scalars["moe/save_percent"] = state.save_percent_L.mean()
-            scalars["memory/experts_kept(GiB)"] = ranks.experts_kept.max()
-            scalars["memory/experts_shed(GiB)"] = ranks.experts_shed.max()
+            scalars[tags.SAVE_PERCENT] = state.save_percent_L.mean()
+            scalars[tags.EXPERTS_SAVED] = ranks.experts_saved.max()
+            scalars[tags.EXPERTS_EVICTED] = ranks.experts_evicted.max()
         if state.counts_LE.size:
             maxvio_L, entropy_L = state.maxvio_L, state.entropy_L
             scalars |= {
-                "moe/maxvio_batch_mean": maxvio_L.mean(),
-                "moe/maxvio_batch_max": maxvio_L.max(),
-                "moe/dead_experts": (state.counts_LE == 0).sum(),
-                "moe/bias_min": state.bias_LE.min(),
-                "moe/bias_max": state.bias_LE.max(),
+                tags.MAXVIO_MEAN: maxvio_L.mean(),
+                tags.MAXVIO_MAX: maxvio_L.max(),
+                tags.DEAD_EXPERTS: (state.counts_LE == 0).sum(),
+                tags.BIAS_MIN: state.bias_LE.min(),
+                tags.BIAS_MAX: state.bias_LE.max(),
                 # every token reaches all experts it chose: there is no capacity limit
-                "moe/dropped_tokens": 0,
-                "moe/router_entropy_mean": entropy_L.mean(),
-                "moe/router_entropy_min": entropy_L.min(),
-                **{layer_tag(i): maxvio for i, maxvio in zip(state.layer_ids, maxvio_L)},
+                tags.DROPPED_TOKENS: 0,
+                tags.ENTROPY_MEAN: entropy_L.mean(),
+                tags.ENTROPY_MIN: entropy_L.min(),
+                **{tags.maxvio_layer(i): maxvio for i, maxvio in zip(state.layer_ids, maxvio_L, strict=True)},
             }
-        return {name: float(value) for name, value in scalars.items()}
+        return {tag: float(value) for tag, value in scalars.items()}
 
     def _count_resumes(self) -> int:
         if self.first_step == 1:
@@ -361,7 +314,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         # One event file per start, this one's among them.
         config = self.job_config
         folder = Path(config.job.dump_folder, config.metrics.save_tb_folder)
-        return max(1, len(list(folder.rglob("events.out.tfevents.*"))) - 1)
+        return max(1, len(list(folder.rglob(tags.EVENT_FILES))) - 1)
 
     def _describe_run(self, state: JobState) -> None:
         config, args = self.job_config, self.model_args
@@ -380,16 +333,17 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         }
         if state.ours:
             description["save_percent"] = state.save_percent_L.tolist()
-            description["experts_kept_at_100_gib"] = state.ranks.experts_kept_at_100.max()
+            description["experts_kept_at_100_gib"] = state.ranks.experts_saved_at_100.max()
         if args is not None:
             description["backend"] = args.backend
             description["num_experts"] = args.moe_args.num_experts
             description["top_k"] = args.moe_args.top_k
+        assert self.first_step is not None  # should_log has seen it
         layout = custom_scalars_layout(state.layer_ids, self.on_gpu)
         self.recorder.start(description, layout, self.first_step)
 
     def _tokens_per_second(self, seconds: float) -> float:
-        """Per device, as TorchTitan counts it."""
+        """Tokens per second and device, as TorchTitan counts them."""
         return self.ntokens_since_last_log / (seconds * self.parallel_dims.non_data_parallel_size)
 
     def _restart_interval(self) -> None:
@@ -409,7 +363,7 @@ def build_momoe_metrics_processor(
 
 @contextmanager
 def _silent(log: logging.Logger) -> Iterator[None]:
-    """What this thread gives to the logger is dropped."""
+    """While open, the logger drops what this thread gives to it."""
     thread = threading.get_ident()
 
     def is_from_another(record: logging.LogRecord) -> bool:
@@ -420,28 +374,3 @@ def _silent(log: logging.Logger) -> Iterator[None]:
         yield
     finally:
         log.removeFilter(is_from_another)
-
-
-def _memory_metrics(memory: ProcessMemStats) -> dict[str, float]:
-    return {
-        "memory/process_rss(GiB)": memory.rss_gib,
-        "memory/process_rss(%)": memory.rss_pct,
-        "memory/process_peak_rss(GiB)": memory.peak_rss_gib,
-        "memory/process_peak_rss(%)": memory.peak_rss_pct,
-    }
-
-
-def _process_memory() -> tuple[int, int]:
-    """Resident bytes of this process, now and at their highest."""
-    try:
-        with open("/proc/self/status") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):
-        import resource
-        import sys
-
-        # Without /proc only the peak is known: in bytes on macOS, in KiB elsewhere.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return peak, peak

@@ -1,91 +1,84 @@
-"""What a run leaves for people to look at beside its scalars: TensorBoard's grouped charts, the load
-of every expert as images and tensors, a description of the run, and the line on the console.
+"""What a run writes for TensorBoard beside its scalars: groups of charts, the load of every expert as images and
+tensors, and a description of the run. `page_data` reads the tensors and the description too."""
 
-`scripts/dashboard.py` reads the tags named here.
-"""
-
-import dataclasses
 import json
 import math
-from collections import deque
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto import types_pb2
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata  # pyright: ignore[reportAttributeAccessIssue]  protobuf makes it at run time
+from tensorboard.compat.proto.tensor_pb2 import TensorProto  # pyright: ignore[reportAttributeAccessIssue]  protobuf makes it at run time
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # pyright: ignore[reportAttributeAccessIssue]  protobuf makes it at run time
+from tensorboard.compat.proto.types_pb2 import DataType  # pyright: ignore[reportAttributeAccessIssue]  protobuf makes it at run time
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, TensorBoardLogger
 
-# A text summary of one JSON object per start of the job.
-RUN_TAG = "run"
-# Tensor summaries, float16 (MoE layers, E): tokens of an expert relative to the layer's mean.
-LOAD_TAG = "moe/load"
-LOAD_IMAGE_TAG = "moe/load_per_layer_and_expert"
+from momoe_titan.dashboard import tags
+
 # Frames of the load in a run: 48 layers of 128 experts then take under 8 MB, images included.
 MAX_FRAMES = 200
 
 
-def layer_tag(layer_id: int) -> str:
-    """Scalar with the MaxVio of one MoE layer."""
-    return f"moe_maxvio/layer_{layer_id:02}"
-
-
 def custom_scalars_layout(layer_ids: Sequence[int], on_gpu: bool) -> dict[str, dict[str, list]]:
-    """TensorBoard's custom-scalars page: charts of this run's scalars in groups.
-
-    For `SummaryWriter.add_custom_scalars`; tags are regular expressions there.
-    """
-
-    def lines(*tags: str) -> list:
-        escaped = [tag.replace("(", r"\(").replace(")", r"\)") for tag in tags]
-        return ["Multiline", [f"^{tag}$" for tag in escaped]]
-
-    memory, throughput = {}, {}
-    if on_gpu:
-        memory["peak of the worst rank (GiB)"] = lines(
-            "memory/worst_rank_reserved(GiB)", "memory/worst_rank_active(GiB)", "memory/capacity(GiB)"
-        )
-        throughput["model FLOPS utilisation (%)"] = lines("mfu(%)")
-    else:
-        memory["resident, worst process (GiB)"] = lines("memory/worst_rank_rss(GiB)", "memory/worst_rank_peak_rss(GiB)")
+    """TensorBoard's custom-scalars page: charts of this run's scalars in groups, for
+    `SummaryWriter.add_custom_scalars`."""
     return {
         "health": {
-            "out of memory, allocation retries": lines("health/ooms", "health/alloc_retries"),
-            "non-finite losses or gradients": lines("health/non_finite"),
-            "dropped tokens": lines("moe/dropped_tokens"),
-            "kernels compiled": lines("moe/kernel_compiles"),
-            "resumes": lines("health/resumes"),
+            "out of memory, allocation retries": _lines(tags.OOMS, tags.ALLOC_RETRIES),
+            "non-finite losses or gradients": _lines(tags.NON_FINITE),
+            "dropped tokens": _lines(tags.DROPPED_TOKENS),
+            "kernels compiled": _lines(tags.KERNEL_COMPILES),
+            "resumes": _lines(tags.RESUMES),
         },
         "loss": {
-            "training: mean and worst rank": lines("loss_metrics/global_avg_loss", "loss_metrics/global_max_loss"),
-            "validation": lines("validation_metrics/loss"),
-            "gradient norm": lines("grad_norm"),
-            "learning rate": lines("lr"),
+            "training: mean and worst rank": _lines(tags.LOSS, tags.WORST_LOSS),
+            "validation": _lines(tags.VALIDATION_LOSS),
+            "gradient norm": _lines(tags.GRAD_NORM),
+            "learning rate": _lines(tags.LEARNING_RATE),
         },
-        "throughput": {
-            "tokens per second and device": lines("throughput(tps)"),
-            **throughput,
-            "seconds per step": lines("time_metrics/step(s)"),
-            "data loading (% of the time)": lines("time_metrics/data_loading(%)"),
-        },
-        "memory": {
-            **memory,
-            "kept by the experts for the backward, shed of it (GiB)": lines(
-                "memory/experts_kept(GiB)", "memory/experts_shed(GiB)"
-            ),
-            "save_percent, mean over layers": lines("moe/save_percent"),
-        },
+        "throughput": _throughput_charts(on_gpu),
+        "memory": _memory_charts(on_gpu),
         "balance": {
-            "MaxVio: mean and maximum over layers": lines("moe/maxvio_batch_mean", "moe/maxvio_batch_max"),
-            "MaxVio per layer": lines(*map(layer_tag, layer_ids)),
-            "dead experts": lines("moe/dead_experts"),
-            "router entropy (1: undecided)": lines("moe/router_entropy_mean", "moe/router_entropy_min"),
-            "balancing bias": lines("moe/bias_min", "moe/bias_max"),
+            "MaxVio: mean and maximum over layers": _lines(tags.MAXVIO_MEAN, tags.MAXVIO_MAX),
+            "MaxVio per layer": _lines(*map(tags.maxvio_layer, layer_ids)),
+            "dead experts": _lines(tags.DEAD_EXPERTS),
+            "router entropy (1: undecided)": _lines(tags.ENTROPY_MEAN, tags.ENTROPY_MIN),
+            "balancing bias": _lines(tags.BIAS_MIN, tags.BIAS_MAX),
         },
     }
+
+
+def _throughput_charts(on_gpu: bool) -> dict[str, list]:
+    utilisation = {"model FLOPS utilisation (%)": _lines(tags.MFU)} if on_gpu else {}
+    return {
+        "tokens per second and device": _lines(tags.TOKENS_PER_SECOND),
+        **utilisation,
+        "seconds per step": _lines(tags.STEP_TIME),
+        "data loading (% of the time)": _lines(tags.DATA_LOADING_PERCENT),
+    }
+
+
+def _memory_charts(on_gpu: bool) -> dict[str, list]:
+    if on_gpu:
+        title = "peak of the worst rank (GiB)"
+        worst = _lines(tags.WORST_RANK_RESERVED, tags.WORST_RANK_ACTIVE, tags.CAPACITY)
+    else:
+        title = "resident, worst process (GiB)"
+        worst = _lines(tags.WORST_RANK_RSS, tags.WORST_RANK_PEAK_RSS)
+    return {
+        title: worst,
+        "saved by the experts for the backward, evicted from it (GiB)": _lines(
+            tags.EXPERTS_SAVED, tags.EXPERTS_EVICTED
+        ),
+        "save_percent, mean over layers": _lines(tags.SAVE_PERCENT),
+    }
+
+
+def _lines(*names: str) -> list:
+    """One chart with a line for each tag; TensorBoard wants regular expressions."""
+    return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
 
 
 def load_image(load_LE: np.ndarray) -> np.ndarray:
@@ -104,16 +97,18 @@ def load_image(load_LE: np.ndarray) -> np.ndarray:
 
 
 def load_summary(load_LE: np.ndarray) -> Summary:
-    """TensorBoard's tensor summary of float16, two bytes a number. (SummaryWriter.add_tensor writes
-    the bits of float32 into a float16 tensor.)"""
+    """TensorBoard's tensor summary of float16, two bytes a number.
+
+    SummaryWriter.add_tensor is no help: it writes the bits of float32 into a float16 tensor.
+    """
     tensor = TensorProto(
-        dtype=types_pb2.DT_HALF,
+        dtype=DataType.Value("DT_HALF"),
         tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in load_LE.shape]),
         tensor_content=load_LE.astype("<f2").tobytes(),
     )
     plugin = SummaryMetadata.PluginData(plugin_name="tensor")
     metadata = SummaryMetadata(plugin_data=plugin)
-    return Summary(value=[Summary.Value(tag=LOAD_TAG, metadata=metadata, tensor=tensor)])
+    return Summary(value=[Summary.Value(tag=tags.LOAD, metadata=metadata, tensor=tensor)])
 
 
 def tensorboard_writer(logger: BaseLogger) -> SummaryWriter | None:
@@ -146,7 +141,7 @@ class RunRecorder:
         if self.writer is None:
             return
         self.writer.add_custom_scalars(layout)
-        self.writer.add_text(RUN_TAG, json.dumps(description, allow_nan=False), step)
+        self.writer.add_text(tags.RUN, json.dumps(description, allow_nan=False), step)
 
     def record(self, load_LE: np.ndarray, step: int) -> None:
         """Once per log step; writes the first and every `every`-th one."""
@@ -156,73 +151,4 @@ class RunRecorder:
             return
         # float16 ends at 65504, where E and with it the load of one expert never comes near
         self.writer._get_file_writer().add_summary(load_summary(load_LE), step)
-        self.writer.add_image(LOAD_IMAGE_TAG, load_image(load_LE), step, dataformats="HWC")
-
-
-class TimeLeft:
-    """Seconds to the last step, from the pace of the last log steps: validation and checkpoints
-    between them count."""
-
-    def __init__(self, total_steps: int, window: int = 10):
-        self.total_steps = total_steps
-        self.seen: deque[tuple[int, float]] = deque(maxlen=window + 1)
-
-    def after(self, step: int, now: float) -> float | None:
-        """None after the first log step, whose time is that of starting up."""
-        self.seen.append((step, now))
-        first_step, begin = self.seen[0]
-        if step == first_step:
-            return None
-        return (self.total_steps - step) * (now - begin) / (step - first_step)
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a log step prints. Memory is the worst rank's.
-
-    Attributes:
-        memory_name: of what the memory is.
-        mfu: percent; NaN where there is no peak to relate it to.
-        maxvio: the worst layer's, None without MoE layers.
-        seconds_left: None while unknown.
-    """
-
-    step: int
-    total_steps: int
-    loss: float
-    grad_norm: float
-    tps: float
-    memory_gib: float
-    memory_pct: float
-    memory_name: str
-    mfu: float
-    maxvio: float | None
-    seconds_left: float | None
-
-    def line(self, color: Any) -> str:
-        """One line; `color` is TorchTitan's Color or NoColor."""
-        parts = [
-            f"{color.red}step: {self.step:2}",
-            f"{color.green}loss: {self.loss:8.5f}",
-            f"{color.orange}grad_norm: {self.grad_norm:7.4f}",
-            f"{color.turquoise}{self.memory_name}: {self.memory_gib:5.2f}GiB({self.memory_pct:.1f}%)",
-            f"{color.blue}tps: {round(self.tps):,}",
-        ]
-        if self.mfu == self.mfu:
-            parts.append(f"{color.magenta}mfu: {self.mfu:.1f}%")
-        if self.maxvio is not None:
-            parts.append(f"{color.cyan}maxvio: {self.maxvio:.2f}")
-        done = f"{color.reset}done: {self.step}/{self.total_steps} ({self.step / self.total_steps:.0%})"
-        parts.append(done)
-        if self.seconds_left is not None:
-            parts.append(f"left: {duration(self.seconds_left)}")
-        return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Such as 45s, 3m20s, 5h07m, 2d03h."""
-    seconds = max(0, round(seconds))
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if seconds >= size:
-            return f"{seconds // size}{unit}{seconds % size // part:02}{smaller}"
-    return f"{seconds}s"
+        self.writer.add_image(tags.LOAD_IMAGE, load_image(load_LE), step, dataformats="HWC")

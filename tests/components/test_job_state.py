@@ -16,8 +16,8 @@ def test_stages_and_shared_layers(monkeypatch):
         moe.expert_bias += 0.1 * i
     counts = torch.arange(20).reshape(4, 5) + 2**40  # exact beyond float32
     entropies = [{1: (3.0, 4.0), 2: (1.0, 4.0)}, {2: (7.0, 4.0), 4: (0.0, 2.0)}]
-    ranks = [RankState(1, 3, 80, 0, 1, 5, 0.5, 2), RankState(2, 2, 70, 4, 0, 6, 0.25, 1)]
-    rank, sent, total = 0, [], None
+    ranks = [RankState(1, 3, 80, 0, 1, 5, 0.5, 2, 0, 0), RankState(2, 2, 70, 4, 0, 6, 0.25, 1, 0, 0)]
+    sent, total = [], None
 
     def all_reduce(flat):
         sent.append(flat.clone())
@@ -26,10 +26,10 @@ def test_stages_and_shared_layers(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
 
-    def run():
+    def run(rank):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
         own = {}
         for i, entropy in entropies[rank].items():
             layers[i - 1].router.entropy_and_tokens.copy_(torch.tensor(entropy))
@@ -37,10 +37,10 @@ def test_stages_and_shared_layers(monkeypatch):
         return gather(own, [1, 2, 3, 4], 5, ranks[rank], torch.device("cpu"))
 
     for rank in (0, 1):
-        run()
+        run(rank)
     total = sum(sent)
     for rank in (0, 1):
-        state = run()
+        state = run(rank)
         assert state.layer_ids == [1, 2, 4]
         assert np.array_equal(state.counts_LE, counts[[0, 1, 3]].numpy())
         np.testing.assert_allclose(state.bias_LE[:, 0], [0, 0.1, 0.3], rtol=1e-6)
@@ -51,7 +51,7 @@ def test_stages_and_shared_layers(monkeypatch):
 
 def test_stock_layers_have_no_save_percent():
     (layer, _) = moes(build(tiny_args(backend="torchtitan")))
-    here = RankState(*range(8))
+    here = RankState(*range(10))
     state = gather({1: (layer, torch.ones(5))}, [1], 5, here, torch.device("cpu"))
     assert not state.ours and state.maxvio_L.tolist() == [0] and np.isnan(state.entropy_L[0])
     assert state.ranks == pytest.approx(here)

@@ -109,7 +109,7 @@ def test_balance_and_memory_of_all_layers(processor):
     model = with_model(processor, n_layers=4, save_percent=[0, 50, 100], load_balance_off_layers=[3])
     assert "moe/maxvio_batch_mean" not in log_step(processor)
     counts = [[30, 10, 10, 0, 0], [10] * 5, [50, 0, 0, 0, 0]]
-    for moe, counts_E in zip(moes(model), counts):
+    for moe, counts_E in zip(moes(model), counts, strict=True):
         moe.tokens_per_expert.copy_(torch.tensor(counts_E))
     processor.optimizers.step()
     values = log_step(processor, 2)

@@ -1,4 +1,4 @@
-"""The page of scripts/dashboard.py: what it takes from event files, and what a browser makes of it."""
+"""The page of `python -m momoe_titan.dashboard`: what it takes from event files, and what a browser makes of it."""
 
 import json
 import math
@@ -13,7 +13,11 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from momoe_titan.dashboard import page as dashboard
-from momoe_titan.dashboard.tensorboard import RunRecorder, layer_tag
+from momoe_titan.dashboard import page_data as shown
+from momoe_titan.dashboard.events import Run, Start, find_runs
+from momoe_titan.dashboard.page_data import page_data
+from momoe_titan.dashboard.tags import maxvio_layer
+from momoe_titan.dashboard.tensorboard import RunRecorder
 from tests.support.browser import CHROMEDRIVER, CHROMIUM, Browser
 
 LAYERS, EXPERTS = (1, 2, 3), 16
@@ -67,7 +71,7 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
                 "health/ooms": 0,
                 "health/alloc_retries": 0,
                 "health/non_finite": 0,
-                **{layer_tag(i): 0.5 * i for i in LAYERS},
+                **{maxvio_layer(i): 0.5 * i for i in LAYERS},
                 **values,
             }
             for tag, value in scalars.items():
@@ -90,7 +94,7 @@ def runs(tmp_path_factory):
 
 
 def read(*folders):
-    found = dashboard.find_runs([str(folder) for folder in folders])
+    found = find_runs([str(folder) for folder in folders])
     for run in found:
         run.read()
     return found
@@ -101,12 +105,12 @@ def tiles(run):
 
 
 def test_resumed_runs_are_stitched(runs):
-    (run,) = (run.page_data() for run in read(runs / "resumed"))
+    (run,) = (page_data(run) for run in read(runs / "resumed"))
     assert run["name"] == "resumed" and run["starts"] == 2
     assert [r["step"] for r in run["resumes"]] == [41]
     loss = run["series"]["loss"]
     assert loss["x"] == list(range(2, 101, 2)), "every step once"
-    of = dict(zip(loss["x"], loss["y"]))
+    of = dict(zip(loss["x"], loss["y"], strict=True))
     assert of[40] == pytest.approx(8 / 40**0.3, rel=1e-5), "of the first start"
     assert of[42] == pytest.approx(8 / 42**0.3 + 0.5, rel=1e-5), "repeated: the later start counts"
     assert run["series"]["val_loss"]["x"] == [20, 40, 60, 80, 100]
@@ -122,11 +126,11 @@ def test_what_a_later_start_took_back_is_gone(tmp_path):
     write_start(tmp_path / "run" / "tb" / "20260101-0000", range(1, 61))
     time.sleep(0.01)
     write_start(tmp_path / "run" / "tb" / "20260101-0000", range(21, 31))  # within the same minute
-    (run,) = (run.page_data() for run in read(tmp_path / "run"))
+    (run,) = (page_data(run) for run in read(tmp_path / "run"))
     assert run["last_step"] == 30 and run["load"]["steps"][-1] == 30
     time.sleep(0.01)
     write_start(tmp_path / "run" / "tb" / "20260103-0000", range(1, 5))
-    (run,) = (run.page_data() for run in read(tmp_path / "run"))
+    (run,) = (page_data(run) for run in read(tmp_path / "run"))
     assert run["last_step"] == 4 and run["resumes"] == [] and "again from step 1" in run["notes"][0]
 
 
@@ -135,29 +139,29 @@ def test_the_rank_with_the_loss_is_read(tmp_path):
     for rank, loss in ((0, -1.0), (2, 5.0), (10, 6.0)):
         folder = tmp_path / "run" / "tb" / "20260101-0000" / f"rank_{rank}"
         write_start(folder, [1, 2], **{"loss_metrics/global_avg_loss": loss})
-    (run,) = (run.page_data() for run in read(tmp_path / "run"))
+    (run,) = (page_data(run) for run in read(tmp_path / "run"))
     assert run["series"]["loss"]["y"] == [5, 5]
 
 
 def test_runs_are_found_and_named(runs, tmp_path):
-    assert [run.name for run in dashboard.find_runs([str(runs)])] == ["resumed", "whole"]
-    assert [run.name for run in dashboard.find_runs([f"all={runs}"])] == ["all/resumed", "all/whole"]
+    assert [run.name for run in find_runs([str(runs)])] == ["resumed", "whole"]
+    assert [run.name for run in find_runs([f"all={runs}"])] == ["all/resumed", "all/whole"]
     for folder in ("whole", "whole/tb", "whole/tb/20260101-0000"):
         (run,) = read(runs / folder)
-        assert run.name == "whole" and run.page_data()["last_step"] == 100
-    (run,) = dashboard.find_runs([f"a name={runs / 'whole'}"])
+        assert run.name == "whole" and page_data(run)["last_step"] == 100
+    (run,) = find_runs([f"a name={runs / 'whole'}"])
     assert run.name == "a name"
     with pytest.raises(ValueError, match="no TensorBoard file under .* is metrics.enable_tensorboard on"):
-        dashboard.find_runs([str(tmp_path)])
+        find_runs([str(tmp_path)])
     with pytest.raises(ValueError, match="there is no folder"):
-        dashboard.find_runs([str(tmp_path / "none")])
+        find_runs([str(tmp_path / "none")])
 
 
 def test_non_finite_values_are_told_and_left_out(tmp_path):
     folder = tmp_path / "run" / "tb" / "20260101-0000"
     write_start(folder, [1, 2, 3], **{"grad_norm": math.nan, "health/non_finite": 3})
     (run,) = read(tmp_path / "run")
-    data = run.page_data()
+    data = page_data(run)
     assert data["series"]["grad_norm"]["y"] == [None] * 3
     assert tiles(data)["Non-finite log steps"]["value"] == 3 and tiles(data)["Non-finite log steps"]["state"] == "bad"
     json.loads(dashboard.page_json([run]), parse_constant=pytest.fail)
@@ -167,7 +171,7 @@ def test_a_run_without_an_event_spoils_no_page(runs, tmp_path):
     folder = tmp_path / "empty" / "tb" / "20260101-0000"
     folder.mkdir(parents=True)
     (folder / "events.out.tfevents.1.host.1.0").touch()
-    found = dashboard.find_runs([str(tmp_path / "empty"), str(runs / "whole")])
+    found = find_runs([str(tmp_path / "empty"), str(runs / "whole")])
     for run in found:
         run.read()
     empty, whole = json.loads(dashboard.page_json(found), parse_constant=pytest.fail)["runs"]
@@ -180,7 +184,7 @@ def test_kernels_that_keep_being_compiled(tmp_path):
         for step in range(1, 41):
             writer.add_scalar("loss_metrics/global_avg_loss", 1.0, step)
             writer.add_scalar("moe/kernel_compiles", 10 + step, step)
-    (run,) = (run.page_data() for run in read(tmp_path / "run"))
+    (run,) = (page_data(run) for run in read(tmp_path / "run"))
     compiled = tiles(run)["Kernels compiled"]
     assert (compiled["value"], compiled["state"], compiled["note"]) == (50, "warn", "still growing")
     assert tiles(run)["Out of memory"]["state"] == "unknown", "not recorded is not 0"
@@ -190,33 +194,33 @@ def test_kernels_that_keep_being_compiled(tmp_path):
 def test_long_lines_keep_their_extremes():
     values = np.sin(np.arange(100_000) / 5000)
     values[31_234], values[77_777], values[50_000:50_010] = 9.0, -9.0, np.nan
-    kept = dashboard.extremes(values, 2000)
+    kept = shown.extremes(values, 2000)
     assert len(kept) <= 2000 and (np.diff(kept) > 0).all()
     assert {0, 31_234, 77_777, 99_999} <= set(kept.tolist())
-    assert dashboard.extremes(values[:2000], 2000).tolist() == list(range(2000))
+    assert shown.extremes(values[:2000], 2000).tolist() == list(range(2000))
 
 
 def test_a_long_run_makes_a_bounded_page():
     """20,000 log steps of 48 layers with 128 experts, of which 201 recorded the load."""
-    start = dashboard.Start(Path("none"))
+    start = Start(Path("none"))
     steps = range(20_000)
-    for tags in dashboard.SERIES.values():
+    for tags in shown.SERIES.values():
         start.scalars[tags[0]] = {step: math.sin(step) for step in steps}
     for layer in range(48):
-        start.scalars[layer_tag(layer)] = {step: math.cos(step) for step in range(0, 20_000, 4)}
+        start.scalars[maxvio_layer(layer)] = {step: math.cos(step) for step in range(0, 20_000, 4)}
     rng = np.random.default_rng(0)
     start.frames = {step: rng.gamma(4, 0.25, (48, 128)).astype(np.float16) for step in range(0, 20_000, 100)}
     start.begun = start.last = 1.0
-    run = dashboard.Run("long", Path("."))
+    run = Run("long", Path("."))
     run.files[Path("file")] = start
     text = dashboard.page_json([run])
     assert len(text) < 3e6
     data = json.loads(text)["runs"][0]
-    assert len(data["series"]["loss"]["x"]) <= dashboard.MAX_POINTS < data["drawn"][1]
+    assert len(data["series"]["loss"]["x"]) <= shown.MAX_POINTS < data["drawn"][1]
     means = data["series"]["loss"]["means"]
     assert means["x"][0] == 99 and means["x"][-1] == 19_999
     assert means["y"][0] == pytest.approx(np.mean(np.sin(np.arange(100))), rel=1e-5)
-    assert len(data["load"]["steps"]) == dashboard.MAX_FRAMES and data["load"]["recorded"] == 200
+    assert len(data["load"]["steps"]) == shown.MAX_FRAMES and data["load"]["recorded"] == 200
 
 
 def test_command_line(runs, tmp_path, monkeypatch, capsys):
@@ -265,7 +269,8 @@ def page(runs, tmp_path_factory):
 # Titles of the charts that show at least one mark.
 DRAWN = """
 return [...document.querySelectorAll(".plot")].filter(p =>
-    p.querySelector(".scatterlayer .trace path, .scatterlayer .trace .point") && p.querySelector(".canvas").offsetHeight > 200)
+    p.querySelector(".scatterlayer .trace path, .scatterlayer .trace .point")
+    && p.querySelector(".canvas").offsetHeight > 200)
   .map(p => p.querySelector("h3").textContent)"""
 CHARTS = [
     "Loss",
@@ -275,7 +280,7 @@ CHARTS = [
     "Time per step",
     "Waiting for data",
     "Peak against capacity",
-    "Kept by the experts for the backward",
+    "Saved by the experts for the backward",
     "Which rank uses most",
     "MaxVio per layer",
     "Router entropy",
@@ -312,10 +317,14 @@ def test_text_can_be_read(browser, page):
     const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
     const luminance = name => {
       context.fillStyle = css(name); context.fillRect(0, 0, 1, 1);
-      const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+      const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255)
+        .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
       return .2126 * r + .7152 * g + .0722 * b;
     };
-    return arguments[0].map(name => { const [a, b] = [luminance(name), luminance(arguments[1])].sort(); return (b + .05) / (a + .05); });
+    return arguments[0].map(name => {
+      const [a, b] = [luminance(name), luminance(arguments[1])].sort();
+      return (b + .05) / (a + .05);
+    });
     """
     for dark in (False, True):
         browser.view(1600, 900, dark)
@@ -393,7 +402,7 @@ def test_hover_slider_zoom_and_choice_of_runs(browser, page):
 def test_live_page_keeps_zoom_and_slider(browser, tmp_path):
     folder = tmp_path / "run" / "tb" / "20260101-0000"
     write_start(folder, range(2, 21, 2), first_step=1)
-    live = dashboard.Live(dashboard.find_runs([str(tmp_path / "run")]), tmp_path / "page.html", 0.2)
+    live = dashboard.Live(find_runs([str(tmp_path / "run")]), tmp_path / "page.html", 0.2)
     server = live.serve(0)
     try:
         url = f"http://127.0.0.1:{server.server_port}/"

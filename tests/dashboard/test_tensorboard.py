@@ -6,6 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.tools.utils import NoColor
 
+from momoe_titan.dashboard import console, tags
 from momoe_titan.dashboard import tensorboard as dashboards
 
 
@@ -30,15 +31,15 @@ def test_a_run_of_any_length_stays_small(tmp_path, log_steps, shape):
             recorder.record(load_LE, step)
     (file,) = tmp_path.iterdir()
     events = EventAccumulator(str(file), {"tensors": 0, "images": 0}).Reload()
-    steps = [frame.step for frame in events.Tensors(dashboards.LOAD_TAG)]
-    assert steps == [image.step for image in events.Images(dashboards.LOAD_IMAGE_TAG)]
+    steps = [frame.step for frame in events.Tensors(tags.LOAD)]
+    assert steps == [image.step for image in events.Images(tags.LOAD_IMAGE)]
     assert steps == list(range(0, log_steps, recorder.every)) and len(steps) <= dashboards.MAX_FRAMES
     # of 48 layers with 128 experts: under 8 MB for a run
     assert file.stat().st_size < 40_000 * len(steps)
 
 
 def test_progress_line():
-    progress = dashboards.Progress(
+    progress = console.Progress(
         step=40,
         total_steps=1000,
         loss=2.5,
@@ -64,11 +65,11 @@ def test_progress_line():
     "seconds, text", [(0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"), (3600, "1h00m"), (183000, "2d02h")]
 )
 def test_duration(seconds, text):
-    assert dashboards.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 def test_time_left_follows_the_last_steps():
-    left = dashboards.TimeLeft(100, window=2)
+    left = console.TimeLeft(100, window=2)
     assert left.after(1, 50.0) is None, "the first step's time is that of starting up"
     assert left.after(11, 60.0) == pytest.approx(89)
     assert left.after(21, 70.0) == pytest.approx(79)
