@@ -200,7 +200,7 @@ def test_offsets_past_two_to_the_31(path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_device_that_is_not_the_current_one(path, monkeypatch):
-    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
+    monkeypatch.setattr(hopper, "SYNC_FLOPS", 0)
     inputs = make_inputs(SHAPES["seed_odd"], torch.bfloat16, "cuda:0")
     there = [t.to("cuda:1") for t in inputs]
     logits = torch.randn(1030, 64, device="cuda:0")
@@ -214,9 +214,9 @@ def test_on_a_device_that_is_not_the_current_one(path, monkeypatch):
         assert all(g.device.index == 1 and torch.equal(g.cpu(), w.cpu()) for g, w in zip(got, want))
 
 
-@pytest.mark.parametrize("paced_flops", [0, 1e30], ids=["in step", "not in step"])
-def test_cuda_graph_replays_forward_and_backward(path, paced_flops, monkeypatch):
-    monkeypatch.setattr(hopper, "PACED_FLOPS", paced_flops)
+@pytest.mark.parametrize("sync_flops", [0, 1e30], ids=["in step", "not in step"])
+def test_cuda_graph_replays_forward_and_backward(path, sync_flops, monkeypatch):
+    monkeypatch.setattr(hopper, "SYNC_FLOPS", sync_flops)
     x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
 
@@ -241,7 +241,7 @@ def test_cuda_graph_replays_forward_and_backward(path, paced_flops, monkeypatch)
 
 
 def test_does_not_wait_for_the_gpu(path, monkeypatch):
-    monkeypatch.setattr(hopper, "PACED_FLOPS", 0)
+    monkeypatch.setattr(hopper, "SYNC_FLOPS", 0)
     x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
     run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
     torch.cuda.set_sync_debug_mode("error")
