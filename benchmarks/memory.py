@@ -76,6 +76,8 @@ def make_trainer(config_file: str, options: list[str], folder: str):
     from torchtitan import train as titan
     from torchtitan.config import ConfigManager
 
+    from momoe_titan.components.trainer import check_config, prepare_cpu_job
+
     class Trainer(titan.Trainer):
         def forward_backward_step(self, **batch):
             self.loss = super().forward_backward_step(**batch)
@@ -85,8 +87,8 @@ def make_trainer(config_file: str, options: list[str], folder: str):
     args += ["--job.custom_config_module=momoe_titan.job_config"]
     config = ConfigManager().parse_args(args)
     if not Memory.on_gpu:
-        entry.prepare_cpu_job(config, args)
-    entry.check_config(config)
+        prepare_cpu_job(config, args)
+    check_config(config)
     return Trainer(config)
 
 

@@ -13,6 +13,7 @@ from momoe_titan.components.loss import build_loss
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
+from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.data.loader import build_dataloader
 from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import (
@@ -22,8 +23,6 @@ from momoe_titan.model import (
     parallelize_momoe_llama,
 )
 from momoe_titan.model.parallel.pipeline import pipeline_momoe_llama
-
-MODEL_NAME = "momoe_llama"
 
 
 def prepare_and_parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:

@@ -9,17 +9,19 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/toml_reference.md"
 INTRO = """\
 # The section [momoe]
 
-Written by scripts/toml_reference.py from momoe_titan/job_config.py: change that, not this.
+Written by scripts/toml_reference.py from momoe_titan/config/section.py: change that, not this.
 
 ```toml
 [job]
@@ -35,15 +37,16 @@ NAMES = {float: "number", int: "integer", str: "string", bool: "true or false"}
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a class."""
-    (body,) = ast.parse(inspect.getsource(cls)).body
-    return {
-        field.target.id: inspect.cleandoc(below.value.value)
-        for field, below in zip(body.body, body.body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    }
+    (statement,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(statement, ast.ClassDef)
+    docs = {}
+    for field, below in itertools.pairwise(statement.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[ast.unparse(field.target)] = inspect.cleandoc(str(below.value.value))
+    return docs
 
 
-def describe(hint) -> str:
+def describe(hint: Any) -> str:
     """A type in the words of TOML."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -55,7 +58,7 @@ def describe(hint) -> str:
     return NAMES[hint]
 
 
-def literal(value) -> str:
+def literal(value: Any) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -76,10 +79,9 @@ def page() -> str:
     parts = [INTRO]
     for field in dataclasses.fields(Momoe):
         if field.name not in docs:
-            raise ValueError(f"momoe.{field.name} has no docstring in momoe_titan/job_config.py")
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()
+            raise ValueError(f"momoe.{field.name} has no docstring in momoe_titan/config/section.py")
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
         parts.append(
             f"## {field.name}\n\n{describe(hints[field.name])}; default `{literal(default)}`\n\n{docs[field.name]}\n"
         )
@@ -87,7 +89,7 @@ def page() -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Write docs/toml_reference.md from the [momoe] section's dataclass.")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     if not parser.parse_args(argv).check:
         PAGE.write_text(page())

@@ -11,7 +11,8 @@ import pytest
 from torchtitan.config import ConfigManager
 
 from momoe_titan import train
-from momoe_titan.config.fields import check_fields
+from momoe_titan.components import trainer
+from momoe_titan.config.checks.fields import check_fields
 
 ROOT = Path(__file__).parent.parent
 DEBUG_MODEL = ROOT / "train_configs" / "debug_model.toml"
@@ -51,7 +52,7 @@ def launch(*options: str, timeout: int = 300) -> subprocess.CompletedProcess:
 
 def test_debug_model_is_accepted(read):
     config = read()
-    train.check_config(config)
+    trainer.check_config(config)
     assert config.momoe.save_percent == [0.0]
     assert Path(config.model.hf_assets_path, "tokenizer.json").is_file()
 
@@ -59,7 +60,7 @@ def test_debug_model_is_accepted(read):
 def test_check_leaves_the_registered_model_alone(read):
     from torchtitan.protocols.train_spec import get_train_spec
 
-    train.check_config(read("--momoe.vocab_size=4096"))
+    trainer.check_config(read("--momoe.vocab_size=4096"))
     assert get_train_spec("momoe_llama").model_args["debugmodel"].vocab_size == 2048
 
 
@@ -78,7 +79,7 @@ def test_check_leaves_the_registered_model_alone(read):
 )
 def test_unusable_job_is_refused_before_anything_is_built(read, option, named):
     with pytest.raises(ValueError) as refused:
-        train.check_config(read(option))
+        trainer.check_config(read(option))
     assert named in str(refused.value)
 
 
@@ -116,22 +117,22 @@ def test_values_that_no_job_can_have_are_refused(read, field, value, must):
     assert hasattr(section, name)
     setattr(section, name, value)
     with pytest.raises(ValueError, match=f"^{field} is {re.escape(repr(value))}, must be {must}"):
-        train.check_config(config)
+        trainer.check_config(config)
 
 
 def test_values_that_only_the_types_forbid_are_accepted(read):
     config = read()
     config.training.mixed_precision_reduce = "bfloat16"
     config.training.max_norm, config.optimizer.lr = 1, 1
-    train.check_config(config)
+    trainer.check_config(config)
 
 
 def test_a_seed_checkpoint_needs_checkpoints_and_one_process(read, monkeypatch):
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, but checkpoint.enable is false"):
-        train.check_config(read("--checkpoint.create_seed_checkpoint"))
+        trainer.check_config(read("--checkpoint.create_seed_checkpoint"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, which takes one process, but there are 2"):
-        train.check_config(read("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
+        trainer.check_config(read("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
 
 
 @pytest.mark.parametrize("config_file", sorted(DEBUG_MODEL.parent.glob("*.toml")), ids=lambda file: file.stem)
@@ -141,13 +142,13 @@ def test_fields_of_the_configurations_are_accepted(config_file):
 
 def test_save_percent_of_the_wrong_length_is_refused(read):
     with pytest.raises(ValueError, match=r"momoe\.save_percent"):
-        train.check_config(read("--momoe.save_percent", *["50"] * 9))
+        trainer.check_config(read("--momoe.save_percent", *["50"] * 9))
 
 
 def test_dump_folder_that_is_a_file_is_refused(read, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="job.dump_folder"):
-        train.check_config(read("--job.dump_folder", str(tmp_path / "taken")))
+        trainer.check_config(read("--job.dump_folder", str(tmp_path / "taken")))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +156,13 @@ def test_dump_folder_that_is_a_file_is_refused(read, tmp_path):
 )
 def test_checkpoints_that_could_not_be_written_are_refused(read, option):
     with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
-        train.check_config(read("--checkpoint.enable", option))
-    train.check_config(read(option))
+        trainer.check_config(read("--checkpoint.enable", option))
+    trainer.check_config(read(option))
 
 
 def test_pinned_memory_is_refused_on_the_cpu(read):
     with pytest.raises(ValueError, match="checkpoint.async_mode"):
-        train.prepare_cpu_job(read("--checkpoint.async_mode=async_with_pinned_mem"), [])
+        trainer.prepare_cpu_job(read("--checkpoint.async_mode=async_with_pinned_mem"), [])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_pinned_memory_is_refused_on_the_cpu(read):
 )
 def test_gpu_options_are_refused_on_the_cpu(read, option):
     with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
-        train.prepare_cpu_job(read(option), [])
+        trainer.prepare_cpu_job(read(option), [])
 
 
 def test_cpu_job_is_float32_unless_said_otherwise(read, monkeypatch):
@@ -186,7 +187,7 @@ def test_cpu_job_is_float32_unless_said_otherwise(read, monkeypatch):
         (["--training.mixed_precision_param=bfloat16"], "bfloat16"),
     ):
         config = read(*args)
-        train.prepare_cpu_job(config, ["--job.config_file", str(DEBUG_MODEL), *args])
+        trainer.prepare_cpu_job(config, ["--job.config_file", str(DEBUG_MODEL), *args])
         assert config.training.mixed_precision_param == expected
     # there is no device "cpu:1"
     assert os.environ["LOCAL_RANK"] == "0"

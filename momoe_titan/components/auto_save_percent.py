@@ -13,7 +13,7 @@ from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from momoe_titan.config.section import AUTO
+from momoe_titan.save_percent import AUTO
 from momoe_titan.memory.auto_save_percent import (
     FILE_NAME,
     AutoSavePercent,

@@ -1,6 +1,8 @@
-"""What the checks of a job read of its model's arguments."""
+"""The arguments of a model, as far as the checks of a job read them."""
 
 from typing import Any, Protocol
+
+from torchtitan.config import JobConfig
 
 
 class ModelArgs(Protocol):
@@ -10,16 +12,29 @@ class ModelArgs(Protocol):
     n_layers: int
     n_heads: int
     n_kv_heads: int | None
+    head_dim: int | None
     n_dense_layers: int
     dense_hidden_dim: int
     moe_hidden_dim: int
+    vocab_size: int
+    max_seq_len: int
     attn_type: str
     qk_norm: str
-    backend: str
     moe_args: Any
+    save_percent: list[float]
+    backend: str
+    load_balance_rate: float
+    load_balance_rule: str
+    load_balance_off_layers: list[int]
+    check_ids: bool
+
+    @property
+    def attention_head_dim(self) -> int: ...
 
     @property
     def moe_layer_ids(self) -> range: ...
+
+    def take_settings(self, job_config: JobConfig) -> None: ...
 
     def layer_load_balance_rate(self, layer_id: int) -> float: ...
 

@@ -9,13 +9,13 @@ by `--help`.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from momoe_titan.save_percent import validate_save_percent
+from momoe_titan.config.checks.section import check_section
+from momoe_titan.save_percent import parse_save_percent
 
 Backend = Literal["auto", "triton", "torch", "torchtitan"]
 BalanceRule = Literal["sign", "proportional"]
 
-AUTO = "auto"  # of save_percent
-STOCK_BACKEND = "torchtitan"
+STOCK_BACKEND: Backend = "torchtitan"
 BACKENDS = get_args(Backend)
 OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
 BALANCE_RULES = get_args(BalanceRule)
@@ -33,7 +33,7 @@ class Momoe:
     number per MoE layer, first layer first (TOML `[0, 50, 100]`,
     command line `0 50 100`). Changes memory and time, never the
     result. "auto" takes as much as fits into memory_budget: chosen
-    at the start by the plan (docs/planning.md), corrected once by
+    at the start by the plan (docs/memory_planning.md), corrected once by
     the memory measured in the first steps, kept in the dump folder
     for a resumed run.
     """
@@ -41,9 +41,9 @@ class Momoe:
     memory_budget: float = 0.9
     """
     How much of a GPU's memory a run may take: up to 1 a share of it,
-    above 1 GiB. For save_percent "auto" and `python -m
-    momoe_titan.plan`. What is left is for what neither foresees,
-    fragmentation above all.
+    above 1 GiB. Read by save_percent "auto" and by `python -m
+    momoe_titan.plan`. Leave the rest for what they do not foresee,
+    memory fragmentation above all.
     """
 
     backend: Backend = "auto"
@@ -71,8 +71,8 @@ class Momoe:
 
     load_balance_off_layers: list[int] = field(default_factory=list)
     """
-    Layers (by their index in the model, from 0) whose bias stays as
-    it is.
+    Layers, by their index in the model from 0, whose bias does not
+    move.
     """
 
     vocab_size: int = 0
@@ -103,50 +103,13 @@ class Momoe:
     """
 
     def __post_init__(self) -> None:
-        """Normalise `save_percent` to a list and refuse what cannot work.
+        """Make a list of `save_percent` unless it is "auto"; refuse a value that no job can have.
 
         Raises:
-            ValueError: names the field as it is written in TOML, and its value.
+            ValueError: names the field, as written in TOML, and its value.
         """
-        if self.save_percent == "auto":
-            pass
-        elif isinstance(self.save_percent, (list, tuple)):
-            if not self.save_percent:
-                raise ValueError("momoe.save_percent must be a number or a list with one number per MoE layer, got []")
-            self.save_percent = [
-                validate_save_percent(p, field=f"momoe.save_percent[{i}]") for i, p in enumerate(self.save_percent)
-            ]
-        else:
-            self.save_percent = [validate_save_percent(self.save_percent, field="momoe.save_percent")]
-        for name, allowed in (
-            ("backend", get_args(Backend)),
-            ("load_balance_rule", get_args(BalanceRule)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"momoe.{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
-                )
-        budget = self.memory_budget
-        if type(budget) not in (int, float) or not 0 < budget < float("inf"):
-            raise ValueError(
-                f"momoe.memory_budget must be above 0 (up to 1 a share of a GPU's memory, above 1 GiB), got {budget!r}"
-            )
-        rate = self.load_balance_rate
-        # `not 0 <= rate` is also true of NaN.
-        if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
-            raise ValueError(f"momoe.load_balance_rate must be a number of at least 0, got {rate!r}")
-        layers = self.load_balance_off_layers
-        if not isinstance(layers, list) or not all(type(i) is int and i >= 0 for i in layers):
-            raise ValueError(f"momoe.load_balance_off_layers must be a list of layer indices, got {layers!r}")
-        if type(self.vocab_size) is not int or self.vocab_size < 0:
-            raise ValueError(
-                f"momoe.vocab_size must be 0 (the flavor's own) or a positive number of tokens, got {self.vocab_size!r}"
-            )
-        if not isinstance(self.data_text_field, str) or not self.data_text_field:
-            raise ValueError(f"momoe.data_text_field must be the name of a field, got {self.data_text_field!r}")
-        for name in ("data_streaming", "check_ids"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"momoe.{name} must be true or false, got {getattr(self, name)!r}")
+        self.save_percent = parse_save_percent(self.save_percent, "momoe.save_percent")
+        check_section(self)
 
 
 @dataclass

@@ -8,19 +8,16 @@ from torchtitan.config import JobConfig
 from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.utils import get_moe_model_nparams_and_flops
-from torchtitan.tools.logging import logger
 
+from momoe_titan.config.checks.job import configure
+from momoe_titan.config.checks.model_args import check_model_args
 from momoe_titan.config.hugging_face import folder_to_load
-from momoe_titan.config.job import check_job
-from momoe_titan.config.section import AUTO, BACKENDS, BALANCE_RULES, STOCK_BACKEND
 from momoe_titan.model.hugging_face.config import (
     fields_from_hf_config,
     hf_format,
     read_hf_fields,
 )
-from momoe_titan.save_percent import validate_save_percent
-
-QK_NORMS = ("none", "per_head", "full")
+from momoe_titan.save_percent import AUTO, parse_save_percent
 
 
 @dataclass
@@ -85,38 +82,39 @@ class MomoeLlamaArgs(TransformerModelArgs):
         return 0.0 if layer_id in self.load_balance_off_layers else self.load_balance_rate
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
-        """Take over what the job sets, then check that the model can be built and trained.
+        """Take over what the job sets, and refuse a job that cannot work; see `configure`.
+
+        Raises:
+            ValueError: names the field, as written in TOML, and its value.
+        """
+        configure(self, job_config)
+
+    def take_settings(self, job_config: JobConfig) -> None:
+        """Take over what the job sets, unchecked.
 
         Reads the `[momoe]` section where `job.custom_config_module = "momoe_titan.job_config"`
         has added one, and keeps this object's values otherwise.
 
         Raises:
-            ValueError: names the field, as written in TOML, and its value.
+            ValueError: `from_hf` is set, and the job's Hugging Face folder describes no such model.
         """
         if self.from_hf:
             hf_args = read_hf_args(folder_to_load(job_config))
             self.__dict__.update(vars(hf_args), from_hf=True)
-        super().update_from_config(job_config, **kwargs)
+        self.max_seq_len = job_config.training.seq_len
         self.moe_args._debug_force_load_balance = job_config.debug.moe_force_load_balance
         momoe = getattr(job_config, "momoe", None)
         if momoe is None:
-            logger.info(
-                "No [momoe] section: the flavor's own settings are used. Set "
-                'job.custom_config_module = "momoe_titan.job_config" to have one.'
-            )
-        else:
-            given = momoe.save_percent
-            if given == AUTO:  # set_up_auto_save_percent sets the layers' own
-                given = 0.0
-            self.save_percent = list(given) if isinstance(given, (list, tuple)) else [given]
-            self.backend = momoe.backend
-            self.load_balance_rate = momoe.load_balance_rate
-            self.load_balance_rule = momoe.load_balance_rule
-            self.load_balance_off_layers = list(momoe.load_balance_off_layers)
-            self.check_ids = momoe.check_ids
-            self.vocab_size = momoe.vocab_size or self.vocab_size
-        self.validate(section="momoe.")
-        check_job(self, job_config)
+            return
+        given = parse_save_percent(momoe.save_percent, "momoe.save_percent")
+        # For "auto", set_up_auto_save_percent chooses when the layers are built.
+        self.save_percent = [0.0] if given == AUTO else given
+        self.backend = momoe.backend
+        self.load_balance_rate = momoe.load_balance_rate
+        self.load_balance_rule = momoe.load_balance_rule
+        self.load_balance_off_layers = list(momoe.load_balance_off_layers)
+        self.check_ids = momoe.check_ids
+        self.vocab_size = momoe.vocab_size or self.vocab_size
 
     def validate(self, section: str = "") -> None:
         """Check the fields against each other.
@@ -127,81 +125,8 @@ class MomoeLlamaArgs(TransformerModelArgs):
         Raises:
             ValueError: names the field and its value.
         """
-        moe = self.moe_args
-        for owner, prefix, names in (
-            (self, "", ("dim", "n_heads", "vocab_size", "moe_hidden_dim", "max_seq_len")),
-            (moe, "moe_args.", ("num_experts", "top_k")),
-        ):
-            for name in names:
-                _at_least(prefix + name, getattr(owner, name), 1)
-        _at_least("n_layers", self.n_layers, 0)
-        _at_least("n_dense_layers", self.n_dense_layers, 0)
-        _at_least("moe_args.num_shared_experts", moe.num_shared_experts, 0)
-        if self.n_dense_layers > self.n_layers:
-            raise ValueError(f"n_dense_layers is {self.n_dense_layers}, more than n_layers, {self.n_layers}")
-        if self.n_dense_layers:
-            _at_least("dense_hidden_dim", self.dense_hidden_dim, 1)
-        if self.n_kv_heads is not None:
-            _at_least("n_kv_heads", self.n_kv_heads, 1)
-            if self.n_heads % self.n_kv_heads:
-                raise ValueError(f"n_heads is {self.n_heads}, must be a multiple of n_kv_heads, {self.n_kv_heads}")
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(
-                f"dim is {self.dim}, must be a multiple of n_heads, {self.n_heads}, where head_dim is not given"
-            )
-        # RoPE turns pairs of columns.
-        if self.attention_head_dim < 2 or self.attention_head_dim % 2:
-            raise ValueError(f"head_dim is {self.attention_head_dim}, must be even and positive")
-        if self.qk_norm not in QK_NORMS:
-            raise ValueError(f"qk_norm is {self.qk_norm!r}, must be one of {QK_NORMS}")
-        if self.qk_norm != "none" and self.attn_type != "sdpa":
-            raise ValueError(
-                f"qk_norm is {self.qk_norm!r} and attn_type is {self.attn_type!r}: normalised "
-                "queries and keys need attn_type 'sdpa'"
-            )
-        if moe.top_k > moe.num_experts:
-            raise ValueError(f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}")
-        if moe.score_func not in ("softmax", "sigmoid"):
-            raise ValueError(f"moe_args.score_func is {moe.score_func!r}, must be 'softmax' or 'sigmoid'")
-        if moe.score_before_experts:
-            raise ValueError(
-                "moe_args.score_before_experts is True, must be False: scores multiply the experts' outputs"
-            )
-        if moe.num_expert_groups is not None:
-            raise ValueError(
-                f"moe_args.num_expert_groups is {moe.num_expert_groups}, must be None: "
-                "node-limited routing is not supported"
-            )
-        self._validate_job_fields(section)
-
-    def _validate_job_fields(self, section: str) -> None:
-        moe_layers = self.moe_layer_ids
-        if len(self.save_percent) not in {1, len(moe_layers)}:
-            raise ValueError(
-                f"{section}save_percent has {len(self.save_percent)} numbers, "
-                f"{self.save_percent}, must have 1 or one per MoE layer, {len(moe_layers)}"
-            )
-        self.save_percent = [
-            validate_save_percent(p, field=f"{section}save_percent[{i}]") for i, p in enumerate(self.save_percent)
-        ]
-        for name, allowed in (("backend", BACKENDS), ("load_balance_rule", BALANCE_RULES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{section}{name} is {getattr(self, name)!r}, must be one of {allowed}")
-        rate = self.load_balance_rate
-        if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
-            raise ValueError(f"{section}load_balance_rate is {rate!r}, must be finite and >= 0")
-        if strangers := [i for i in self.load_balance_off_layers if i not in moe_layers]:
-            raise ValueError(
-                f"{section}load_balance_off_layers names {strangers}, but the MoE layers are {list(moe_layers)}"
-            )
-        if self.backend == STOCK_BACKEND:
-            if any(self.save_percent):
-                logger.warning(
-                    f"{section}save_percent has no effect with {section}backend = "
-                    f"{STOCK_BACKEND!r}: TorchTitan's MoE saves what autograd saves."
-                )
-            if self.check_ids:
-                logger.warning(f"{section}check_ids has no effect with {section}backend = {STOCK_BACKEND!r}.")
+        check_model_args(self, section)
+        self.save_percent = [float(percent) for percent in self.save_percent]
 
     def hf_format(self) -> str:
         """transformers' `model_type` of the class that computes what this model computes.
@@ -219,11 +144,6 @@ class MomoeLlamaArgs(TransformerModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and FLOPs per token by TorchTitan's count (active parameters only)."""
         return get_moe_model_nparams_and_flops(self, model, 2 * self.attention_head_dim, seq_len)
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} is {value!r}, must be an integer of at least {minimum}")
 
 
 def args_from_hf_config(config: dict[str, Any]) -> MomoeLlamaArgs:

@@ -232,11 +232,11 @@ class TestUpdateFromConfig:
         ("momoe", "message"),
         [
             ({"save_percent": [1.0, 2.0, 3.0]}, r"momoe.save_percent has 3 numbers.* 2"),
-            ({"save_percent": []}, r"momoe.save_percent has 0 numbers"),
+            ({"save_percent": []}, r"momoe.save_percent must be a number or a list .*, got \[\]"),
             ({"save_percent": [0.0, 101]}, r"momoe.save_percent\[1\].*101"),
             ({"save_percent": ["50"]}, r"momoe.save_percent\[0\].*'50'"),
             ({"save_percent": [float("nan")]}, r"momoe.save_percent\[0\].*nan"),
-            ({"save_percent": -1}, r"momoe.save_percent\[0\].*-1"),
+            ({"save_percent": -1}, r"momoe.save_percent must be a number .*-1"),
             ({"backend": "cuda"}, r"momoe.backend is 'cuda'"),
             ({"load_balance_rule": "cosine"}, r"momoe.load_balance_rule is 'cosine'"),
             ({"load_balance_rate": -0.1}, r"momoe.load_balance_rate is -0.1"),

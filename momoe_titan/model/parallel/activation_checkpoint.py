@@ -55,7 +55,7 @@ from torchtitan.models.llama4.infra.parallelize import (
     _op_sac_save_list as LLAMA4_SAVED_OPS,
 )
 
-from momoe_titan.config.activation_checkpoint import compiles_model
+from momoe_titan.config.compile import compiles_model
 from momoe_titan.model.moe import MomoeMoE
 from momoe_titan.model.parallel import dispatch  # noqa: F401 - registers ops named below
 

@@ -1,0 +1,88 @@
+"""What a training run needs of this machine: folders that can be written, a tokenizer that fits, data, a device."""
+
+import os
+import tempfile
+
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets.text_datasets import DATASETS
+
+
+def check_folders(job_config: JobConfig) -> None:
+    """Refuse a job that could not write its logs or checkpoints. Makes `job.dump_folder` where it is missing.
+
+    Raises:
+        ValueError: names the field and the folder.
+    """
+    folder, checkpoint = job_config.job.dump_folder, job_config.checkpoint
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"job.dump_folder {folder!r} cannot be written: {e}") from e
+    if checkpoint.enable and not checkpoint.load_only:
+        # The folder itself is not made here: a run without it is a new one.
+        parent = checkpoints = os.path.join(folder, checkpoint.folder)
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent)
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as e:
+            raise ValueError(f"checkpoint.folder {checkpoints!r} cannot be written: {e}") from e
+
+
+def check_tokenizer(job_config: JobConfig, num_tokens: int, num_embedded: int) -> None:
+    """Refuse a tokenizer with more entries than the model embeds.
+
+    Args:
+        num_tokens: entries of the tokenizer.
+        num_embedded: rows of the model's embedding.
+
+    Raises:
+        ValueError: names the tokenizer's folder, and what to set.
+    """
+    if num_tokens > num_embedded:
+        raise ValueError(
+            f"model.hf_assets_path {job_config.model.hf_assets_path!r} has a tokenizer of "
+            f"{num_tokens} entries, but the model embeds {num_embedded}; set "
+            f"momoe.vocab_size to {num_tokens} or more"
+        )
+
+
+def check_datasets(job_config: JobConfig) -> None:
+    """Refuse data sets that neither TorchTitan nor this package knows.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    datasets = [("training.dataset", job_config.training.dataset)]
+    if job_config.validation.enable:
+        datasets.append(("validation.dataset", job_config.validation.dataset))
+    for field, name in datasets:
+        if name.lower() not in DATASETS:
+            raise ValueError(f"{field} {name!r} is none of {', '.join(map(repr, DATASETS))}")
+
+
+def check_cpu(job_config: JobConfig) -> None:
+    """Refuse a job that asks for something only a GPU has, on a machine without one.
+
+    Raises:
+        ValueError: names the field.
+    """
+    parallelism, profiling = job_config.parallelism, job_config.profiling
+    for field, given in (
+        ("training.enable_cpu_offload", job_config.training.enable_cpu_offload),
+        ("profiling.enable_memory_snapshot", profiling.enable_memory_snapshot),
+        ("profiling.enable_profiling", profiling.enable_profiling),
+        ("parallelism.enable_async_tensor_parallel", parallelism.enable_async_tensor_parallel),
+    ):
+        if given:
+            raise ValueError(f"{field} is true, but this machine has no GPU")
+    if (degree := parallelism.context_parallel_degree) > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree is {degree}, but this machine has no GPU: "
+            "torch's ring attention has no kernel for a CPU"
+        )
+    if job_config.checkpoint.async_mode == "async_with_pinned_mem":
+        raise ValueError(
+            "checkpoint.async_mode is 'async_with_pinned_mem', but this machine has no GPU; 'async' works here"
+        )

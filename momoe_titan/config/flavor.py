@@ -1,0 +1,51 @@
+"""The model that a job names."""
+
+import copy
+import importlib
+from typing import Any
+
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
+
+MODEL_NAME = "momoe_llama"  # `model.name` of a job with this package's own model
+
+
+def import_custom_module(job_config: JobConfig) -> None:
+    """Import `experimental.custom_import`, which makes models and flavors known to TorchTitan.
+
+    Raises:
+        ValueError: there is no such module, or a module that it imports is missing.
+    """
+    module = job_config.experimental.custom_import
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            raise ValueError(f"experimental.custom_import {module!r}: {e}") from e
+
+
+def flavor_args(job_config: JobConfig) -> Any:
+    """A copy of the model arguments that `model.flavor` names, before they take the job's settings.
+
+    Raises:
+        ValueError: `model.name` or `model.flavor` is not known.
+    """
+    try:
+        spec = get_train_spec(job_config.model.name)
+    except ValueError as e:
+        raise ValueError(f"model.name {job_config.model.name!r}: {e}") from e
+    if job_config.model.flavor not in spec.model_args:
+        raise ValueError(f"model.flavor {job_config.model.flavor!r} is none of {', '.join(map(repr, spec.model_args))}")
+    return copy.deepcopy(spec.model_args[job_config.model.flavor])
+
+
+def configured_args(job_config: JobConfig) -> Any:
+    """The arguments that `model.flavor` names with the settings of a job that has been checked.
+
+    Raises:
+        ValueError: `model.name` or `model.flavor` is not known.
+    """
+    args = flavor_args(job_config)
+    take_settings = getattr(args, "take_settings", args.update_from_config)  # another model's has one method for all
+    take_settings(job_config)
+    return args

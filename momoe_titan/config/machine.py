@@ -1,0 +1,43 @@
+"""The machine that a job is checked for: this one, or one that is only planned for."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks of a job ask about the machine.
+
+    Attributes:
+        world_size: processes of the job; None where nobody has said, which torchrun does.
+        has_gpu: whether each has a CUDA GPU.
+    """
+
+    world_size: int | None
+    has_gpu: bool
+
+
+_planned: Machine | None = None
+
+
+def machine() -> Machine:
+    """The machine of the `checking_for` block that is open, or this one."""
+    if _planned is not None:
+        return _planned
+    world_size = os.environ.get("WORLD_SIZE")  # of torchrun
+    return Machine(None if world_size is None else int(world_size), torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def checking_for(planned: Machine) -> Iterator[None]:
+    """Until the end of the block, jobs are checked for this machine."""
+    global _planned
+    before, _planned = _planned, planned
+    try:
+        yield
+    finally:
+        _planned = before
