@@ -1,7 +1,10 @@
 """Where tests run: on the GPU if there is one; Triton kernels through the interpreter otherwise."""
 
 import os
+import random
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +19,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def seed_everything(name: str) -> None:
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """A fixture draws the same random numbers whichever test needs it first."""
+    if fixturedef.argname != "request":
+        seed_everything(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    """A test draws the same random numbers whichever tests have run before it, and in whichever process."""
+    seed_everything(item.name)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Pages: links lead somewhere, the README is short, the change log knows the version."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -45,6 +46,32 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
             dead.append(link)
     assert dead == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_files_named_in_a_page_exist(page):
+    folders = "momoe_titan|tests|benchmarks|scripts|docs|train_configs"
+    text = ROOT.joinpath(page).read_text()
+    named = re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]+\.(?:py|sh|toml|md|json|csv|html|png))\b", text)
+    assert [name for name in named if not ROOT.joinpath(name).exists()] == []
+
+
+def test_modules_named_in_the_change_log_exist():
+    log = ROOT.joinpath("CHANGELOG.md").read_text()
+    missing = []
+    for cell in re.findall(r"^ *\| `momoe_titan[^|]*\| (.*?) \|$", log, flags=re.MULTILINE):
+        package = ""
+        for name in re.findall(r"`([\w.]+)`", cell):
+            if not name.startswith("."):
+                package = name.rpartition(".")[0]
+            module = package + name if name.startswith(".") else name
+            try:
+                found = importlib.util.find_spec(module)
+            except ModuleNotFoundError:
+                found = None
+            if found is None:
+                missing.append(module)
+    assert missing == []
 
 
 def test_readme_is_short():
