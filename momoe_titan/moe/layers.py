@@ -1,8 +1,8 @@
 """Mixture-of-Experts modules that need torch alone: `MoMoE`, `TopKRouter` and `MoE`.
 
-The names are those of the first MoMoE release, and so are its letters in the public
-signatures: B batch, S sequence, M = B*S tokens, D model width, N experts, H expert hidden width.
-Inside: T tokens, E experts, K chosen experts per token, F expert hidden width.
+Names and letters of the public signatures are those of the first MoMoE release: B batch, S sequence,
+M = B*S tokens, D model width, N experts, H expert hidden width. Inside, the letters are the package's:
+T tokens, E experts, K chosen experts per token, F expert hidden width.
 """
 
 import torch
@@ -38,8 +38,8 @@ class MoMoE(nn.Module):
         num_experts: N.
         num_chosen_experts: experts that a token usually has, 1 to N. A mask may give a token
             fewer or more.
-        save_percent: share of the expert activations kept for the backward, 0 to 100; the rest
-            is recomputed there. Changes memory and time, never the result.
+        save_percent: how much of the expert activations to save for the backward, 0 to 100; the
+            backward recomputes the rest. Changes memory and time, never the result.
         Wl1_ND2H: (N, D, 2H) weights to train in place, or None for normal values times 1/D.
         Wl2_NHD: (N, H, D), likewise.
         backend: "triton", "torch" or "auto" (Triton on CUDA devices, torch elsewhere).
@@ -89,18 +89,18 @@ class MoMoE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply to every token the experts that the mask gives it.
 
-        Reads one number back from the device (the largest count of experts of any token);
-        `forward_topk` does without.
+        Waits for the device once, to learn the largest number of experts that a token has;
+        `forward_topk` never waits.
 
         Args:
             x_BSD: (B, S, D), or (M, D).
             mask_NM: (N, M) integers or booleans; nonzero where expert n works on token m. Any
                 mask: a token may have no expert at all, or more than num_chosen_experts.
-            s_NM: (N, M) scores. Read, and given a gradient, only where the mask is set.
+            s_NM: (N, M) scores. Read where the mask is set; elsewhere their gradient is zero.
 
         Returns:
-            y, shaped as x (zeros for a token without experts), and tokens_per_expert_N (N,)
-            int64. y has x's dtype, or autocast's under autocast.
+            y, of x's shape, zeros for a token without experts; and tokens_per_expert_N (N,) int64.
+            y has x's dtype, or autocast's under autocast.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit together.
@@ -131,7 +131,7 @@ class MoMoE(nn.Module):
             scores_TK: (M, K) floating point.
 
         Returns:
-            y, shaped as x, and tokens_per_expert_N (N,) int64, as `forward`.
+            y, of x's shape, and tokens_per_expert_N (N,) int64, as from `forward`.
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit together.
@@ -176,15 +176,15 @@ class MoMoE(nn.Module):
         return x_BSD.shape[0] if x_BSD.dim() == 2 else x_BSD.shape[0] * x_BSD.shape[1]
 
     def _slots_from_mask(self, mask_NM: torch.Tensor, s_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token's experts in ascending order, then -1: the k-th set entry of its mask column."""
+        """ids_TK and their scores: each token's experts in rising order, then -1 in unused slots."""
         mask_TE = mask_NM.t() != 0
         T = mask_TE.shape[0]
         rank_TE = mask_TE.cumsum(dim=1)
-        # K slots, so that masks of the usual width all look the same to the kernels; for denser
-        # ones a power of two, so that few widths are ever compiled.
+        # Kernels are compiled per number of slots. K slots serve all masks of the usual width, and
+        # powers of two keep the number of other widths small.
         densest = int(rank_TE[:, -1].max()) if T else 0
         slots = self.K if densest <= self.K else 1 << (densest - 1).bit_length()
-        # Unset entries all land in one spare last column, which is cut off.
+        # Entries that are not set all land in one extra last column, which is cut off.
         slot_TE = torch.where(mask_TE, rank_TE - 1, slots)
         experts_TE = torch.arange(self.N, device=mask_TE.device).expand(T, self.N)
         ids_TK = torch.full((T, slots + 1), -1, device=mask_TE.device, dtype=torch.int64)
@@ -195,17 +195,17 @@ class MoMoE(nn.Module):
 
 
 class TopKRouter(nn.Module):
-    """Chooses K experts per token: the best routed ones and every shared one.
+    """Chooses K experts per token: all shared experts, and the best of the others.
 
-    The last num_shared_experts experts are shared, chosen by every token. Among the other
-    N - Ks, a token chooses the K - Ks with the largest softmax probability plus bias; the bias
-    takes part in the choice only (arXiv 2408.15664, section 3). Scores are the softmax
-    probabilities of the chosen experts, divided by their sum; shared experts have a softmax of
-    their own. A token's scores thus sum to 1 over its routed and to 1 over its shared experts.
+    Every token chooses the last num_shared_experts experts, which are called shared. Of the other
+    N - Ks experts a token chooses the K - Ks with the largest softmax probability plus bias. The
+    bias takes part in the choice alone (arXiv 2408.15664, section 3). The scores are the softmax
+    probabilities of the chosen experts, divided by their sum. Shared experts have a softmax of their
+    own: a token's scores sum to 1 over its shared experts and to 1 over its others.
 
-    The matrix product, softmax and choice are done in float32, also under autocast. Of equal
-    candidates the lowest expert id is chosen. Infinite logits count as the largest finite ones;
-    a NaN makes the scores of its own token NaN, and that token still chooses K experts.
+    The matrix product, the softmax and the choice are computed in float32, also under autocast. Of
+    equal experts the lowest id is chosen. Infinite logits count as the largest finite numbers. A NaN
+    makes the scores of its own token NaN, and that token still chooses K experts.
 
     Args:
         embedding_dim: D.
@@ -263,10 +263,10 @@ class TopKRouter(nn.Module):
         """The choice as lists, for `MoMoE.forward_topk`.
 
         Returns:
-            ids_TK (M, K) int64, ascending in every row, and scores_TK (M, K) float32.
+            ids_TK (M, K) int64, rising in every row, and scores_TK (M, K) float32.
 
         Raises:
-            ValueError: x or biases of another shape or device than the weight asks for.
+            ValueError: x or biases have another shape or device than the weight asks for.
         """
         if x_BSD.dim() not in (2, 3) or x_BSD.shape[-1] != self.D:
             raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
@@ -292,14 +292,14 @@ class TopKRouter(nn.Module):
 class MoE(Float32Buffers):
     """A `TopKRouter` and `MoMoE` experts, kept in balance without an auxiliary loss.
 
-    forward(x) -> y changes no bias. Once per optimizer step, after all its microbatches, the
-    training loop moves the biases (arXiv 2408.15664, algorithm 1):
+    The forward changes no bias. The training loop moves the biases once per optimizer step, after
+    all its microbatches (arXiv 2408.15664, algorithm 1):
 
-        handle = moe.register_bias_update(optimizer)     # or moe.update_biases() by hand
+        handle = moe.register_bias_update(optimizer)     # or call moe.update_biases()
 
-    Tokens per expert are counted in training mode with gradients enabled only: neither
-    evaluation, nor no_grad, nor recomputation for activation checkpointing
-    (use_reentrant=False) changes them.
+    Tokens per expert are counted in training mode with gradients enabled. Not counted: evaluation,
+    forwards under no_grad, and forwards that activation checkpointing recomputes
+    (use_reentrant=False).
 
     Args:
         bias_update_rate: u >= 0, how far a bias moves per step.
@@ -342,8 +342,8 @@ class MoE(Float32Buffers):
             raise ValueError(f"bias_update_rate is {bias_update_rate}, must be finite and >= 0")
         self.bias_update_rate = bias_update_rate
         if device is None:
-            # Router and experts may differ in dtype, but have to live on one device: that of the
-            # first given weight, against which the others are checked below.
+            # Router and experts may differ in dtype, but not in device. It is that of the first
+            # given weight; the others are checked against it below.
             given = [w for w in (Wl1_ND2H, Wl2_NHD, Wg_DN) if isinstance(w, torch.Tensor)]
             device = given[0].device if given else None
         self.router = TopKRouter(
@@ -381,12 +381,12 @@ class MoE(Float32Buffers):
 
     @torch.no_grad()
     def update_biases(self, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
-        """bias += u * sign(mean count - count) over the routed experts; counts start again at 0.
+        """bias += u * sign(mean count - count), shared experts aside; then set the counts to 0.
 
         Args:
-            process_group: sum the counts over it first, so that data-parallel replicas agree.
-                (Under DistributedDataParallel also pass it broadcast_buffers=False, which would
-                otherwise overwrite the other ranks' counts.)
+            process_group: the ranks to sum the counts over first, so that data-parallel replicas
+                move their biases alike. Pass broadcast_buffers=False to DistributedDataParallel,
+                which otherwise overwrites the counts of all ranks but one.
         """
         if process_group is not None:
             torch.distributed.all_reduce(self.counts_N, group=process_group)
