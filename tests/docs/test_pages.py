@@ -1,4 +1,4 @@
-"""The pages can be trusted: links lead somewhere, commands exist, code runs, and prose is not a list of numbers."""
+"""The pages can be trusted: commands and options exist, code runs, and prose is not a list of numbers."""
 
 import importlib.util
 import re
@@ -21,13 +21,6 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def anchors(page: str) -> set[str]:
-    """The headings of a page as GitHub links to them."""
-    outside = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", outside, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_fewer_than_one_word_in_ten_holds_a_digit(path):
     assert words.digit_share(path.read_text()) < 0.1
@@ -36,23 +29,6 @@ def test_fewer_than_one_word_in_ten_holds_a_digit(path):
 def test_words_in_code_and_tables_do_not_count():
     page = "One two 3 four\n\n| 1 | 2 |\n\n```\n4 5 6\n```\n[five](6.md) <!-- 7 -->\n"
     assert words.digit_share(page) == pytest.approx(1 / 5)
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 150
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_lead_somewhere(path):
-    page = path.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", page):
-        if re.match(r"https?://|mailto:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        linked = (path.parent / file) if file else path
-        assert linked.exists(), f"{name_of(path)} links to {target}"
-        if anchor:
-            assert anchor in anchors(linked.read_text()), f"{name_of(path)} links to {target}"
 
 
 @pytest.mark.parametrize("path", COMMAND_FILES, ids=name_of)
