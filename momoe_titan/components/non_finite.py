@@ -28,9 +28,10 @@ class NonFiniteGuard:
         grads = [p.grad for part in optimizers.model_parts for p in part.parameters()]
         grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads if g is not None]
         device = next(optimizers.model_parts[0].parameters()).device
-        # No gradient is left where the optimizer steps during the backward.
-        no_norm = [torch.zeros((), device=device)]
-        norms = torch._foreach_norm(grads) if grads else no_norm  # pyright: ignore[reportPrivateImportUsage] - no public name
+        if grads:
+            norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage] - no public name
+        else:  # the optimizer steps during the backward
+            norms = [torch.zeros((), device=device)]
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
         # Not with one rank: NCCL's first collective allocates memory, which the first step may have filled.
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
