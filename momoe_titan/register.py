@@ -25,7 +25,7 @@ from momoe_titan.model import (
 from momoe_titan.model.parallel.pipeline import pipeline_momoe_llama
 
 
-def prepare_and_parallelize(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
+def prepare_and_parallelize(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
     """`parallelize_momoe_llama`, after what depends on the job's checkpoint and its memory."""
     allow_missing_balance_state(model, job_config)
     set_up_auto_save_percent(model, job_config)

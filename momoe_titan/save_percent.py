@@ -1,8 +1,8 @@
 """`save_percent`: what it may be, and how much of an MoE layer's z it keeps. Every other module asks here."""
 
-from typing import Any
+from typing import Any, Literal
 
-AUTO = "auto"  # as much as fits into the memory that the job names
+AUTO: Literal["auto"] = "auto"  # as much as fits into the memory that the job names
 
 
 def num_saved_rows(num_rows: int, save_percent: float) -> int:
@@ -17,7 +17,7 @@ def validate_save_percent(value: Any, field: str = "save_percent") -> float:
     return float(value)
 
 
-def parse_save_percent(value: Any, field: str = "save_percent") -> list[float] | str:
+def parse_save_percent(value: Any, field: str = "save_percent") -> list[float] | Literal["auto"]:
     """What a user writes: "auto", one number, or a list with one number for all MoE layers or one per MoE layer.
 
     Returns:

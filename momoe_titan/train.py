@@ -28,6 +28,7 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from torch.distributed.constants import default_pg_timeout
 
 from momoe_titan.config.command_line import missing_section_option
 
@@ -91,18 +92,19 @@ def _is_no_gpu_s_peak(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def one_gloo_thread() -> Iterator[None]:
-    """While open, gloo's process groups get one thread for their collectives in place of two.
+    """While open, gloo's process groups run their collectives on one thread in place of two.
 
-    With two, torch 2.13 writes the name of the collective that ended last from both at once, without
-    a lock. Where it is a long one, as that of DTensor's all-gathers, a block of the heap is freed twice,
-    and the process ends with a signal.
+    In torch 2.13 each of the two threads writes the name of the collective that it ended last into the same string,
+    without a lock. Where the name is long, as that of DTensor's all-gathers, a block of the heap is freed twice and
+    the process ends with a signal. torch takes options of gloo nowhere: `init_process_group` and `new_group` ignore
+    `pg_options`, and no environment variable names the number of threads.
     """
-    gloo = torch.distributed.ProcessGroupGloo
+    gloo: Any = torch.distributed.ProcessGroupGloo  # its options have private names
     original = gloo.__init__
 
     def init(
         self: Any, store: Any, rank: int, size: int, options: Any = None, *,
-        timeout: timedelta = torch.distributed.constants.default_pg_timeout,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:  # fmt: skip
         if options is None:
             options = gloo._Options()
@@ -140,13 +142,13 @@ def main() -> None:
 
 
 def end_process() -> NoReturn:
-    """End with status 0, after all that Python does at its end but that end itself.
+    """End with status 0, after all that Python does at its end except the end of the interpreter.
 
-    DTensor's caches keep device meshes beyond destroy_process_group, and these threads of gloo. One that
-    then frees a tensor of the last collective asks for the GIL, and Python before 3.14 ends it for that,
-    which in C++ is std::terminate: a trained job would fail on its way out.
+    DTensor's caches keep device meshes alive after destroy_process_group, and so the threads of gloo. Such a thread
+    that then frees a tensor of the last collective asks for the GIL. Python before 3.14 ends the thread for that, in
+    C++ by std::terminate: a job that has been trained would fail on its way out.
     """
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]: what Python's own end calls first
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

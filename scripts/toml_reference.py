@@ -80,8 +80,7 @@ def page() -> str:
     for field in dataclasses.fields(Momoe):
         if field.name not in docs:
             raise ValueError(f"momoe.{field.name} has no docstring in momoe_titan/config/section.py")
-        has_factory = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if has_factory else field.default
+        default = field.default_factory() if callable(field.default_factory) else field.default
         parts.append(
             f"## {field.name}\n\n{describe(hints[field.name])}; default `{literal(default)}`\n\n{docs[field.name]}\n"
         )

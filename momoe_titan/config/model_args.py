@@ -25,6 +25,10 @@ class ModelArgs(Protocol):
     backend: str
     load_balance_rate: float
     load_balance_rule: str
+    load_balance_average: float
+    aux_loss_weight: float
+    aux_loss_scope: str
+    router_z_loss_weight: float
     load_balance_off_layers: list[int]
     check_ids: bool
 

@@ -9,16 +9,18 @@ by `--help`.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from momoe_titan.config.checks.section import check_section
+from momoe_titan.config.field_types import check_types
 from momoe_titan.save_percent import parse_save_percent
 
 Backend = Literal["auto", "triton", "torch", "torchtitan"]
-BalanceRule = Literal["sign", "proportional"]
+BalanceRule = Literal["sign", "proportional", "quantile"]
+AuxLossScope = Literal["sequence", "batch", "global"]
 
 STOCK_BACKEND: Backend = "torchtitan"
 BACKENDS = get_args(Backend)
 OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
 BALANCE_RULES = get_args(BalanceRule)
+AUX_LOSS_SCOPES = get_args(AuxLossScope)
 
 
 @dataclass
@@ -66,13 +68,44 @@ class Momoe:
     """
     How the bias moves: "sign" by the rate in the direction that evens
     out the load, "proportional" by the rate times the relative error
-    of the load.
+    of the load. "quantile" has no rate (0 still turns balancing off):
+    once per step it solves for the bias that gives each expert its
+    fair share of the step's tokens.
+    """
+
+    load_balance_average: float = 1.0
+    """
+    For "quantile": the share of the way to the solved bias that one
+    step goes, above 0 and up to 1. Below 1 the bias is an average
+    over steps.
     """
 
     load_balance_off_layers: list[int] = field(default_factory=list)
     """
     Layers, by their index in the model from 0, whose bias does not
     move.
+    """
+
+    aux_loss_weight: float = 0.0
+    """
+    Weight of an auxiliary load-balancing loss (Switch Transformer,
+    arXiv 2101.03961), which reaches the gradients and not the logged
+    loss. 0 leaves it out. Works with every load_balance_rule.
+    """
+
+    aux_loss_scope: AuxLossScope = "global"
+    """
+    Whose tokens the auxiliary loss evens out: those of each
+    "sequence" (as in DeepSeek-V3), of a rank's "batch" (one
+    microbatch), or of all ranks and microbatches of the last optimizer
+    step ("global", as in Qwen3, but one step late).
+    """
+
+    router_z_loss_weight: float = 0.0
+    """
+    Weight of the router z-loss (ST-MoE, arXiv 2202.08906), which keeps
+    the router's logits small. Reaches the gradients and not the logged
+    loss. 0 leaves it out.
     """
 
     vocab_size: int = 0
@@ -109,7 +142,29 @@ class Momoe:
             ValueError: names the field, as written in TOML, and its value.
         """
         self.save_percent = parse_save_percent(self.save_percent, "momoe.save_percent")
-        check_section(self)
+        check_types("momoe", self)
+        infinity = float("inf")
+        # Written so that NaN is refused too.
+        for name, is_good, must in (
+            (
+                "memory_budget",
+                0 < self.memory_budget < infinity,
+                "above 0: up to 1 a share of a GPU's memory, above 1 GiB",
+            ),
+            ("load_balance_rate", 0 <= self.load_balance_rate < infinity, "a finite number of at least 0"),
+            ("load_balance_average", 0 < self.load_balance_average <= 1, "above 0 and at most 1"),
+            ("aux_loss_weight", 0 <= self.aux_loss_weight < infinity, "a finite number of at least 0"),
+            ("router_z_loss_weight", 0 <= self.router_z_loss_weight < infinity, "a finite number of at least 0"),
+            (
+                "load_balance_off_layers",
+                all(layer >= 0 for layer in self.load_balance_off_layers),
+                "a list of layer indices from 0",
+            ),
+            ("vocab_size", self.vocab_size >= 0, "0 (the flavor's own) or a positive number of tokens"),
+            ("data_text_field", self.data_text_field != "", "the name of a field"),
+        ):
+            if not is_good:
+                raise ValueError(f"momoe.{name} is {getattr(self, name)!r}, must be {must}")
 
 
 @dataclass

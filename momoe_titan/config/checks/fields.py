@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 
 from torchtitan.config import JobConfig
 
-from momoe_titan.config.checks.types import check_types
+from momoe_titan.config.field_types import check_types
 
 OPTIMIZERS = ("Adam", "AdamW")  # all that torchtitan.components.optimizer builds
 

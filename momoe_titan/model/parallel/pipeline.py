@@ -6,19 +6,21 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 
 from momoe_titan.moe.expert_stats import recording_paused
 
 
-def pipeline_momoe_llama(model: nn.Module, *args):
+def pipeline_momoe_llama(model: nn.Module, *args: Any) -> tuple[_PipelineSchedule, list[nn.Module], bool, bool]:
     """TorchTitan's `pipeline_llm`: the same arguments, the same results."""
-    schedule, *rest = pipeline_llm(model, *args)
+    pipeline = pipeline_llm(model, *args)
+    schedule = pipeline[0]
     # A schedule of several stages per rank has `_stages`, one of a single stage `_stage`.
     stages = getattr(schedule, "_stages", None) or [getattr(schedule, "_stage")]  # noqa: B009
     for stage in stages:
         _leave_probes_uncounted(stage)
-    return schedule, *rest
+    return pipeline
 
 
 def _leave_probes_uncounted(stage: PipelineStage) -> None:
@@ -33,7 +35,7 @@ def _leave_probes_uncounted(stage: PipelineStage) -> None:
 
 def _without_recording(probe: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(probe)
-    def paused(*args, **kwargs):
+    def paused(*args, **kwargs) -> Any:
         with recording_paused():
             return probe(*args, **kwargs)
 
