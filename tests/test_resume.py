@@ -347,5 +347,5 @@ def test_asynchronous_checkpoints_on_the_gpu(jobs, tmp_path):
     with ThreadPoolExecutor(3) as side_by_side:  # a start takes most of a job's time
         want, *others = side_by_side.map(run, ("disabled", "async", "async_with_pinned_mem"))
     for states in others:
-        for got, expected in zip(states, want):
+        for got, expected in zip(states, want, strict=True):
             assert_same_contents(got, expected)

@@ -12,7 +12,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parent.parent
 # Some seconds a run: the debug model on short sequences.
-SMALL = ["--training.seq_len=64", "--training.local_batch_size=4", "--metrics.log_freq=1", "--metrics.disable_color_printing", "--validation.seq_len=64", "--validation.local_batch_size=4", "--validation.steps=2", "--lr_scheduler.warmup_steps=4"]
+SMALL = [
+    "--training.seq_len=64",
+    "--training.local_batch_size=4",
+    "--metrics.log_freq=1",
+    "--metrics.disable_color_printing",
+    "--validation.seq_len=64",
+    "--validation.local_batch_size=4",
+    "--validation.steps=2",
+    "--lr_scheduler.warmup_steps=4",
+]
 
 
 def train(out: Path, *options: str, processes: int = 1, on_gpu: bool = False) -> str:

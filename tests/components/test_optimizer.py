@@ -185,7 +185,7 @@ def test_counts_of_the_last_step():
     balancer = ExpertLoadBalancer([layers])
     assert balancer.counts_LE is None
     counts = [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
-    for layer, counts_E in zip(layers, counts):
+    for layer, counts_E in zip(layers, counts, strict=True):
         layer.tokens_per_expert.copy_(torch.tensor(counts_E))
     balancer()
     assert balancer.counts_LE.tolist() == counts

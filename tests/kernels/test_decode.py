@@ -114,7 +114,7 @@ def test_replays_from_a_graph_and_compiles_once():
         for _ in range(20):
             graph.replay()
         torch.cuda.synchronize()
-        for s, got in zip(some, captured):
+        for s, got in zip(some, captured, strict=True):
             want = momoe_mlp(x[s], w1, w2, ids[s], scores[s])[0]
             torch.cuda.synchronize()
             assert torch.equal(got, want)

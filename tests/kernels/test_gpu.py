@@ -1,6 +1,7 @@
 """The op at real sizes on a GPU, on the Hopper path and on the portable one."""
 
 import gc
+import itertools
 import time
 
 import pytest
@@ -35,7 +36,7 @@ def path(request, monkeypatch):
 
 
 def memory_at_rest():
-    """Bytes allocated once nothing more is freed: autograd's threads hold what ran last a little longer, cycles wait for gc."""
+    """Bytes allocated once nothing more is freed: autograd's threads hold what ran last a while, cycles wait for gc."""
     gc.collect()
     torch.cuda.synchronize()
     allocated, unchanged = torch.cuda.memory_allocated(), 0
@@ -67,13 +68,13 @@ def test_save_percent_never_changes_a_bit(save_percent, path):
     inputs = make_inputs(SHAPES["7B_n256"], torch.bfloat16, "cuda")
     want, _ = run(momoe_mlp, *inputs, 50)
     got, _ = run(momoe_mlp, *inputs, save_percent)
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_deterministic(path):
     inputs = make_inputs(SHAPES["7B_n256"], torch.bfloat16, "cuda")
     first, *others = (run(momoe_mlp, *inputs, 50)[0] for _ in range(4))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("skew", ["one_third_on_one", "three_quarters_empty", "all_on_the_same"])
@@ -95,7 +96,7 @@ def test_float32_honours_its_digits():
     inputs = make_inputs((300, 256, 128, 8, 2), torch.float32, "cuda")
     got, _ = run(momoe_mlp, *inputs, 50)
     want, _ = run(momoe_mlp_ref, *(t.double() if t.is_floating_point() else t for t in inputs))
-    assert all(((g - w).norm() / w.norm()).item() < 2e-6 for g, w in zip(got, want))
+    assert all(((g - w).norm() / w.norm()).item() < 2e-6 for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("save_percent", [0, 33, 100])
@@ -136,7 +137,7 @@ def test_peak_memory_of_a_layer(path):
     peaks = [peak(ids, p) for p in (0, 25, 50, 75, 100)]
     if path == "hopper":  # dz takes the place of z: only the forward's peak rises
         tile = 127 * 2 * 512 * 2 + 512  # of the rows around the last saved one, which are computed again
-        assert all(high >= low - tile for low, high in zip(peaks, peaks[1:]))
+        assert all(high >= low - tile for low, high in itertools.pairwise(peaks))
         assert peaks[-1] - peaks[0] < 16384 * 4 * 2 * 512 * 2 / 2
     else:
         assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
@@ -150,7 +151,7 @@ def test_a_kept_graph_keeps_z(save_percent, path):
     leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
     out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent)
     first, *others = (torch.autograd.grad(out, leaves, dout, retain_graph=keep) for keep in (True, True, False))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("save_percent", [37, 100])
@@ -174,7 +175,7 @@ def test_shed_z_leaves_the_memory_of_save_percent_0(save_percent, path):
     backward(0)  # workspaces of libraries
     want, peak = backward(0)
     got, shed_peak = backward(save_percent)
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert abs(shed_peak - peak) <= 4 << 20  # a cached block may be handed out that is up to 1 MiB too large
 
 
@@ -211,7 +212,7 @@ def test_on_a_device_that_is_not_the_current_one(path, monkeypatch):
     ):
         want, got = run_on(*inputs), run_on(*there)
         assert torch.cuda.current_device() == 0
-        assert all(g.device.index == 1 and torch.equal(g.cpu(), w.cpu()) for g, w in zip(got, want))
+        assert all(g.device.index == 1 and torch.equal(g.cpu(), w.cpu()) for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("sync_flops", [0, 1e30], ids=["in step", "not in step"])
@@ -237,7 +238,7 @@ def test_cuda_graph_replays_forward_and_backward(path, sync_flops, monkeypatch):
         x.copy_(new[0]), ids.copy_(new[3]), scores.copy_(new[4]), dout.copy_(new[5])
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(c, w) for c, w in zip(captured, step()))
+    assert all(torch.equal(c, w) for c, w in zip(captured, step(), strict=True))
 
 
 def test_does_not_wait_for_the_gpu(path, monkeypatch):

@@ -143,7 +143,7 @@ def test_tensor_core_product(dtype, device, monkeypatch):
     got = (out, *torch.autograd.grad(out, (x, w), dout))
     x64, w64, dout64 = x.detach().double(), w.detach().double(), dout.double()
     want = (x64 @ w64.t(), dout64 @ w64, dout64.t() @ x64)
-    for g, exact, rounded in zip(got, want, (torch.float32, torch.bfloat16, dtype)):
+    for g, exact, rounded in zip(got, want, (torch.float32, torch.bfloat16, dtype), strict=True):
         error = ((g.detach().double() - exact).norm() / exact.norm()).item()
         best = ((exact.to(rounded).double() - exact).norm() / exact.norm()).item()
         assert g.dtype == rounded and error <= max(1.02 * best, 1e-6)
@@ -164,12 +164,12 @@ def test_both_routers_use_it(device, monkeypatch):
     x, bias = torch.randn(33, 16, device=device), torch.randn(10, device=device) * 0.1
     calls, results = [], []
     for kernels in (False, True):
-        monkeypatch.setattr(core, "runs_here", lambda t: kernels)
+        monkeypatch.setattr(core, "runs_here", lambda t, kernels=kernels: kernels)
         monkeypatch.setattr(core, "route", lambda *args: calls.append(args) or route(*args))
         ids, scores = ours.route(x, bias)
         scores_titan, ids_titan = titan(x, bias)
         grads = torch.autograd.grad((scores**2).sum() + (scores_titan**2).sum(), (ours.Wg_DN, titan.gate.weight))
         results.append((ids, ids_titan, scores, scores_titan, *grads))
         assert len(calls) == 2 * kernels
-    for plain, fused in zip(*results):
+    for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain)

@@ -54,7 +54,7 @@ def test_reference_sorts_stably(name):
     row = r.row_TK.view(-1)
     assert sorted(row[used].tolist()) == list(range(rows)) and (row[~used] == -1).all()  # every used slot has a row
     order = used.nonzero().view(-1)[row[used].argsort()]  # slot of each row
-    keys = list(zip(flat[order].tolist(), order.tolist()))
+    keys = list(zip(flat[order].tolist(), order.tolist(), strict=True))
     assert keys == sorted(keys)  # by expert, then in the order of the slots
     assert torch.equal(r.token_R[:rows].long(), order // ids.shape[1])
     assert torch.equal(r.score_R[:rows], scores.view(-1)[order])

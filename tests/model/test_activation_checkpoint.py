@@ -211,7 +211,7 @@ class TestEager:
         weights = list(model.parameters())
         first = torch.autograd.grad(loss, weights, retain_graph=True)
         second = torch.autograd.grad(loss, weights)
-        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 class TestCompiled:
@@ -256,7 +256,7 @@ class TestCompiled:
             own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
             saved = {}
 
-            def pack(t):
+            def pack(t, own=own, saved=saved):
                 if t.untyped_storage().data_ptr() not in own:
                     saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
                 return t
@@ -291,8 +291,9 @@ def count_expert_calls(monkeypatch) -> Counter:
     """Of the torch backend, inside the op: compiled graphs do not show their ops to modes."""
     calls = Counter()
     for name in ("torch_forward", "torch_backward"):
+        function = getattr(autograd, name)
 
-        def counted(*args, name=name, function=getattr(autograd, name)):
+        def counted(*args, name=name, function=function):
             calls[name] += 1
             return function(*args)
 

@@ -180,7 +180,7 @@ def test_a_rank_that_receives_nothing(two, four, ranks, num_experts):
 
 @pytest.mark.parametrize("mode", SHEDDING)
 def test_shedding_changes_nothing(two, mode):
-    """Rank 0 gets all tokens, twice what it has room for: it sheds the first layer's z, which is held by then, alone."""
+    """Rank 0 gets all tokens, twice what it has room for: it sheds the first layer's z, all that is held by then."""
     shed, kept = two[f"shed {mode}"], two[f"kept {mode}"]
     assert_same_run(shed, kept)
     for kind in ("grads", "weights"):

@@ -416,7 +416,7 @@ def test_experts_whose_columns_are_sharded_twice(rank, backend):
 
     def local_slice(tensor: torch.Tensor, sharded: DTensor) -> torch.Tensor:
         shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-        return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
+        return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
 
     dist.init_process_group("fake", rank=rank, world_size=4)
     try:

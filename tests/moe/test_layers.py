@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_any_mask_matches_a_loop_over_tokens(mask, save_percent):
     assert counts_N.tolist() == mask_NM.sum(1).tolist()
     assert y_BSD.shape == x_BSD.shape
     torch.testing.assert_close(y_BSD.reshape(M, D), expected_MD)
-    for leaf, g, e in zip(leaves, got, expected):
+    for leaf, g, e in zip(leaves, got, expected, strict=True):
         torch.testing.assert_close(g, torch.zeros_like(leaf) if e is None else e)
     # gradients reach the scores where the mask is set, and nowhere else
     assert ((got[1] != 0) == (mask_NM != 0)).all()
@@ -311,7 +312,7 @@ def test_bias_is_for_the_choice_only():
     x_MD = torch.randn(30, D)
     shift = router.route(x_MD, torch.full((N,), 3.0))
     plain = router.route(x_MD, torch.zeros(N))
-    assert all(torch.equal(a, b) for a, b in zip(shift, plain))
+    assert all(torch.equal(a, b) for a, b in zip(shift, plain, strict=True))
     biases_N = torch.zeros(N)
     biases_N[2] = 10.0
     ids_TK, scores_TK = router.route(x_MD, biases_N)
@@ -498,7 +499,7 @@ def assert_falls_steadily(losses):
     # mean square of normal values, and the experts' first output is close to zero
     assert losses[0] == pytest.approx(1.0, abs=0.05)
     tenths = [sum(losses[i : i + len(losses) // 10]) for i in range(0, len(losses), len(losses) // 10)]
-    assert all(later < earlier for earlier, later in zip(tenths, tenths[1:])), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(tenths)), losses
 
 
 def test_reproducing_the_input_small():

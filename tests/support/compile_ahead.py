@@ -4,6 +4,7 @@ Prints one JSON object per compiled kernel: name, dtype, registers, bytes of sta
 spills, bytes of shared memory. Run in a process without TRITON_INTERPRET.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -64,16 +65,23 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        def dump(flag: str) -> str:
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
         usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", dump("-res-usage"))}
         return usage | {"spills": len(re.findall(r"\bSTL\b", dump("-sass")))}
+
+
+def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def main(arch: str, shapes: list[str]) -> None:
     driver.set_active(_NoDevice(CAPABILITY[arch]))
     gpu.device_properties = lambda device: (divmod(CAPABILITY[arch], 10), arch)
     hopper.supported = lambda *args: False  # compile_hopper.py has that family
-    hopper.num_programs = lambda device: 132
+    gpu.num_processors = lambda device: 132
     run, seen = JITFunction.run, set()
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -89,7 +97,7 @@ def main(arch: str, shapes: list[str]) -> None:
     for shape in shapes:
         tokens, d_model, ffn, experts, chosen = SHAPES[shape]
         for dtype in (torch.bfloat16, torch.float32) if shape == "odd" else (torch.bfloat16,):
-            new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype, device="meta")
+            new = functools.partial(empty, dtype=dtype)
             x, w1, w2 = new(tokens, d_model), new(experts, d_model, 2 * ffn), new(experts, ffn, d_model)
             ids, scores = new(tokens, chosen, dtype=torch.int64), new(tokens, chosen, dtype=torch.float32)
             _, _, z, routing = autograd._forward(x, w1, w2, ids, scores, tokens * chosen, 50.0, False, "triton")

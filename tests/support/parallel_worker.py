@@ -1,11 +1,12 @@
 """Short training runs under TorchTitan's own trainer on the CPU, on 1, 2 and 4 processes.
 
 Usage: parallel_worker.py FOLDER JSON, where JSON is a list of [number of processes, settings], and settings are
-{section.field: value}. The processes are forks of this one, because importing torch takes longer than training does; each
-run has its own, as a user's job has. Each starts from the same weights, or from the last checkpoint where it enables them,
-and sees the same batches; "stop" is the step it ends with. What came of a run is written to FOLDER/INDEX.pt.
+{section.field: value}. The processes are forks of this one, because importing torch takes longer than training does;
+each run has its own, as a user's job has. Each run starts from the same weights, or from the last checkpoint where it
+enables them, and sees the same batches; "stop" is the step it ends with. Its result is written to FOLDER/INDEX.pt.
 """
 
+import functools
 import json
 import sys
 from types import SimpleNamespace
@@ -60,7 +61,7 @@ class Batches:
         from tests.support.tiny import batch
 
         for step in range(self.steps_done, STEPS):
-            for rows in zip(*(t.split(self.size * self.ranks) for t in batch(step, BATCH))):
+            for rows in zip(*(t.split(self.size * self.ranks) for t in batch(step, BATCH)), strict=True):
                 tokens, labels = (t.split(self.size)[self.rank] for t in rows)
                 yield {"input": tokens}, labels
 
@@ -126,7 +127,7 @@ def run(settings: dict, folder: str) -> dict:
 
     def log(values, step):
         counts_LE = trainer.optimizers.load_balancer.counts_LE
-        counts[step] = {} if counts_LE is None else dict(zip(moes, counts_LE.tolist()))
+        counts[step] = {} if counts_LE is None else dict(zip(moes, counts_LE.tolist(), strict=True))
         kept = ("loss_metrics/global_avg_loss", "grad_norm", "moe")
         logged.append({"step": step, **{k: v for k, v in values.items() if k.startswith(kept)}})
 
@@ -134,7 +135,8 @@ def run(settings: dict, folder: str) -> dict:
     trainer.checkpointer.load()
     trainer.dataloader.steps_done = trainer.step
     data = trainer.batch_generator(trainer.dataloader)
-    for trainer.step in range(trainer.step + 1, last_step + 1):
+    for step in range(trainer.step + 1, last_step + 1):
+        trainer.step = step
         trainer.train_step(data)
         trainer.checkpointer.save(trainer.step)
     assert not any(moe.tokens_per_expert.any() for moe in moes.values())
@@ -199,7 +201,7 @@ def main(folder: str, runs: str) -> None:
         for index, (world, settings) in enumerate(json.loads(runs)):
             store, out = f"{folder}/store{index}", f"{folder}/{index}.pt"
             # What failed is the last thing said.
-            if not in_gloo_forks(world, store, lambda: worker(settings, folder, out)):
+            if not in_gloo_forks(world, store, functools.partial(worker, settings, folder, out)):
                 sys.exit(f"run {index} failed: {world} processes, {settings}")
 
 

@@ -74,6 +74,10 @@ def job_config(**momoe) -> JobConfig:
             "backend": "auto",
             "load_balance_rate": 1e-3,
             "load_balance_rule": "sign",
+            "load_balance_average": 1.0,
+            "aux_loss_weight": 0.0,
+            "aux_loss_scope": "global",
+            "router_z_loss_weight": 0.0,
             "load_balance_off_layers": [],
             "vocab_size": 0,
             "check_ids": False,
@@ -112,7 +116,7 @@ def train(model, steps: int = 3, microbatches: int = 1, between=None) -> dict[st
     for step in range(steps):
         tokens, labels = (t.to(device) for t in batch(step))
         total = torch.zeros((), device=device)
-        for x, y in zip(tokens.chunk(microbatches), labels.chunk(microbatches)):
+        for x, y in zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True):
             loss = loss_of(model, x, y, 1 / microbatches)
             loss.backward()
             total += loss.detach()
