@@ -1,0 +1,55 @@
+"""What is counted of a forward, and when."""
+
+import pytest
+import torch
+from torch import nn
+
+from momoe_titan.moe.expert_stats import (
+    accumulate_entropy,
+    count_experts,
+    record_counts,
+    recording_paused,
+    want_entropy,
+)
+
+
+@pytest.fixture
+def entropy_wanted():
+    want_entropy(True)
+    yield
+    want_entropy(False)
+
+
+def test_counts_experts_that_nobody_chose_too():
+    ids = torch.tensor([[0, 3], [3, 1], [3, 0]])
+    counts = count_experts(ids, 5)
+    assert counts.dtype == torch.int64 and counts.tolist() == [2, 1, 0, 3, 0]
+    assert count_experts(ids[:0], 5).tolist() == [0] * 5
+
+
+def test_records_training_forwards_alone():
+    module, total, counts = nn.Module(), torch.zeros(3, dtype=torch.int64), torch.tensor([1, 0, 2])
+    record_counts(module, total, counts)
+    assert total.tolist() == [1, 0, 2]
+    with torch.no_grad():
+        record_counts(module, total, counts)
+    record_counts(module.eval(), total, counts)
+    assert total.tolist() == [1, 0, 2]
+
+
+def test_records_nothing_while_paused(entropy_wanted):
+    module, total, entropy = nn.Module(), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    scores = torch.tensor([[0.5, 0.5]])
+
+    def record():
+        record_counts(module, total, torch.tensor([1, 2]))
+        accumulate_entropy(entropy, scores)
+
+    with pytest.raises(KeyError), recording_paused():
+        with recording_paused():
+            record()
+        record()
+        raise KeyError
+    assert not total.any() and not entropy.any()
+    record()
+    assert total.tolist() == [1, 2] and entropy.tolist() == [1, 1]
