@@ -1,6 +1,92 @@
-"""Write a checkpoint as a Hugging Face folder: `python -m momoe_titan.export --help`."""
+"""Convert a checkpoint of TorchTitan's into a folder that transformers loads.
 
-from momoe_titan.inference.export import command
+    python -m momoe_titan.export outputs/debug_model/checkpoint exported/ \\
+        --job.config_file train_configs/debug_model.toml
+    python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained("exported/")'
+
+CHECKPOINT is a folder of torch.distributed.checkpoint, written by any number of ranks, or the folder above it, for the
+latest step. Weights are read and written layer by layer: this takes the memory of about three layers and one file, and
+no GPU. The model decides which format it becomes (docs/hugging_face.md). If the format cannot hold the load-balancing
+bias, the bias is written beside the weights, with a warning. Without OUT, a folder that checkpoint.last_save_in_hf
+wrote gets the config.json and tokenizer that it lacks.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from momoe_titan.inference.export import convert
+from momoe_titan.inference.load import args_and_tokenizer, find_checkpoint
+from momoe_titan.model.hugging_face.config import hf_format, saved_dtype, write_hf_config
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those of the job."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=rest + "Options --section.field are those of momoe_titan.train: how the checkpoint was trained.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="a new or an empty folder")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the weights (default: as they were saved); a bias stays float32",
+    )
+    parser.add_argument("--shard_gib", type=float, default=5.0, help="largest size of a file (default: %(default)s)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="in place of the job's")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Export as these arguments say.
+
+    Raises:
+        ValueError: names what cannot be exported, and why.
+    """
+    options, job = parse(argv)
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise ValueError(f"{e}: pip install 'momoe_titan[hf]'") from e
+    path, is_hf = find_checkpoint(options.checkpoint)
+    args, assets = args_and_tokenizer(path, job, options.tokenizer)
+    name = hf_format(args)
+    if is_hf:
+        if options.out or options.dtype:
+            raise ValueError(f"{path!r} is in Hugging Face's format already: OUT has no meaning")
+        write_hf_config(path, args, assets, saved_dtype(path))
+        print(f"{path}: config.json and tokenizer written ({name})")
+        return
+    if not options.out:
+        raise ValueError("OUT is missing: where to write to")
+    if os.path.isdir(options.out) and os.listdir(options.out):
+        raise ValueError(f"OUT {options.out!r} is not empty")
+    if not options.shard_gib > 0:
+        raise ValueError(f"--shard_gib is {options.shard_gib}, must be above 0")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    os.makedirs(options.out, exist_ok=True)
+    bias_file, dtype = convert(path, options.out, args, dtype, int(options.shard_gib * 2**30))
+    write_hf_config(options.out, args, assets, dtype, bias_file)
+    print(f"{options.out}: {name}, {str(dtype).removeprefix('torch.')}")
+
+
+def command() -> None:
+    """The command line; exit status 2 for what cannot be exported."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     command()

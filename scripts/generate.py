@@ -1,12 +1,7 @@
 #!/usr/bin/env python
 """`python -m momoe_titan.generate` by its old name."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from momoe_titan.inference.generate import command  # noqa: E402
+from momoe_titan.generate import command
 
 if __name__ == "__main__":
     command()

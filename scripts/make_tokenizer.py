@@ -4,20 +4,17 @@
 
 Learns from the training split of the dataset `python_stdlib` and writes
 tokenizer.json and tokenizer_config.json. The same Python version gives the same
-files. Byte-level: every text can be encoded, and decodes to itself.
+files. Being byte-level, the tokenizer encodes every text and decodes it to itself.
 """
 
 import argparse
 import json
-import sys
 import sysconfig
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from momoe_titan.data.stdlib import load_stdlib  # noqa: E402
+from momoe_titan.data.stdlib import load_stdlib
 
 VOCAB_SIZE = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -43,7 +40,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default="momoe_titan/assets/tokenizer")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     args = parser.parse_args()

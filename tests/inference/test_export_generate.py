@@ -1,4 +1,4 @@
-"""From a short training run to text: scripts/export_hf.py, scripts/generate.py, and transformers."""
+"""From a short training run to text: the commands export and generate, and transformers."""
 
 import io
 import json
@@ -14,17 +14,11 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from momoe_titan.inference import export as export_hf
-from momoe_titan.inference import generate as generate_script
-from momoe_titan.inference.model import (
-    _sample,
-    find_checkpoint,
-    generate,
-    load_model,
-    read_job,
-    stream_text,
-    with_positions,
-)
+from momoe_titan import export as export_hf
+from momoe_titan import generate as generate_script
+from momoe_titan.inference.export import convert
+from momoe_titan.inference.load import find_checkpoint, load_model, read_job, with_positions
+from momoe_titan.inference.sampling import _sample, generate, stream_text
 from momoe_titan.model import flavors
 from momoe_titan.model.args import read_hf_args
 from momoe_titan.model.hugging_face.config import BIAS_FILE
@@ -148,11 +142,11 @@ def test_bias_beside_a_format_that_cannot_hold_it(tmp_path, backend):
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
     for name in ("zero", "biased"):
         (tmp_path / name).mkdir()
-        lost, dtype = export_hf.convert(str(tmp_path / "dcp"), str(tmp_path / name), args, None, 10_000)
+        lost, dtype = convert(str(tmp_path / "dcp"), str(tmp_path / name), args, None, 10_000)
         assert (lost, dtype) == (name == "biased", torch.float32)
         assert (tmp_path / name / BIAS_FILE).exists() == lost
         ours = load_model(str(tmp_path / name), args, "cpu", torch.float32)
-        for got, moe in zip(moes(ours), moes(model)):
+        for got, moe in zip(moes(ours), moes(model), strict=True):
             assert torch.equal(got.expert_bias, moe.expert_bias)
             moe.expert_bias.normal_()
         tokens = torch.arange(16)[None]
