@@ -1,13 +1,14 @@
-"""Checkpoints: which one a job resumes from, and what is done to keep it whole."""
+"""Checkpoints: which one a job resumes from, and how a checkpoint is kept whole."""
 
 import os
 import shutil
-from typing import Any
+import time
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components import checkpoint as titan
@@ -20,6 +21,7 @@ from torchtitan.components.checkpoint import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
 
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.data.loader import TextDataloader
@@ -40,10 +42,10 @@ class CheckpointError(ValueError):
 
 
 def read_metadata(path: str) -> Metadata:
-    """What a torch.distributed.checkpoint folder says of itself.
+    """The metadata of a torch.distributed.checkpoint folder that holds all that was to be saved.
 
     Raises:
-        CheckpointError: the folder does not hold all that was to be saved, or is none.
+        CheckpointError: the folder is incomplete or damaged, or no such checkpoint.
     """
     if not os.path.isdir(path):
         raise CheckpointError("there is no such folder")
@@ -70,11 +72,11 @@ def read_metadata(path: str) -> Metadata:
 
 
 def find_fault(path: str, exclude_from_loading: list[str], model_only: bool) -> str | None:
-    """Why this folder cannot be loaded, or None.
+    """Why this folder cannot be loaded; None where it can.
 
     Args:
-        exclude_from_loading: of the job; without effect where `model_only`.
-        model_only: only weights are to be loaded, as from step 0, a seed checkpoint.
+        exclude_from_loading: the job's field; without effect where `model_only`.
+        model_only: only weights are to be loaded, as from a seed checkpoint (step 0).
     """
     try:
         saved = read_metadata(path).state_dict_metadata
@@ -87,7 +89,7 @@ def find_fault(path: str, exclude_from_loading: list[str], model_only: bool) -> 
 
 
 def find_step(folder: str, exclude_from_loading: list[str]) -> tuple[int, dict[int, str]]:
-    """The last step that training can resume from, or -1, and why not from each later one."""
+    """The last step that training can resume from, or -1; and for each later step why it cannot be loaded."""
     faults: dict[int, str] = {}
     for step in sorted(saved_steps(folder), reverse=True):
         fault = find_fault(step_folder(folder, step), exclude_from_loading, model_only=step == 0)
@@ -98,11 +100,12 @@ def find_step(folder: str, exclude_from_loading: list[str]) -> tuple[int, dict[i
 
 
 def step_folder(folder: str, step: int) -> str:
+    """The folder of one step below checkpoint.folder."""
     return os.path.join(folder, f"step-{step}")
 
 
 def saved_steps(folder: str) -> list[int]:
-    """Steps of which there is a folder, complete or not."""
+    """Steps that have a folder, complete or not."""
     if not os.path.isdir(folder):
         return []
     steps = [name.removeprefix("step-") for name in os.listdir(folder) if name.startswith("step-")]
@@ -110,14 +113,14 @@ def saved_steps(folder: str) -> list[int]:
 
 
 class CheckpointManager(titan.CheckpointManager):
-    """TorchTitan's, for runs that can be killed at any moment and go on with other ranks.
+    """TorchTitan's checkpoint manager, for runs that can be killed at any moment and resume on other numbers of ranks.
 
-    Resumes from the last checkpoint that is whole, and says which later ones it passed over; with
-    none, starts as a new run does (TorchTitan then forgets checkpoint.initial_load_path). A folder
-    that is written again is first made an incomplete one. The latest k whole checkpoints are kept,
-    beside the one being written. The position in the data is shared out anew where the number of
-    data-parallel ranks has changed. Bias and counts of load balancing keep their dtype in an
-    export.
+    - Resumes from the last whole checkpoint, and warns of later ones that it passed over. Where none is whole, it
+      starts as a new run does, from the initial_load fields; TorchTitan would ignore these.
+    - Makes a folder incomplete before it writes the folder again.
+    - Keeps the latest k whole checkpoints, besides the one that is being written.
+    - Shares out the position in the data anew where the number of data-parallel ranks has changed.
+    - Keeps the dtype of the balancing bias and counts in an export to another dtype.
     """
 
     @torch.no_grad()
@@ -129,46 +132,73 @@ class CheckpointManager(titan.CheckpointManager):
         """
         if not self.enable:
             return super().load(step)
-        excluded = self.exclude_from_loading
         if step != -1:
-            if not os.path.exists(self.folder):
-                raise CheckpointError(
-                    f"checkpoint.load_step is {step}, but job.dump_folder and checkpoint.folder name "
-                    f"{self.folder!r}, and there is no such folder; load_step -1 starts a new run"
-                )
-            _check(
-                "checkpoint.load_step",
-                self._create_checkpoint_id(step),
-                find_fault(self._create_checkpoint_id(step), excluded, model_only=step == 0),
-                "load_step -1 takes the last that holds more; a run of another job.dump_folder can "
-                "start from it by checkpoint.initial_load_path",
-            )
+            self._check_step(step)
             return super().load(step)
+        if os.path.exists(self.folder):
+            step = self._find_load_step()
+            if step != -1:
+                return super().load(step)
+        return self._load_new_run()
+
+    def _check_step(self, step: int) -> None:
         if not os.path.exists(self.folder):
-            if (path := self.initial_load_path) and not self.initial_load_in_hf:
-                _check(
-                    "checkpoint.initial_load_path",
-                    path,
-                    find_fault(path, excluded, self.initial_load_model_only),
-                    "set checkpoint.initial_load_model_only to true",
-                )
-            return super().load(step)
-        step = self._find_load_step()
-        if step != -1:
-            return super().load(step)
-        folder = self.folder
-        try:
-            # one that does not exist: only then TorchTitan looks at the initial_load fields
-            self.folder = os.path.join(folder, "none")
-            return self.load()
-        finally:
-            self.folder = folder
+            raise CheckpointError(
+                f"checkpoint.load_step is {step}, but job.dump_folder and checkpoint.folder name "
+                f"{self.folder!r}, and there is no such folder; load_step -1 starts a new run"
+            )
+        path = self._create_checkpoint_id(step)
+        _check(
+            "checkpoint.load_step",
+            path,
+            find_fault(path, self.exclude_from_loading, model_only=step == 0),
+            "load_step -1 takes the last that holds more; a run of another job.dump_folder can "
+            "start from it by checkpoint.initial_load_path",
+        )
+
+    def _load_new_run(self) -> bool:
+        """Load what the initial_load fields name. Returns whether they name anything.
+
+        TorchTitan's `load` does this only where there is no checkpoint folder, not where no checkpoint in it is whole.
+        """
+        if self.enable_ft_dataloader_checkpoints:
+            self._ft_load()
+        from_hf, model_only = self.initial_load_in_hf, self.initial_load_model_only
+        path = self.initial_load_path or ""
+        if from_hf:
+            path = self._hf_folder(path)
+        elif path:
+            fault = find_fault(path, self.exclude_from_loading, model_only)
+            _check("checkpoint.initial_load_path", path, fault, "set checkpoint.initial_load_model_only to true")
+        else:
+            return False
+        logger.info(f"Loading the checkpoint from {path}.")
+        begin = time.monotonic()
+        self.dcp_load(self._states_to_load(model_only), path, from_hf, self.initial_load_in_hf_quantized)
+        GarbageCollection.collect("GC collection for checkpoint loading.")
+        logger.info(f"Finished loading the checkpoint in {time.monotonic() - begin:.2f} seconds.")
+        return True
+
+    def _hf_folder(self, path: str) -> str:
+        """The folder of Hugging Face weights that initial_load_in_hf means: this one, or else the tokenizer's."""
+        if not self.initial_load_model_only:
+            raise CheckpointError(
+                "checkpoint.initial_load_model_only is false, must be true with checkpoint.initial_load_in_hf"
+            )
+        field = "checkpoint.initial_load_path" if path else "model.hf_assets_path"
+        if not path and self.sd_adapter is not None:
+            path = self.sd_adapter.hf_assets_path or ""
+        if not os.path.isdir(path):
+            raise CheckpointError(f"{field} {path!r} is not a folder, and checkpoint.initial_load_in_hf is true")
+        return path
 
     def _find_load_step(self, folder: str = "") -> int:
-        if folder:  # of a replica under torchft
+        if folder:  # that of a replica under torchft
             return super()._find_load_step(folder)
-        # One rank looks, so that all load the same one.
-        found = [find_step(self.folder, self.exclude_from_loading) if _rank() == 0 else None]
+        # One rank looks, so that all ranks load the same checkpoint.
+        found: list[tuple[int, dict[int, str]]] = [(-1, {})]
+        if _rank() == 0:
+            found = [find_step(self.folder, self.exclude_from_loading)]
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
         step, faults = found[0]
@@ -181,12 +211,12 @@ class CheckpointManager(titan.CheckpointManager):
         # No rank writes a file before this one has joined the planning of the save.
         if _rank() == 0:
             _empty(checkpoint_id)
-        # An export to another dtype has cast them too. Copies, because the counts change in the next
-        # forward, while a save through pinned memory is waited for before the next optimizer step.
+        # An export to another dtype has cast the balancing state too: take it from the model again. As copies, because
+        # the next forward changes the counts, while a save through pinned memory ends before the next optimizer step.
         whole = self.states[MODEL].state_dict()
         kept = {k: whole[k].clone() for k in state_dict if k.endswith(BALANCE_STATE) and k in whole}
         if self.async_mode == titan.AsyncMode.ASYNC_WITH_PINNED_MEM and torch.accelerator.is_available():
-            # It reads on a stream of its own, which does not wait for this one.
+            # The save reads on a stream of its own, which does not wait for this one.
             torch.accelerator.current_stream().synchronize()
         return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
 
@@ -198,7 +228,7 @@ class CheckpointManager(titan.CheckpointManager):
             if ranks not in (0, loader.dp_world_size):
                 state_dict[DATALOADER] = _OtherRanks(loader, ranks)
                 super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-                # counted per rank
+                # each rank counts its own tokens
                 trainer = self.states[TRAIN_STATE]
                 trainer.ntokens_seen = trainer.ntokens_seen * ranks // loader.dp_world_size
                 return
@@ -217,7 +247,7 @@ class CheckpointManager(titan.CheckpointManager):
 
 
 class _OtherRanks(Stateful):
-    """Stands for a loader while the positions of all ranks of a checkpoint are loaded."""
+    """Takes the place of the loader in a state dict, to load the positions of all ranks of a checkpoint."""
 
     def __init__(self, loader: TextDataloader, ranks: int):
         self.loader = loader
@@ -235,7 +265,7 @@ def _rank() -> int:
 
 
 def _check(field: str, path: str, fault: str | None, advice: str) -> None:
-    """Raise CheckpointError for a fault of a checkpoint; the advice is for one of weights only."""
+    """Raise CheckpointError for a fault of a checkpoint. The advice is for a checkpoint that holds only weights."""
     if fault is not None:
         raise CheckpointError(
             f"{field}: the checkpoint {path!r} cannot be loaded: {fault}"
@@ -244,7 +274,7 @@ def _check(field: str, path: str, fault: str | None, advice: str) -> None:
 
 
 def _empty(folder: str) -> None:
-    """Remove what an earlier save left in a folder, first that which calls it complete."""
+    """Remove what an earlier save left in a folder: first .metadata, which marks the checkpoint as complete."""
     if not os.path.isdir(folder):
         return
     for name in sorted(os.listdir(folder), key=lambda name: name != ".metadata"):
@@ -256,8 +286,10 @@ def _empty(folder: str) -> None:
 
 
 def checkpoint_to_load(job_config: JobConfig) -> str | None:
-    """The torch.distributed.checkpoint folder that `CheckpointManager` will load the model from,
-    if any. None also for a checkpoint in Hugging Face's format."""
+    """The torch.distributed.checkpoint folder that `CheckpointManager` will load the model from.
+
+    None where it will load nothing, or a checkpoint in Hugging Face's format.
+    """
     config = job_config.checkpoint
     if not config.enable:
         return None
@@ -273,14 +305,14 @@ def checkpoint_to_load(job_config: JobConfig) -> str | None:
 
 
 def allow_missing_balance_state(model: nn.Module, job_config: JobConfig) -> None:
-    """Make a checkpoint loadable that lacks the bias or counts of some MoE layers.
+    """Let the job load a checkpoint that lacks the bias or counts of some MoE layers.
 
-    TorchTitan's loader refuses a checkpoint that lacks any key of the model's state dict. What
-    this checkpoint lacks is left out of the state dict until it has been loaded; the layer then
-    starts these buffers at zero, with a warning for the bias.
+    TorchTitan refuses a checkpoint that lacks any key of the model's state dict. The state dict therefore leaves out
+    what this checkpoint lacks until it has been loaded. The layer then starts these buffers at zero, with a warning for
+    the bias.
 
     Args:
-        model: has a ModuleDict `layers` of blocks, not yet wrapped.
+        model: has a ModuleDict `layers` of blocks, not yet wrapped by any parallelism.
 
     Raises:
         CheckpointError: the experts' weights are those of another `momoe.backend`.
@@ -289,7 +321,7 @@ def allow_missing_balance_state(model: nn.Module, job_config: JobConfig) -> None
     if path is None or not os.path.isfile(os.path.join(path, ".metadata")):
         return
     saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    for layer_id, block in model.layers.items():
+    for layer_id, block in cast(nn.ModuleDict, model.layers).items():
         moe = getattr(block, "moe", None)
         if not isinstance(moe, BalancedMoE):
             continue

@@ -1,20 +1,58 @@
-"""TorchTitan's validator on our loader."""
+"""Validation on our loader."""
 
-from unittest import mock
+from contextlib import AbstractContextManager
+from typing import Any
 
-from torchtitan.components import validate
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torchtitan.components.loss import LossFunction
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 
 from momoe_titan.data.loader import build_validation_dataloader
 
 
-def build_validator(job_config: JobConfig, *args, **kwargs) -> validate.BaseValidator:
-    """TorchTitan's validator, on our loader.
+class TextValidator(Validator):
+    """TorchTitan's validator on the loader of `validation.dataset`."""
+
+    def __init__(
+        self,
+        *,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: BaseTokenizer,
+        parallel_dims: ParallelDims,
+        loss_fn: LossFunction,
+        validation_context: ValidationContext,
+        maybe_enable_amp: AbstractContextManager[None],
+        metrics_processor: MetricsProcessor,
+        pp_schedule: _PipelineSchedule | None = None,
+        pp_has_first_stage: bool | None = None,
+        pp_has_last_stage: bool | None = None,
+    ):
+        # Not the base class's constructor: that builds TorchTitan's own loader, which reads the data once more.
+        self.job_config = job_config
+        self.tokenizer = tokenizer
+        self.parallel_dims = parallel_dims
+        self.loss_fn = loss_fn
+        self.validation_context = validation_context
+        self.maybe_enable_amp = maybe_enable_amp
+        self.metrics_processor = metrics_processor
+        self.pp_schedule = pp_schedule
+        self.pp_has_first_stage = pp_has_first_stage
+        self.pp_has_last_stage = pp_has_last_stage
+        self.validation_dataloader = build_validation_dataloader(
+            dp_world_size, dp_rank, tokenizer, job_config, infinite=job_config.validation.steps != -1
+        )
+
+
+def build_validator(**kwargs: Any) -> Validator:
+    """TrainSpec.build_validator_fn of `momoe_llama`: TorchTitan's validator on our loader.
 
     Raises:
-        DataError: See `build_validation_dataloader`.
+        DataError: see `build_validation_dataloader`.
     """
-    # It builds its loader itself.
-    ours = mock.patch.object(validate, "build_text_validation_dataloader", build_validation_dataloader)
-    with ours:
-        return validate.build_validator(job_config, *args, **kwargs)
+    return TextValidator(**kwargs)
