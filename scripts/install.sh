@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create a virtual environment and install the package into it, if not done yet.
 #
-#   scripts/install.sh [EXTRA]      EXTRA: "test" for what the tests need
+#   scripts/install.sh [EXTRA]      EXTRA: "test" for what the tests need, "dev" for what changing the code needs
 #
 # VENV    folder of the environment (.venv)
 # PYTHON  interpreter to make it with (the first of python3, python3.12,
