@@ -22,7 +22,6 @@ import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
 from momoe_titan.kernels import gpu
-from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 from momoe_titan.kernels.portable.blocks import dot, load_block
 from momoe_titan.kernels.routing import _load_ids
@@ -389,7 +388,7 @@ def fuses(device: torch.device, num_tokens: int, num_chosen: int, ffn: int) -> b
     if num_tokens != 1 or gpu.interpreting():
         return num_tokens == 1
     is_hopper = gpu.device_properties(device)[0] == (9, 0)
-    return is_hopper and num_chosen * cdiv(ffn, _FUSED.block_n) <= hopper.num_programs(device)
+    return is_hopper and num_chosen * cdiv(ffn, _FUSED.block_n) <= gpu.num_processors(device)
 
 
 def forward(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from momoe_titan.kernels import gpu
 from momoe_titan.kernels.hopper import launch as hopper
-from momoe_titan.kernels.launch import cdiv
+from momoe_titan.kernels.memory_schedule import KernelTraits
 from momoe_titan.kernels.portable import (
     configs,
     down_proj,
@@ -20,18 +20,11 @@ from momoe_titan.kernels.routing import RoutingMetadata
 
 logger = logging.getLogger(__name__)
 
-_MAX_RANGES = 4
-_SMALL_BYTES = 64 << 20  # not worth more launches
-Y_RANGE_FLOPS = 0.75e11  # of a range of y at least: 0.16 ms at 7B-n256, where another range costs 0.05 ms
-KEPT_Y_RANGE_FLOPS = 3e11  # of one that is there for the sake of kept z alone
-DX_RANGE_FLOPS = 1.5e11  # of dx, whose ranges each read rows that are twice as wide
-_L2_BYTES = 16 << 20  # of an expert's weights: what is better read in two ranges
-
 
 class PortableGemms:
     """Plain Triton: any GPU, any dtype and width, and the interpreter."""
 
-    dz_over_z = False  # whether dz can take the place of saved rows of z
+    traits = KernelTraits(tile_cols=None, dz_over_z=False)
 
     def __init__(self, tiles: dict[str, configs.TileConfig]):
         self.tiles = tiles
@@ -52,7 +45,7 @@ class PortableGemms:
 
         Args:
             z_S2F: the saved rows.
-            over_z: whether dz may be written over them, if dz_over_z.
+            over_z: whether dz may be written over them, where the traits allow it.
             some: whether save_percent is neither 0 nor 100.
         """
         return z_S2F, z_S2F.new_empty(num_rows, z_S2F.shape[1])
@@ -60,12 +53,6 @@ class PortableGemms:
     def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: Tensor, dz: Tensor) -> None:
         """The rows that were not saved; here they wait in dz."""
         up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, z.shape[0], dz)
-
-    def column_ranges(
-        self, num_rows: int, width: int, out_TD: Tensor, max_bytes: int, range_flops: float
-    ) -> list[tuple[int, int]]:
-        """Columns of out_TD that down_proj and up_proj_backward compute at a time: here all, so that first_col is 0."""
-        return [(0, out_TD.shape[1])]
 
     def down_proj(
         self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0
@@ -107,14 +94,14 @@ class HopperGemms:
     """Gluon, warp-specialised: compute capability 9.0, bfloat16 and float16, widths that are multiples of 64."""
 
     tile_rows = hopper.BM.value
-    dz_over_z = True
+    traits = KernelTraits(tile_cols=hopper.BN.value, dz_over_z=True)
 
     def up_proj(self, x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z):
         hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F if keeps_z else None, z_S2F.shape[0], act_RF)
 
     def z_and_dz(self, z_S2F, num_rows, over_z, some):
         if over_z:
-            z = hopper.SplitRows.beside(z_S2F, num_rows, in_two=some)
+            z = hopper.SplitRows.beside(z_S2F, num_rows, two_buffers=some)
             return z, z
         dz_R2F = z_S2F.new_empty(num_rows, z_S2F.shape[1])
         num_saved = z_S2F.shape[0]
@@ -122,31 +109,6 @@ class HopperGemms:
 
     def recompute_z(self, x_TD, w1_ED2F, routing, z, dz):
         hopper.recompute_z(x_TD, w1_ED2F, routing, z)
-
-    def column_ranges(self, num_rows, width, out_TD, max_bytes, range_flops):
-        """Columns of out_TD that down_proj and up_proj_backward compute at a time.
-
-        Whole tiles wide, and as few ranges as let num_rows rows fit into max_bytes, but at most four,
-        and each with range_flops to do, so that y or dx costs the layer no more than about 2% of its
-        speed. One H100, ms of forward, backward in one, two, three ranges: 7B-n256 1.184, 2.162; 1.231,
-        2.216; 1.265, 2.263; 1.4B-n512 0.828, 1.698; 0.871, 1.754; 0.915, 1.831. Two where an expert's
-        weights are large, which was faster (30B-n1024 dx on an H200 3.27 -> 2.99, before few column
-        tiles at a time) and takes less memory.
-
-        Args:
-            width: the contraction, columns of the rows that are multiplied.
-            max_bytes: what a range should fit into.
-            range_flops: what a range has to do at least, for there to be more than one.
-        """
-        cols, itemsize = out_TD.shape[1], out_TD.element_size()
-        num_bytes = num_rows * cols * itemsize
-        num_ranges = cdiv(num_bytes, max(max_bytes, _SMALL_BYTES))
-        num_ranges = min(num_ranges, _MAX_RANGES, max(int(2 * num_rows * width * cols / range_flops), 1))
-        if width * cols * itemsize >= _L2_BYTES and num_bytes > _SMALL_BYTES:
-            num_ranges = max(num_ranges, 2)
-        tile = hopper.BN.value
-        step = cdiv(cdiv(cols, tile), max(num_ranges, 1)) * tile
-        return [(begin, min(begin + step, cols)) for begin in range(0, cols, step)]
 
     def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
         hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)

@@ -10,6 +10,8 @@ import triton
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from momoe_titan.kernels import gpu
+
 _compiled = {}  # (kernel, device, specialisation) -> its compiled kernel, and the constants that follow its arguments
 
 
@@ -37,7 +39,7 @@ def on_its_device(body):
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launch ``kernel`` over ``grid``; an empty grid launches nothing.
+    """Launch ``kernel`` over ``grid``; an empty grid launches nothing, and nothing is while a GPU is only planned.
 
     Every kernel of the package goes through here; ``args`` are the positional arguments in order,
     ``options`` the constants that follow them, and the compiler's options. What Triton compiled is
@@ -45,7 +47,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     own way to it. Where Triton's cache of compiled kernels can't be read, written or loaded, a
     temporary one takes its place, with one warning.
     """
-    if not all(grid):
+    if not all(grid) or gpu.planned() is not None:
         return
     if not isinstance(kernel, JITFunction):  # the interpreter's
         _launch_slowly(kernel, grid, args, options)

@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,17 +13,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from momoe_titan.kernels import combine, decode, gpu
-from momoe_titan.kernels.gemms import (
-    DX_RANGE_FLOPS,
-    KEPT_Y_RANGE_FLOPS,
-    Y_RANGE_FLOPS,
-    select_gemms,
-)
+from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.launch import on_its_device
+from momoe_titan.kernels.memory_schedule import LayerSizes, MemorySchedule, memory_schedule
 from momoe_titan.kernels.reference import torch_backward, torch_forward
 from momoe_titan.kernels.routing import (
     MAX_EXPERTS,
     MAX_TILES,
+    RoutingMetadata,
     build_routing,
     build_routing_ref,
     packed_size,
@@ -44,51 +43,66 @@ for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!
     )
 
 
+@dataclass(frozen=True)
+class SavedForBackward:
+    """What the forward leaves to the backward.
+
+    z is what save_percent is about: at T=3, K=2, F=4 and save_percent 50, R=6 rows are routed, z_S2F is (3, 8),
+    and the backward computes the last 3 rows of z again, from x and w1.
+    """
+
+    x_TD: Tensor
+    w1_ED2F: Tensor
+    w2_EFD: Tensor
+    scores_TK: Tensor
+    z_S2F: Tensor  # x @ w1 of the first S routed rows; its storage may have been freed since, see `momoe_mlp`, on_keep
+    packed_routing: Tensor  # int32, see `unpack_routing`
+    num_rows: int  # R
+    save_percent: float
+    backend: str  # "triton" or "torch"
+
+    def routing(self) -> RoutingMetadata:
+        num_experts = self.w2_EFD.shape[0]
+        tile_rows = _tile_rows(self.x_TD, self.w2_EFD, self.backend)
+        return unpack_routing(self.packed_routing, *self.scores_TK.shape, num_experts, tile_rows, self.num_rows)
+
+    def rows_of_z(self) -> Tensor:
+        """z_S2F, without any rows where its storage has been freed."""
+        evicted = self.z_S2F.numel() and not self.z_S2F.untyped_storage().nbytes()
+        return self.z_S2F.new_empty(0, self.z_S2F.shape[1]) if evicted else self.z_S2F
+
+    def free_z(self) -> None:
+        """Free z, which autograd holds until the backward ends; not where hooks of saved tensors made it a part of more."""
+        storage = self.z_S2F.untyped_storage()
+        if storage.nbytes() == self.z_S2F.nbytes:
+            storage.resize_(0)
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward is asked for."""
+
+    x: bool
+    w1: bool
+    w2: bool
+    scores: bool
+
+
 def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
     return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
 
 
 def _aligned(t: Tensor) -> Tensor:
     """t, or a copy where it is a view that does not start on 16 bytes, as the copy engine wants it."""
-    return t.clone() if t.data_ptr() % 16 else t
+    return t.clone() if gpu.planned() is None and t.data_ptr() % 16 else t
 
 
-def _dw2_comes_last(num_rows: int, w2_EFD: Tensor) -> bool:
-    """Whether the backward computes dw2 when dz is let go, and holds act until then: where act is smaller than dw2.
-
-    Its peak is dz, twice the size of act, with dw1, dx and the smaller of act and dw2; or act with all gradients, if that
-    is more.
-    """
-    num_experts, _, d_model = w2_EFD.shape
-    return num_rows < num_experts * d_model
-
-
-def _y_ranges(gemms, num_rows: int, w2_EFD: Tensor, out_TD: Tensor, inference: bool) -> list[tuple[int, int]]:
-    """Columns of y at a time, so that the forward's peak, z + act + y, stays below the backward's.
-
-    As many ranges as it takes for act + y to be below dz and all gradients; more for z + act + y, only where each
-    has more to do, since they gain nothing at a low save_percent. The same ranges at every save_percent: it must not
-    change what is launched, and a plan for 100 has to foresee the others.
-    """
-    ffn = w2_EFD.shape[1]
-    act, dx, dw1, dw2 = num_rows * ffn * out_TD.element_size(), out_TD.nbytes, 2 * w2_EFD.nbytes, w2_EFD.nbytes
-    ranges = gemms.column_ranges(num_rows, ffn, out_TD, act + dx + dw1 + dw2, Y_RANGE_FLOPS)
-    if inference:
-        return ranges
-    beside_z = dx + dw1 + min(act, dw2) - act  # dz is as large as z
-    return max(ranges, gemms.column_ranges(num_rows, ffn, out_TD, beside_z, KEPT_Y_RANGE_FLOPS), key=len)
-
-
-def _dx_ranges(gemms, num_rows: int, w1_ED2F: Tensor, dx_TD: Tensor) -> list[tuple[int, int]]:
-    """Columns of dx at a time, by row: dw1 comes next and needs as much."""
-    return gemms.column_ranges(num_rows, w1_ED2F.shape[2], dx_TD, w1_ED2F.nbytes, DX_RANGE_FLOPS)
-
-
-def _let_go(z_S2F: Tensor) -> None:
-    """Free z, which autograd holds until the backward ends; not where hooks of saved tensors made it a part of more."""
-    storage = z_S2F.untyped_storage()
-    if storage.nbytes() == z_S2F.nbytes:
-        storage.resize_(0)
+def _schedule(gemms, x_TD: Tensor, w2_EFD: Tensor, num_rows: int, inference: bool) -> MemorySchedule:
+    num_experts, ffn, d_model = w2_EFD.shape
+    sizes = LayerSizes(x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size())
+    if (planned := gpu.planned()) is not None:
+        # More rows could make more ranges, and dw2 early: both take less, so that the plan is not below the truth.
+        sizes = sizes.fair_share(*planned.load)
+    return memory_schedule(sizes, gemms.traits, inference)
 
 
 def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
@@ -104,9 +118,10 @@ def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
 def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
     num_experts, ffn, _ = w2_EFD.shape
     tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    max_rows = tile_rows * MAX_TILES * (1 if (planned := gpu.planned()) is None else planned.load.rows)
     num_saved = num_saved_rows(num_rows, save_percent)
-    if num_rows > tile_rows * MAX_TILES:
-        raise ValueError(f"T * K must be at most {tile_rows * MAX_TILES}, got {num_rows}: split the batch")
+    if num_rows > max_rows:
+        raise ValueError(f"T * K must be at most {max_rows}, got {num_rows}: split the batch")
     if backend == "torch":
         packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
         routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
@@ -125,69 +140,100 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
-    ranges = _y_ranges(gemms, num_rows, w2_EFD, out_TD, inference)
+    ranges = _schedule(gemms, x_TD, w2_EFD, num_rows, inference).y_ranges
     _combined(gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, ranges)
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
 def _backward(
-    dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend, over_z=False
+    dout_TD,
+    x_TD,
+    w1_ED2F,
+    w2_EFD,
+    scores_TK,
+    z_S2F,
+    packed,
+    num_rows,
+    save_percent,
+    needs,
+    backend,
+    over_z=False,
 ):
-    num_experts, ffn, _ = w2_EFD.shape
-    if z_S2F.numel() and not z_S2F.untyped_storage().nbytes():  # shed: see `momoe_mlp`, on_keep
-        z_S2F = z_S2F.new_empty(0, 2 * ffn)
-    num_saved, tile_rows = z_S2F.shape[0], _tile_rows(x_TD, w2_EFD, backend)
-    routing = unpack_routing(packed, *scores_TK.shape, num_experts, tile_rows, num_rows)
-    dout_TD = dout_TD.contiguous()
-    if backend == "torch":
-        grads = torch_backward(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, routing)
-        return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs))
+    saved = SavedForBackward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, backend)
+    if backend == "triton":
+        return _triton_backward(dout_TD.contiguous(), saved, Needs(*needs), over_z)
+    grads = torch_backward(dout_TD.contiguous(), x_TD, w1_ED2F, w2_EFD, scores_TK, saved.rows_of_z(), saved.routing())
+    return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
-    need_x, need_w1, need_w2, need_scores = needs
-    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, x_TD, w1_ED2F, w2_EFD))
+
+def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
+    """dx, dw1, dw2, dscores; empty where not needed. What is deleted below is so because the peak of memory goes by it."""
+    num_rows, scores_TK = saved.num_rows, saved.scores_TK
+    z_S2F, routing = saved.rows_of_z(), saved.routing()
+    num_saved = z_S2F.shape[0]
+    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, saved.x_TD, saved.w1_ED2F, saved.w2_EFD))
+    ffn = w2_EFD.shape[1]
     gemms = select_gemms(x_TD, ffn)
-    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < save_percent < 100)
+    schedule = _schedule(gemms, x_TD, w2_EFD, num_rows, inference=False)
+
+    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < saved.save_percent < 100)
+    del z_S2F
     if num_saved < num_rows:
         gemms.recompute_z(x_TD, w1_ED2F, routing, z, dz)
     act_RF = x_TD.new_empty(num_rows, ffn)
     dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z, dz, act_RF)
-    dscores_TK = torch.empty_like(scores_TK) if need_scores else scores_TK.new_empty(0)
-    if need_scores:
-        combine.score_grad(dscore, routing, dscores_TK)
+    dscores_TK = _score_grad(dscore, routing, scores_TK, needs.scores)
     del dscore
     if over_z and z is not dz:
-        _let_go(z_S2F)
-
-    def grad_w2(act_RF):
-        dw2 = torch.empty_like(w2_EFD)
-        gemms.weight_grad(act_RF, dout_TD, routing, dw2, gather_b=True)
-        return dw2
+        saved.free_z()
 
     dw2 = w2_EFD.new_empty(0)
-    dw2_last = need_w2 and _dw2_comes_last(num_rows, w2_EFD)
-    if need_w2 and not dw2_last:
-        dw2 = grad_w2(act_RF)
+    dw2_last = needs.w2 and schedule.dw2_last
+    if needs.w2 and not dw2_last:
+        dw2 = _weight_grad(gemms, act_RF, dout_TD, routing, w2_EFD, gather_b=True)
     if not dw2_last:
         del act_RF
-    dx_TD = torch.empty_like(x_TD) if need_x else x_TD.new_empty(0)
-    if need_x:
-        ranges = _dx_ranges(gemms, num_rows, w1_ED2F, dx_TD)
-        _combined(gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, ranges)
-    dw1 = torch.empty_like(w1_ED2F) if need_w1 else w1_ED2F.new_empty(0)
-    if need_w1:
-        gemms.weight_grad(x_TD, dz, routing, dw1, gather_a=True)
+    dx_TD = torch.empty_like(x_TD) if needs.x else x_TD.new_empty(0)
+    if needs.x:
+        _combined(gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, schedule.dx_ranges)
+    if needs.w1:
+        dw1 = _weight_grad(gemms, x_TD, dz, routing, w1_ED2F, gather_a=True)
+    else:
+        dw1 = w1_ED2F.new_empty(0)
     if dw2_last:
         del z, dz
         if over_z:
-            _let_go(z_S2F)
-        dw2 = grad_w2(act_RF)
+            saved.free_z()
+        dw2 = _weight_grad(gemms, act_RF, dout_TD, routing, w2_EFD, gather_b=True)
     return dx_TD, dw1, dw2, dscores_TK
+
+
+def _score_grad(dscore: Tensor, routing: RoutingMetadata, scores_TK: Tensor, needed: bool) -> Tensor:
+    """The scores' gradient from the partial sums of `down_proj_backward`."""
+    if not needed:
+        return scores_TK.new_empty(0)
+    dscores_TK = torch.empty_like(scores_TK)
+    combine.score_grad(dscore, routing, dscores_TK)
+    return dscores_TK
+
+
+def _weight_grad(gemms, a: Tensor, b: Tensor, routing: RoutingMetadata, w: Tensor, **gathered: bool) -> Tensor:
+    dw = torch.empty_like(w)
+    gemms.weight_grad(a, b, routing, dw, **gathered)
+    return dw
 
 
 _backward_over_z = functools.partial(_backward, over_z=True)
 
 for _name, _body in (("forward", _forward), ("backward", _backward), ("backward_over_z", _backward_over_z)):
     _lib.impl(f"moe_{_name}", on_its_device(_body), "CompositeExplicitAutograd")
+
+# The implementations, for who wants to see what an op does inside: a trace of memory sees ops, not what they allocate.
+IMPLEMENTATIONS = {
+    torch.ops.momoe_titan.moe_forward.default: _forward,
+    torch.ops.momoe_titan.moe_backward.default: _backward,
+    torch.ops.momoe_titan.moe_backward_over_z.default: _backward_over_z,
+}
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
@@ -206,7 +252,7 @@ def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_perce
 @torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
 def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend):
     inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs))
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -218,7 +264,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
-    """Whether z is let go after this backward, which runs now and is not traced: its graph is not kept."""
+    """Whether nobody needs z after this backward: it runs now, is not traced, and its graph is not kept."""
+    if (planned := gpu.planned()) is not None and planned.compiled:
+        return False
     if torch.compiler.is_compiling() or isinstance(z_S2F, FunctionalTensor) or torch.is_grad_enabled():
         return False
     if _functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
@@ -253,7 +301,7 @@ def _autograd_backward(ctx, dout_TD, *_):
         )
     if torch.is_grad_enabled():  # create_graph
         grads = _OnceDifferentiable.apply(5, dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, *grads)
-    dx, dw1, dw2, dscores = (g if need else None for g, need in zip(grads, needs))
+    dx, dw1, dw2, dscores = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, dw1, dw2, None, dscores, None, None, None, None
 
 
@@ -264,6 +312,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """ "triton" or "torch" for a device; "auto" takes Triton on a CUDA device."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if gpu.planned() is not None:  # the "torch" backend, which is for checks, is not planned
+        return "triton"
     runs_triton = device.type == "cuda" or gpu.interpreting()
     if backend == "triton" and not runs_triton:
         raise ValueError(f"backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1), got tensors on {device}")

@@ -33,7 +33,7 @@ _lib.define("bfloat16_parts(Tensor t, bool by_rows) -> Tensor")
 
 def runs_here(t: Tensor) -> bool:
     """Whether the kernels of this file can take t, or a tensor like it."""
-    return t.is_cuda and not gpu.interpreting()
+    return gpu.has_gpu(t.device) and not gpu.interpreting()
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """`momoe.save_percent = "auto"`: as much as fits into `momoe.memory_budget`.
 
-At the start the plan of the job (`momoe_titan.plan`) says which share of z fits. After
-`MEASURED_STEPS` optimizer steps the memory that they took corrects the choice, once. Every rank
-makes the same choice: from one plan, and from the least room that any rank has. The choice is kept
-in the dump folder, so that a resumed run starts with it.
+At the start the plan of the job (`momoe_titan.plan`) says how much of z fits. After `MEASURED_STEPS`
+optimizer steps the memory that they took corrects the choice, once. Every rank makes the same choice: from
+one plan, and from the least room that any rank has. The choice is stored in the dump folder, so that a
+resumed run starts with it.
 
 The result of training does not depend on any of this: save_percent changes memory and time only.
 """
@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.tools.logging import logger
 
-from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.plan import GIB, MemoryPlan, budget_bytes, context_bytes
 
 FILE_NAME = "save_percent.json"
 MEASURED_STEPS = 3  # the optimizer state exists from the first on
 # Until it is measured, what the plan may be wrong by.
 PLAN_ERROR = 0.05
-# What every layer of a rank may receive beyond its fair share, with expert parallelism, before z is shed.
+# What every layer of a rank may receive beyond its fair share, with expert parallelism, before z is evicted.
 IMBALANCE = 0.05
 
 
@@ -63,7 +63,7 @@ class CudaMemory:
 
 class AutoSavePercent:
     """Sets `save_percent` of a model's MoE layers, and corrects it after the first steps. Where the
-    plan has growth, its layers get a `Ledger` too.
+    plan has growth, the layers get an `ActivationBudget` too.
 
     Args:
         layers: the MoE layers that have a dial, in the plan's order.
@@ -77,7 +77,7 @@ class AutoSavePercent:
     Attributes:
         choice: save_percent by layer.
         room: bytes that PyTorch may hold by the plan, the same on all ranks.
-        ledger: or None.
+        activation_budget: what evicts z where a routing leaves no room for it, or None.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class AutoSavePercent:
         self.layers, self.plan, self.memory, self.file, self.job = list(layers), plan, memory, file, job
         self.budget = budget_bytes(budget, memory.total())
         self.steps_left = MEASURED_STEPS if correct else 0
-        self.ledger = Ledger(plan, self.layers) if plan.layer_growth else None
+        self.activation_budget = ActivationBudget(plan, self.layers) if plan.layer_growth else None
         self._imbalanced = plan.with_rows(IMBALANCE) if plan.layer_growth else plan
-        needs = ["save_percent", "corrected"] + ["room"] * (self.ledger is not None)
+        needs = ["save_percent", "corrected"] + ["room"] * (self.activation_budget is not None)
         stored = _on_rank_0(lambda: _read(file, job, needs))
         if stored is not None:
             self.choice, self.room = stored["save_percent"], stored.get("room", 0)
@@ -133,8 +133,8 @@ class AutoSavePercent:
         measured = self.memory.peak_reserved()
         # what was measured, in the plan's terms, is a plan that is wrong by so much
         planned = self.plan.active(self.choice) + self.plan.slack
-        if self.ledger is not None and self.ledger.least_peak:  # for the rows that came
-            planned = self.ledger.least_peak
+        if self.activation_budget is not None and self.activation_budget.least_peak:  # for the rows that came
+            planned = self.activation_budget.least_peak
         error = measured - planned
         self.room = _least(self.budget - self.memory.outside() - error)
         before, self.choice = self.choice, self._imbalanced.fill(self.room)
@@ -151,9 +151,9 @@ class AutoSavePercent:
     def _apply(self) -> None:
         for layer, percent in zip(self.layers, self.choice, strict=True):
             layer.save_percent = percent
-            layer.ledger = self.ledger
-        if self.ledger is not None:
-            self.ledger.room, self.ledger.quiet = self.room, False
+            layer.activation_budget = self.activation_budget
+        if self.activation_budget is not None:
+            self.activation_budget.room, self.activation_budget.quiet = self.room, False
 
     def _store(self, corrected: bool) -> None:
         if _rank() != 0:

@@ -24,11 +24,12 @@ def context_bytes(world_size: int) -> int:
     return int((0.6 + (1.0 if world_size > 1 else 0.0)) * GIB)
 
 
-class Share(NamedTuple):
-    """What a block is of an MoE layer's z: the rows that save_percent keeps, or the others, computed in the backward."""
+class ZRows(NamedTuple):
+    """Which rows of an MoE layer's z a block holds: those that save_percent saves, or the others, computed in the
+    backward."""
 
     layer: str
-    kept: bool
+    saved: bool
 
 
 @dataclass
@@ -72,7 +73,7 @@ class MemoryPlan:
         num_parameters: of the whole model.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
-        events: allocations in order, (block, bytes or 0 to free, Share of z or None): for
+        events: allocations in order, (block, bytes or 0 to free, which rows of z it holds or None): for
             `reserved`. Not part of `to_dict`.
     """
 
@@ -84,7 +85,7 @@ class MemoryPlan:
     layer_kept: dict[str, int] = field(default_factory=dict)
     layer_growth: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    events: list[tuple[int, int, Share | None]] = field(default_factory=list)
+    events: list[tuple[int, int, ZRows | None]] = field(default_factory=list)
 
     def __post_init__(self):
         if self.events:
@@ -126,13 +127,12 @@ class MemoryPlan:
         None where `capacity` is too little."""
         percents = self.percents(save_percent)
 
-        def scale(num_bytes, share):
-            if share is None:
+        def scale(num_bytes: int, rows: ZRows | None) -> int:
+            if rows is None:
                 return num_bytes
-            layer, kept = share
-            return z_bytes(num_bytes, percents[layer] if kept else 100 - percents[layer])
+            return z_bytes(num_bytes, percents[rows.layer] if rows.saved else 100 - percents[rows.layer])
 
-        scaled = ((block, scale(num_bytes, share)) for block, num_bytes, share in self.events)
+        scaled = ((block, scale(num_bytes, rows)) for block, num_bytes, rows in self.events)
         if capacity is not None:
             capacity -= CUBLAS_BYTES
         try:

@@ -4,7 +4,7 @@
         [--world_size 8] [--json] [any other option of the job]
 
 Prints what the GPU of one rank holds in a training step, by part, at several save_percent, and the
-largest save_percent that fits. docs/planning.md says what is counted and how exact it is.
+largest save_percent that fits. docs/memory_planning.md says what is counted and how exact it is.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(default 0.6, 1.6 on several ranks: assumed)",
     )
     parser.add_argument("--capability", default="9.0", help="compute capability of the GPU, which decides the kernels")
-    parser.add_argument("--time", action="store_true", help="also predict the time of a step (docs/scaling.md)")
+    parser.add_argument("--time", action="store_true", help="also predict the time of a step (docs/parallelism.md)")
     parser.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="whose rates --time takes")
     parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s a GPU sends within its node")
     parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")

@@ -1,7 +1,7 @@
 """How long a training step takes on N GPUs: the work that the trace of a job shows, by rates.
 
 The trace names every op and collective of a rank's step with its sizes. Products are counted in
-FLOPs, everything else in bytes moved, collectives in bytes sent. docs/scaling.md has the formulas
+FLOPs, everything else in bytes moved, collectives in bytes sent. docs/parallelism.md has the formulas
 and says which rates are measured and which are assumed.
 """
 

@@ -1,13 +1,9 @@
 """Two training steps of a job on fake tensors, through TorchTitan's own trainer."""
 
-import contextlib
 import copy
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,23 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.models.llama3.infra import parallelize as llama3
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
-from momoe_titan.config.activation_checkpoint import compiles_model
-from momoe_titan.config.fields import check_fields, check_flavor
-from momoe_titan.config.section import AUTO
-from momoe_titan.kernels import op as autograd
+from momoe_titan.config.checks import job as checks
+from momoe_titan.config.compile import compiles_model
+from momoe_titan.config.flavor import configured_args
+from momoe_titan.config.machine import Machine, checking_for
+from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.plan.cost import StepCost
-from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place, as_on_gpu
+from momoe_titan.plan.on_gpu import EvenSizes, as_on_gpu
+from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place
+from momoe_titan.save_percent import AUTO
 
 H100 = (9, 0)
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer state"
 BUCKETS = "gradient buckets of DDP"
+DDP_BUCKET_BYTES = 100 << 20  # what TorchTitan's apply_ddp asks for
 # Names of modules and the part that their memory counts as; the innermost one counts.
 _PARTS = {
     "tok_embeddings": "embedding",
@@ -57,22 +56,34 @@ class FakeTrainer(titan.Trainer):
     Args:
         config: of the job.
         dims: its parallel dimensions.
+        load: what the rank receives with expert parallelism.
+
+    Attributes:
+        on_phase: called with "clip" before the gradients are clipped.
     """
 
-    def __init__(self, config: JobConfig, dims: ParallelDims):
+    def __init__(self, config: JobConfig, dims: ParallelDims, load: Load):
         self.job_config = config
         self.device = torch.device("cpu")
         self.parallel_dims = dims
         self.train_spec = get_train_spec(config.model.name)
         self.tokenizer = None
-        self.model_args = _configured(check_flavor(config), config)
+        self.model_args = configured_args(config)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = self.train_spec.model_cls(self.model_args)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.loss_fn = self.train_spec.build_loss_fn(config, parallel_dims=dims)
         self.buckets: GradientBuckets | None = None
-        with mock.patch.object(llama3, "replicate", self._replicate):
-            self.model_parts = [self.train_spec.parallelize_fn(model, dims, config)]
+        seen_dims = dims
+        if dims.dp_replicate_enabled and not dims.fsdp_enabled:
+            # DistributedDataParallel, which takes no fake tensors; nothing composes with it, so that no other is left.
+            group = dims.get_mesh("dp_replicate").get_group()
+            self.buckets = GradientBuckets(group, DDP_BUCKET_BYTES)
+            seen_dims = ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1)
+        self.model_parts = [self.train_spec.parallelize_fn(model, seen_dims, config)]
+        for module in self.model_parts[0].modules():
+            if (dispatcher := getattr(module, "dispatcher", None)) is not None:
+                dispatcher.exchange_sizes = EvenSizes(dispatcher.num_experts, dispatcher.group.size(), load)
         batch = config.training.local_batch_size * dims.dp_replicate * dims.dp_shard
         accumulated = max(config.training.global_batch_size, batch) // batch
         self.gradient_accumulation_steps = min(accumulated, 2)  # a third microbatch is like the second
@@ -81,6 +92,8 @@ class FakeTrainer(titan.Trainer):
         )
         self.maybe_enable_amp = dist_utils.maybe_enable_amp(dims, config.training.mixed_precision_param, "cpu")
         self.step = 0
+        self.microbatches_left = 0
+        self.on_phase: Callable[[str], None] = lambda phase: None
         scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
         self.lr_schedulers = SimpleNamespace(schedulers=[scheduler], step=lambda: None)
         self.checkpointer = SimpleNamespace(maybe_wait_for_staging=lambda: None)
@@ -95,9 +108,16 @@ class FakeTrainer(titan.Trainer):
             self.model_parts, self.job_config.optimizer, self.parallel_dims
         )
 
-    def _replicate(self, model: nn.Module, device_mesh: dist.DeviceMesh, bucket_cap_mb: int) -> nn.Module:
-        self.buckets = GradientBuckets(device_mesh.get_group(), bucket_cap_mb << 20)
-        return model
+    def train_step(self, data_iterator) -> None:
+        self.microbatches_left = self.gradient_accumulation_steps
+        super().train_step(data_iterator)
+
+    def forward_backward_step(self, **batch) -> torch.Tensor:
+        loss = super().forward_backward_step(**batch)
+        self.microbatches_left -= 1
+        if self.microbatches_left == 0:
+            self.on_phase("clip")  # what TorchTitan does next
+        return loss
 
     def batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         shape = (self.job_config.training.local_batch_size, self.job_config.training.seq_len)
@@ -155,17 +175,8 @@ def check_job(config: JobConfig, world_size: int) -> None:
     """
     config = copy.deepcopy(config)
     config.validation.enable = False
-    check_fields(config)
-    with mock.patch.dict(os.environ, WORLD_SIZE=str(world_size)):
-        _configured(check_flavor(config), config)
-
-
-def _configured(model_args: Any, config: JobConfig) -> Any:
-    """The model arguments with the job's settings, checked as on a machine with GPUs."""
-    gpu = {"is_available": lambda: True, "get_device_capability": lambda device=None: H100}
-    with mock.patch.multiple(torch.cuda, **gpu):
-        model_args.update_from_config(config)
-    return model_args
+    with checking_for(Machine(world_size, has_gpu=True)):
+        checks.check_job(config)
 
 
 def trace_job(
@@ -188,45 +199,36 @@ def trace_job(
         raise ValueError("training.enable_cpu_offload is True: what is kept on the host is not planned")
     config = copy.deepcopy(config)
     notes = []
-    traced = compiles_model(config) and config.parallelism.expert_parallel_degree == 1  # the experts' op too
+    ep = config.parallelism.expert_parallel_degree
+    gpu = PlannedGpu(capability, compiled=compiles_model(config) and ep == 1)  # with the experts' op in its graphs
     if config.compile.enable:
         config.compile.enable = False
         notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
     config.checkpoint.enable = config.validation.enable = False
-    ep = config.parallelism.expert_parallel_degree
-    sheds = ep > 1 and hasattr(config, "momoe") and config.momoe.save_percent == AUTO
+    evicts = ep > 1 and hasattr(config, "momoe") and config.momoe.save_percent == AUTO
     if hasattr(config, "momoe"):
         config.momoe.save_percent = [100.0]
         config.momoe.check_ids = False  # reads the ids, of which fake ones have none
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
-    in_world = mock.patch.dict(os.environ, WORLD_SIZE=str(world_size))
-    with (
-        mock.patch.object(autograd, "_is_last_use", lambda *args: False) if traced else contextlib.nullcontext(),
-        in_world,
-    ):
+    with checking_for(Machine(world_size, has_gpu=True)):
         dims = _parallel_dims(config, world_size)
-        plan = trace_training(config, dims, capability, cost)
-        if sheds and plan.layers:
-            tokens, rows = (trace_training(config, dims, capability, shares=shares) for shares in ((ep, 1), (ep, ep)))
+        plan = trace_training(config, dims, gpu, cost)
+        if evicts and plan.layers:
+            loads = Load(tokens=ep), Load(tokens=ep, rows=ep)
+            tokens, rows = (trace_training(config, dims, dataclasses.replace(gpu, load=load)) for load in loads)
             plan = plan.with_growth(tokens, rows, ep)
     return dataclasses.replace(plan, notes=notes)
 
 
-def trace_training(
-    config: JobConfig,
-    dims: ParallelDims,
-    capability: tuple[int, int],
-    cost: StepCost | None = None,
-    shares: tuple[int, int] = (1, 1),
-) -> MemoryPlan:
-    """The memory of a training step of this job as it is configured; `shares` of `as_on_gpu`."""
-    with as_on_gpu(capability, shares):
-        trainer = FakeTrainer(config, dims)
+def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost: StepCost | None = None) -> MemoryPlan:
+    """The memory of a training step of this job, as it is configured, on such a GPU."""
+    with as_on_gpu(gpu):
+        trainer = FakeTrainer(config, dims, gpu.load)
         model = trainer.model_parts[0]
         places = _places(model)
-        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace, _clipping(trace):
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace:
             trainer.allocate()
             for tensor in trainer.buckets.tensors if trainer.buckets else ():
                 trace.relabel(tensor, BUCKETS)
@@ -289,38 +291,29 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
     loss_fn = trainer.loss_fn
 
     def forward(*args):
-        trace.phase = "forward"
+        begin("forward")
 
     def loss(*args):
-        trace.phase = "loss"
+        begin("loss")
         with trace.within(Place("loss")):
             out = loss_fn(*args)
         for found, now in ((kept, trace.parts()), (layer_kept, trace.by_layer())):
             found.clear()
             found.update(now)
-        trace.phase = "backward"  # of which autograd has not begun yet
+        begin("backward")  # of which autograd has not begun yet
         return out
 
+    def begin(phase):
+        trace.phase = phase
+
     def optimizer(*args):
-        trace.phase = "optimizer"
+        begin("optimizer")
 
     trainer.model_parts[0].register_forward_pre_hook(forward)
     trainer.loss_fn = loss
+    trainer.on_phase = begin
     trainer.optimizers.register_step_pre_hook(optimizer)
     return kept, layer_kept
-
-
-@contextlib.contextmanager
-def _clipping(trace: MemoryTrace) -> Iterator[None]:
-    """Let the trace know when the trainer clips the gradients."""
-    clip_grad_norm = dist_utils.clip_grad_norm_
-
-    def clip(*args, **kwargs):
-        trace.phase = "clip"
-        return clip_grad_norm(*args, **kwargs)
-
-    with mock.patch.object(dist_utils, "clip_grad_norm_", clip):
-        yield
 
 
 def _places(model: nn.Module) -> dict[nn.Module, Place]:

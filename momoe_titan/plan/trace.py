@@ -1,9 +1,8 @@
 """Which bytes of GPU memory a computation on fake tensors would hold, and when.
 
-`MemoryTrace` sees every allocation of what runs under a FakeTensorMode: shapes, dtypes and lifetimes
-are those of the real code, and nothing is computed. The fake tensors are on the CPU, which every
-build of PyTorch knows; `as_on_gpu` takes what has other kernels on a GPU (attention, RMSNorm, the
-experts) the way it would go there.
+`MemoryTrace` sees every allocation of what runs under a FakeTensorMode: shapes, dtypes and lifetimes are those of
+the real code, and nothing is computed. The fake tensors are on the CPU, which every build of PyTorch knows;
+`on_gpu.as_on_gpu` sends them the way that tensors on a GPU go.
 """
 
 import contextlib
@@ -12,43 +11,26 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torchtitan.distributed import expert_parallel as stock_expert_parallel
-from torchtitan.models.moe import kernels as stock_kernels
 
-from momoe_titan.kernels import combine, gpu, router, routing
-from momoe_titan.kernels import op as autograd
+from momoe_titan.kernels import op
 from momoe_titan.kernels.gemms import select_gemms
-from momoe_titan.kernels.hopper import launch as hopper
-from momoe_titan.kernels.portable import down_proj, rows_gemm, up_proj, weight_grad
 from momoe_titan.memory.allocator import block_bytes
-from momoe_titan.memory.plan import Share
-from momoe_titan.model import stock_moe
-from momoe_titan.model.parallel import dispatch as expert_parallel
-from momoe_titan.moe import router as moe_router
+from momoe_titan.memory.plan import ZRows
 
 FORWARD = torch.ops.momoe_titan.moe_forward.default
 _BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-# Ops whose bodies are followed, for what they hold only inside.
-_BODIES = {
-    FORWARD: autograd._forward,
-    torch.ops.momoe_titan.moe_backward.default: autograd._backward,
-    _BACKWARD_OVER_Z: autograd._backward_over_z,
-}
-_KERNEL_FILES = (combine, down_proj, hopper, routing, rows_gemm, up_proj, weight_grad)
-_NUM_PROCESSORS = 132  # of an H100; kernels that stand still are given a grid all the same
+_ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 BACKWARD = "temporary, backward"
 GRADIENTS = "gradients"
@@ -72,7 +54,7 @@ class _Block:
 
 
 @dataclass
-class Moment:
+class Peak:
     """The highest memory while the same z are alive in one phase: bytes of all but z, in all and by part."""
 
     base: int = -1
@@ -82,26 +64,32 @@ class Moment:
 class MemoryTrace(TorchDispatchMode):
     """Follows the storages of everything computed while it is entered, on fake tensors or real ones.
 
-    z, what save_percent keeps, is counted apart: a trace with save_percent 100 tells the memory at
-    any other.
+    z, what save_percent saves, is counted apart, so that a trace at save_percent 100 tells the memory at any other.
+    An op of `implementations` is not run: its implementation is, so that buffers which live only inside count too.
 
     Args:
         place_of: where a module is, or None for where its parent is.
-        observer: called after each op with (func, args, kwargs, out, phase); not for ops inside
-            of ours.
+        observer: called after each op with (func, args, kwargs, out, phase); not for ops inside of ours.
+        implementations: by op; its last argument, the backend, becomes "triton".
 
     Attributes:
         phase: name of what runs now, set by the caller; "backward" inside a backward.
-        moments: (phase, ((layer, bytes of its z alive), ..)) -> Moment, since `begin_step`.
-        events: (block, its bytes from now on, `Share` of z or None), since the trace was entered.
+        moments: (phase, ((layer, bytes of its z alive), ..)) -> Peak, since `begin_step`.
+        events: (block, its bytes from now on, which rows of z it holds or None), since the trace was entered.
     """
 
-    def __init__(self, place_of: Callable[[nn.Module], Place | None], observer: Callable | None = None):
+    def __init__(
+        self,
+        place_of: Callable[[nn.Module], Place | None],
+        observer: Callable | None = None,
+        implementations: dict[torch._ops.OpOverload, Callable] = op.IMPLEMENTATIONS,
+    ):
         super().__init__()
         self._observer = observer
+        self._implementations = implementations
         self.phase = "setup"
-        self.moments: dict[tuple, Moment] = {}
-        self.events: list[tuple[int, int, Share | None]] = []
+        self.moments: dict[tuple, Peak] = {}
+        self.events: list[tuple[int, int, ZRows | None]] = []
         self._place_of = place_of
         self._places = [Place(OTHER)]
         self._blocks: dict[int, _Block] = {}
@@ -113,13 +101,18 @@ class MemoryTrace(TorchDispatchMode):
         self._parts: dict[str, int] = defaultdict(int)
         self._z: dict[str, int] = {}
         self._z_key: tuple = ()
-        self._inside: list | None = None  # moments within an op that is followed
-        self._whole: tuple[_Block, int, str] | None = None  # z, the number of its rows computed again, its layer
+        # While an op is followed: the memory after each allocation inside of it, else None.
+        self._inside: list | None = None
+        # While dz takes the place of z: the block of z, the number that stands for its recomputed rows, its layer.
+        self._z_being_overwritten: tuple[_Block, int, str] | None = None
         self._exit = contextlib.ExitStack()
 
     def begin_step(self) -> None:
-        """Start anew with moments. Gradients are told from other temporaries by their place in
-        the order of the step before, at whose end they were relabelled."""
+        """Forget the moments so far.
+
+        Gradients are told from other temporaries by their position among the allocations of a step: those that
+        were relabelled at the end of the step before.
+        """
         self._gradients = {
             block.number - self._first_number for block in self._blocks.values() if block.part == GRADIENTS
         }
@@ -183,7 +176,7 @@ class MemoryTrace(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # comes back as ops on local tensors
         ours = active_fake_mode() is self._fake_mode
-        if ours and func in _BODIES:
+        if ours and func in self._implementations:
             out = self._follow(func, args)
             self._observe(func, args, kwargs, out)
             return out
@@ -191,6 +184,8 @@ class MemoryTrace(TorchDispatchMode):
             return args[0]  # as the real one; its fake makes a new tensor
         if ours and func is torch.ops.aten._local_scalar_dense.default:
             return 1  # a step number that the optimizer reads
+        if ours and func is _ALL_TO_ALL:
+            args = _with_even_splits(*args)
         out = func(*args, **(kwargs or {}))
         if ours:
             self._observe(func, args, kwargs, out)
@@ -207,8 +202,8 @@ class MemoryTrace(TorchDispatchMode):
 
     def _follow(self, func, args):
         self._inside = []
-        with self._z_as_whole(func, args), _ReenteredTrace(self):
-            out = _BODIES[func](*args[:-1], "triton")
+        with self._dz_over_z(func, args), _ReenteredTrace(self):
+            out = self._implementations[func](*args[:-1], "triton")
         z = self._blocks.get(out[2].untyped_storage()._cdata) if func is FORWARD else None
         if z is not None:
             self._mark_z(z)
@@ -222,10 +217,15 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     @contextlib.contextmanager
-    def _z_as_whole(self, func, args) -> Iterator[None]:
-        """Where dz takes the place of z, that and the rows computed again are as large as z at any save_percent."""
+    def _dz_over_z(self, func, args) -> Iterator[None]:
+        """Count z as a temporary of the backward where dz takes its place.
+
+        Two buffers then hold dz: that of the saved rows of z, and a new one for the others. Together they are as
+        large as z, at any save_percent. This trace, at 100, sees the first one alone; the events name the second
+        one too, for `MemoryPlan.reserved`.
+        """
         z = None
-        if func is _BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).dz_over_z:
+        if func is _BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).traits.dz_over_z:
             z = self._blocks.get(args[5].untyped_storage()._cdata)
         if z is None or z.z_layer is None:
             yield
@@ -235,13 +235,13 @@ class MemoryTrace(TorchDispatchMode):
         self._count(z, -z.num_bytes)
         z.z_layer, z.part = None, BACKWARD
         self._count(z, z.num_bytes)
-        self.events.append((number, z.num_bytes, Share(layer, kept=False)))
-        self._whole = z, number, layer
+        self.events.append((number, z.num_bytes, ZRows(layer, saved=False)))
+        self._z_being_overwritten = z, number, layer
         try:
             yield
         finally:
-            self._whole = None
-            self.events.append((number, 0, Share(layer, kept=False)))
+            self._z_being_overwritten = None
+            self.events.append((number, 0, ZRows(layer, saved=False)))
             self._count(z, -z.num_bytes)
             z.z_layer, z.part = layer, part
             self._count(z, z.num_bytes)
@@ -275,12 +275,12 @@ class MemoryTrace(TorchDispatchMode):
         change = block_bytes(num_bytes) - block.num_bytes
         if change:
             block.num_bytes += change
-            if self._whole and block is self._whole[0]:
-                _, again, layer = self._whole
-                self.events.append((block.number, block.num_bytes, Share(layer, kept=True)))
-                self.events.append((again, block.num_bytes, Share(layer, kept=False)))
+            if self._z_being_overwritten and block is self._z_being_overwritten[0]:
+                _, again, layer = self._z_being_overwritten
+                self.events.append((block.number, block.num_bytes, ZRows(layer, saved=True)))
+                self.events.append((again, block.num_bytes, ZRows(layer, saved=False)))
             else:
-                self.events.append((block.number, block.num_bytes, block.z_layer and Share(block.z_layer, kept=True)))
+                self.events.append((block.number, block.num_bytes, block.z_layer and ZRows(block.z_layer, saved=True)))
             self._count(block, change)
             if change > 0:
                 self._record()
@@ -303,7 +303,7 @@ class MemoryTrace(TorchDispatchMode):
             self._keep(phase, self._z_key, self._base, self.parts())
 
     def _keep(self, phase: str, z_key: tuple, base: int, parts: dict[str, int]) -> None:
-        moment = self.moments.setdefault((phase, z_key), Moment())
+        moment = self.moments.setdefault((phase, z_key), Peak())
         if base > moment.base:
             moment.base, moment.parts = base, parts
 
@@ -316,8 +316,16 @@ class MemoryTrace(TorchDispatchMode):
         self._count(block, block.num_bytes)
         for i in range(len(self.events) - 1, -1, -1):
             if self.events[i][0] == block.number:
-                self.events[i] = (block.number, block.num_bytes, Share(layer, kept=True))
+                self.events[i] = (block.number, block.num_bytes, ZRows(layer, saved=True))
                 break
+
+
+def _with_even_splits(rows, output_splits, input_splits, group_name):
+    """The arguments of an all-to-all. Splits read from fake tensors mean nothing: every rank gets its fair share."""
+    if sum(input_splits) != len(rows):
+        ranks = len(input_splits)
+        input_splits = output_splits = [len(rows) // ranks + (i < len(rows) % ranks) for i in range(ranks)]
+    return rows, output_splits, input_splits, group_name
 
 
 _SHAPES = "_propagate_tensor_meta_non_cached"
@@ -343,106 +351,3 @@ class _ReenteredTrace(TorchDispatchMode):
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """Allocates and keeps what aten::_fused_rms_norm does, which exists for GPUs only."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        ctx.save_for_backward(x, weight, rstd)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, dout):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        out = torch.ops.aten._scaled_dot_product_attention_math(
-            q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-        )
-        return out[0]
-    # cuDNN comes first in TorchTitan's order; FlashAttention keeps as much
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, attn_mask, True, dropout_p, is_causal, False, scale=scale
-    )
-    return out[0]
-
-
-def _rms_norm(x, normalized_shape, weight=None, eps=None):
-    if weight is None or weight.dtype != x.dtype or isinstance(x, DTensor):
-        return torch.rms_norm(x, normalized_shape, weight, eps)
-    return _FusedRMSNorm.apply(x, weight)
-
-
-@contextlib.contextmanager
-def as_on_gpu(capability: tuple[int, int], shares: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """While open, code on fake CPU tensors allocates as it would on a GPU of this compute capability.
-
-    Kernels of momoe_titan and TorchTitan's MoE are not launched. With expert parallelism a rank
-    receives so many times its fair share of tokens, and of slots.
-    """
-    fits = lambda *wanted: capability >= wanted  # noqa: E731
-    patches = [
-        *(mock.patch.object(file, "launch", lambda *args, **kwargs: None) for file in _KERNEL_FILES),
-        mock.patch.object(autograd, "_aligned", lambda tensor: tensor),
-        mock.patch.object(gpu, "interpreting", lambda: False),
-        mock.patch.object(gpu, "device_properties", lambda device: (capability, "GPU")),
-        mock.patch.object(hopper, "num_programs", lambda device: _NUM_PROCESSORS),
-        *(mock.patch.object(file, "runs_here", lambda tensor: True) for file in (moe_router, router)),
-        mock.patch.object(stock_moe, "has_cuda_capability", fits),
-        mock.patch.object(expert_parallel, "resolve_backend", lambda backend, device: "triton"),
-        mock.patch.object(expert_parallel.Dispatcher, "send", functools.partialmethod(_send_evenly, shares)),
-        mock.patch.object(autograd, "MAX_TILES", autograd.MAX_TILES * shares[1]),
-        # for the fair share's rows, as if those were all: with more rows there are at least as many ranges, and where dw2
-        # then comes before dz is let go, that takes less than dw2 behind it
-        mock.patch.object(autograd, "_y_ranges", functools.partial(_y_ranges_of_share, shares)),
-        mock.patch.object(
-            autograd, "_dx_ranges", lambda gemms, rows, *args: _dx_ranges(gemms, rows // shares[1], *args)
-        ),
-        mock.patch.object(autograd, "_dw2_comes_last", lambda rows, *args: _dw2_comes_last(rows // shares[1], *args)),
-        mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices),
-        mock.patch.object(stock_expert_parallel, "all_to_all_single_autograd", _exchange_evenly),
-        mock.patch.object(F, "scaled_dot_product_attention", _attention),
-        mock.patch.object(F, "rms_norm", _rms_norm),
-    ]
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield
-
-
-_y_ranges, _dx_ranges, _dw2_comes_last = autograd._y_ranges, autograd._dx_ranges, autograd._dw2_comes_last
-_send = expert_parallel.Dispatcher.send
-
-
-def _y_ranges_of_share(shares, gemms, rows, w2_EFD, out_TD, inference):
-    return _y_ranges(gemms, rows // shares[1], w2_EFD, out_TD[: out_TD.shape[0] // shares[0]], inference)
-
-
-def _send_evenly(self, shares, x_TD, ids_TK, scores_TK, make_room=None):
-    """`Dispatcher.send` where every rank gets its fair share, or multiples: nobody knows what fake tokens choose."""
-    ranks = self.group.size()
-    tokens, slots = expert_parallel.fair_share(*ids_TK.shape, self.num_experts, ranks)
-    sent, received = [[tokens, slots]] * ranks, [[shares[0] * tokens, shares[1] * slots]] * ranks
-    exchanged = SimpleNamespace(tolist=lambda: [sent, received])
-    with mock.patch.object(torch.ops.momoe_titan, "exchange_counts", lambda *args: exchanged):
-        return _send(self, x_TD, ids_TK, scores_TK)
-
-
-_exchange = stock_expert_parallel.all_to_all_single_autograd
-
-
-def _exchange_evenly(rows, output_splits, input_splits, group):
-    """TorchTitan's exchange of tokens where every rank gets its fair share."""
-    ranks = group.size()
-    splits = [len(rows) // ranks + (i < len(rows) % ranks) for i in range(ranks)]
-    return _exchange(rows, splits, splits, group)
-
-
-def _fill_indices(counts, start, write_offsets, experts_per_rank, num_ranks, max_len, *args, **kwargs):
-    return torch.empty(max_len, dtype=torch.int32, device=counts.device)

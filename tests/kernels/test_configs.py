@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import gemms
+from momoe_titan.kernels import gemms, gpu
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.portable import configs
@@ -23,8 +23,8 @@ KEY = configs.cache_key(torch.bfloat16, 1536, 256)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOMOE_TITAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(configs, "device_properties", lambda device: ((9, 0), GPU))
-    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    monkeypatch.setattr(gpu, "device_properties", lambda device: ((9, 0), GPU))
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
     configs._tuned.cache_clear()
     yield
     configs._tuned.cache_clear()
@@ -47,7 +47,7 @@ def test_tuned_tiles_persist_for_their_bucket_only():
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"%s": {"up_proj": {}}}' % KEY, '{"%s": 3}' % KEY, "\x00"],
+    ["{", "[]", json.dumps({KEY: {"up_proj": {}}}), json.dumps({KEY: 3}), "\x00"],
     ids=["truncated", "a_list", "fields_missing", "a_number", "binary"],
 )
 def test_a_corrupt_cache_warns_once_and_changes_nothing(content):
@@ -97,7 +97,7 @@ def test_the_portable_path_says_so_once(monkeypatch, caplog):
         assert isinstance(gemms.select_gemms(x, 256), gemms.HopperGemms)
         assert caplog.records == []
         for capability in ((8, 0), (8, 9), (10, 0)):
-            monkeypatch.setattr(configs, "device_properties", lambda device: (capability, GPU))
+            monkeypatch.setattr(gpu, "device_properties", lambda device, capability=capability: (capability, GPU))
             for _ in range(2):
                 assert isinstance(gemms.select_gemms(x, 256), gemms.PortableGemms)
     (record,) = caplog.records

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from momoe_titan.kernels import combine
-from momoe_titan.kernels import op as autograd
-from momoe_titan.kernels.gemms import DX_RANGE_FLOPS, Y_RANGE_FLOPS, HopperGemms
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 
@@ -81,60 +79,6 @@ def test_supported(dtype, D, F, capability, answer, monkeypatch):
     assert hopper.supported(dtype, D, F, capability) is answer
     monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 8))
     assert not hopper.supported(dtype, D, F, capability)
-
-
-@pytest.mark.parametrize(
-    "rows, width, cols, max_mib, want",
-    [
-        (
-            196608,
-            512,
-            1536,
-            192,
-            [(0, 768), (768, 1536)],
-        ),  # 7B-n256, dx: 576 MiB would take three, but each has little to do
-        (196608, 256, 1536, 192, [(0, 1536)]),  # half of that: one
-        (131072, 2048, 4096, 1024, [(0, 2048), (2048, 4096)]),  # fits; two are faster with experts as large as these
-        (131072, 1024, 4096, 1024, [(0, 4096)]),
-        (8192, 2048, 2048, 256, [(0, 2048)]),  # fits
-        (1024, 4096, 4096, 1024, [(0, 4096)]),  # small
-        (1000, 2304, 2176, 0, [(0, 2176)]),  # small anyway
-        (65536, 2304, 2176, 200, [(0, 1280), (1280, 2176)]),  # 272 MiB; whole tiles
-        (1 << 20, 1024, 1152, 1, [(0, 512), (512, 1024), (1024, 1152)]),
-        (1 << 20, 512, 8192, 1, [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]),  # no more than four
-        (0, 64, 320, 0, [(0, 320)]),
-    ],
-)
-def test_column_ranges(rows, width, cols, max_mib, want):
-    out = torch.empty(1, cols, dtype=torch.bfloat16, device="meta")
-    assert HopperGemms().column_ranges(rows, width, out, max_mib << 20, DX_RANGE_FLOPS) == want
-
-
-def test_y_comes_in_smaller_ranges():
-    out = torch.empty(1, 1536, dtype=torch.bfloat16, device="meta")
-    assert HopperGemms().column_ranges(196608, 256, out, 456 << 20, Y_RANGE_FLOPS) == [(0, 768), (768, 1536)]  # 7B-n256
-    assert HopperGemms().column_ranges(98304, 256, out, 100 << 20, Y_RANGE_FLOPS) == [(0, 1536)]
-
-
-@pytest.mark.parametrize(
-    "shape, want",  # T, D, F, E, K; ranges at a width without gradients, with them
-    [
-        (
-            (32768, 4096, 512, 128, 8),
-            (1, 2),
-        ),  # 30B-n512: z and act beside y, 2816 MiB, are more than the backward's 2048
-        ((65536, 2048, 1024, 128, 8), (1, 3)),  # seed-128e-long: 5120, 3840
-        ((32768, 4096, 256, 256, 16), (2, 3)),  # 30B-n256
-        ((40960, 768, 512, 64, 4), (1, 1)),  # 1.4B-n512: 720, 668, but a range of half would have too little to do
-        ((32768, 4096, 1024, 128, 8), (1, 1)),  # 120B-n1024: less than the backward
-    ],
-)
-def test_y_makes_room_for_z(shape, want):
-    tokens, cols, ffn, experts, chosen = shape
-    out = torch.empty(tokens, cols, dtype=torch.bfloat16, device="meta")
-    w2 = torch.empty(experts, ffn, cols, dtype=torch.bfloat16, device="meta")
-    got = [len(autograd._y_ranges(HopperGemms(), tokens * chosen, w2, out, inference)) for inference in (True, False)]
-    assert tuple(got) == want
 
 
 def test_combine_of_column_ranges(device):

@@ -1,5 +1,7 @@
 """The op against the float64 oracle, on the Triton kernels (GPU or interpreter) and on the torch backend."""
 
+import dataclasses
+import functools
 import gc
 import weakref
 
@@ -36,7 +38,10 @@ def make_inputs(shape, dtype, device, seed=0, scores_dtype=torch.float32):
     """Unit-scale x, w1, w2, ids, scores, dout: every expert's output is of order 1."""
     T, D, F, E, K = shape
     g = torch.Generator(device).manual_seed(seed)
-    randn = lambda *size: torch.randn(size, generator=g, device=device)
+
+    def randn(*size):
+        return torch.randn(size, generator=g, device=device)
+
     x, dout = randn(T, D), randn(T, D)
     w1, w2 = randn(E, D, 2 * F) * D**-0.5, randn(E, F, D) * F**-0.5
     ids = torch.rand(T, E, generator=g, device=device).topk(K, -1)[1]
@@ -62,7 +67,7 @@ def error(got, want):
 
 def assert_close(got, want, in_dtype):
     """Errors at most twice what torch makes in the same dtype; a floor where luck made that tiny."""
-    for name, g, w, t in zip(NAMES, got, want, in_dtype):
+    for name, g, w, t in zip(NAMES, got, want, in_dtype, strict=True):
         dtype = in_dtype[0].dtype
         floor = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 0.25)  # sums of float32 differ in order
         allowed = max(2 * error(t, w), floor)
@@ -88,14 +93,14 @@ def test_save_percent_never_changes_a_bit(save_percent, dtype, backend, device):
     inputs = make_inputs(SHAPES["tiles_cross_experts"], dtype, device)
     want, _ = run(momoe_mlp, *inputs, 0, backend=backend)
     got, _ = run(momoe_mlp, *inputs, save_percent, backend=backend)
-    for name, g, w in zip(NAMES, got, want):
+    for name, g, w in zip(NAMES, got, want, strict=True):
         assert torch.equal(g, w), name
 
 
 def test_deterministic(device, backend):
     inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float16, device)
     first, second = (run(momoe_mlp, *inputs, 50, backend=backend)[0] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_empty_experts_get_zero_gradients(device, backend):
@@ -128,7 +133,7 @@ def test_room_for_used_slots_only(spare, device, backend):
         kwargs = dict(backend=backend, check_ids=True)
         want, counts_want = run(momoe_mlp, x, w1, w2, ids, scores, dout, 0, backend=backend)
         got, counts = run(momoe_mlp, x, w1, w2, ids, scores, dout, 37, num_rows=rows, **kwargs)
-        for name, g, w in zip(NAMES, got, want):
+        for name, g, w in zip(NAMES, got, want, strict=True):
             if backend == "torch":  # its products of fewer rows may differ in the last bit
                 torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, msg=name)
             else:
@@ -165,7 +170,7 @@ def test_strided_inputs(device, backend):
     out, _ = momoe_mlp(leaves[0].t(), *leaves[1:3], ids.t().contiguous().t(), leaves[3], backend=backend)
     out.sum().backward()  # a gradient of stride 0
     got = (out.detach(), leaves[0].grad.t(), *(t.grad for t in leaves[1:]))
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_a_second_derivative_is_refused(device, backend):
@@ -174,7 +179,7 @@ def test_a_second_derivative_is_refused(device, backend):
     out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], 37, backend=backend)
     want = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     got = torch.autograd.grad(out, leaves, dout, create_graph=True)
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     for leaf in leaves:
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(got[0].square().sum(), leaf, retain_graph=True)
@@ -296,7 +301,7 @@ def test_float32_parameters_under_autocast(device, backend):
     assert got[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in got[1:])
     rounded = [t.bfloat16() for t in (x, w1, w2)]
     want, _ = run(momoe_mlp, *rounded, ids, scores, dout, 37, backend=backend)
-    assert all(torch.equal(g.bfloat16(), w.bfloat16()) for g, w in zip(got, want))
+    assert all(torch.equal(g.bfloat16(), w.bfloat16()) for g, w in zip(got, want, strict=True))
 
 
 def test_scores_of_half_precision(device, backend):
@@ -339,7 +344,7 @@ def test_aot_autograd_traces_both_ways(device, backend):
     torch._dynamo.reset()
     want, _ = run(momoe_mlp, *inputs, 37, backend=backend)
     got, _ = run(compiled, *inputs)
-    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_fake_implementations(device, backend):
@@ -369,7 +374,7 @@ def test_z_is_given_up_only_by_the_last_backward(device, backend, save_percent, 
     kept, again, last = (torch.autograd.grad(out, leaves, dout, retain_graph=keep) for keep in (True, True, False))
     assert over == [False, False, True]
     for other in (again, last):
-        assert all(torch.equal(a, b) for a, b in zip(kept, other))
+        assert all(torch.equal(a, b) for a, b in zip(kept, other, strict=True))
 
 
 @pytest.mark.parametrize("save_percent", [37, 100])
@@ -388,7 +393,7 @@ def test_shed_z_is_computed_again(device, backend, save_percent):
                 z.untyped_storage().resize_(0)
             got = torch.autograd.grad(out, leaves, dout, retain_graph=i < 1)
             want = want or got
-            for name, g, w in zip(NAMES[1:], got, want):
+            for name, g, w in zip(NAMES[1:], got, want, strict=True):
                 assert torch.equal(g, w), (name, shed_at, i)
 
 
@@ -405,7 +410,10 @@ def test_shedding_frees_z(device, backend, shed):
     """Nobody but the graph holds what on_keep was shown."""
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     storages = []
-    on_keep = lambda z: storages.append(weakref.ref(z.untyped_storage()))
+
+    def on_keep(z):
+        storages.append(weakref.ref(z.untyped_storage()))
+
     out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend, on_keep=on_keep)
     (storage,) = storages
     assert storage().nbytes() == ids.numel() * 2 * w2.shape[1] * 4
@@ -428,18 +436,24 @@ def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
         seen.append(("dw2" if kwargs.get("gather_b") else "dw1", *(z.untyped_storage().nbytes() > 0 for z in kept)))
         real(self, a, b, routing, dw_EMN, **kwargs)
 
+    memory_schedule = autograd.memory_schedule
+
+    def in_order(last, *args):
+        return dataclasses.replace(memory_schedule(*args), dw2_last=last)
+
     monkeypatch.setattr(gemms, "weight_grad", weight_grad)
     x, w1, w2, ids, scores, dout = make_inputs((40, 64, 64, 4, 2), torch.float16, device)
     leaves, results = [t.requires_grad_() for t in (x, w1, w2, scores)], []
     for last in (False, True):
-        monkeypatch.setattr(autograd, "_dw2_comes_last", lambda *args: last)
+        schedule = functools.partial(in_order, last)
+        monkeypatch.setattr(autograd, "memory_schedule", schedule)
         kept.clear()
         out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend="triton", on_keep=kept.append)
         results.append(torch.autograd.grad(out, leaves, dout))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert [name for name, *_ in seen] == ["dw2", "dw1", "dw1", "dw2"]
     if save_percent:  # in a buffer of its own, dz needs z no more
-        has_z = gemms.dz_over_z
+        has_z = gemms.traits.dz_over_z
         assert [alive for _, alive in seen] == [has_z, has_z, has_z, False]
 
 
@@ -472,8 +486,10 @@ def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypat
     real = autograd.num_saved_rows
     monkeypatch.setattr(autograd, "num_saved_rows", lambda *a: calls.append(1) or real(*a))
     saved = torch.ops.momoe_titan.moe_forward.default
-    policy = lambda ctx, op, *a, **k: CheckpointPolicy.MUST_SAVE if op == saved else CheckpointPolicy.PREFER_RECOMPUTE
     inputs = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op == saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     def checkpointed(context_fn, *args):
         kwargs = {"context_fn": context_fn} if context_fn else {}
@@ -482,9 +498,9 @@ def test_selective_checkpointing_saves_the_op_by_name(device, backend, monkeypat
     want, _ = run(momoe_mlp, *inputs, 37, backend=backend)
     for context_fn, forwards in ((lambda: create_selective_checkpoint_contexts(policy), 1), (None, 2)):
         calls.clear()
-        got, _ = run(lambda *a: checkpointed(context_fn, *a), *inputs)
+        got, _ = run(functools.partial(checkpointed, context_fn), *inputs)
         assert len(calls) == forwards
-        assert all(torch.equal(g, w) for g, w in zip(got, want))
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 BAD = {
@@ -547,9 +563,9 @@ def test_views_off_their_alignment_are_copied():
 
 
 def test_triton_backend_is_refused_without_a_device(monkeypatch):
-    from momoe_titan.kernels.portable import configs
+    from momoe_titan.kernels import gpu
 
-    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    monkeypatch.setattr(gpu, "interpreting", lambda: False)
     x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, "cpu")
     with pytest.raises(ValueError, match="backend 'triton' needs a CUDA device"):
         momoe_mlp(x, w1, w2, ids, scores, backend="triton")

@@ -23,7 +23,7 @@ from momoe_titan.memory.auto_save_percent import (
 )
 from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, context_bytes
 from momoe_titan.model import MomoeLlamaArgs
-from momoe_titan.model.moe import MomoeExperts
+from momoe_titan.model.experts import MomoeExperts
 from tests.support.tiny import build, job_config, moes, optimizers_for, tiny_args, train
 
 MIB = 1 << 20
@@ -110,8 +110,8 @@ def test_a_correction_goes_by_the_rows_that_came(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(f"{__name__}.plan", lambda: grows)
     auto = start(tmp_path, 11_500)
     for layer in auto.layers:
-        auto.ledger.make_room(layer, rows, rows, 0)
-    assert (auto.ledger.shed_bytes > 0) == (rows > 1)
+        auto.activation_budget.reserve(layer, rows, rows, 0)
+    assert (auto.activation_budget.evicted_bytes > 0) == (rows > 1)
     taken = 10_000 + 2 * 1000 * (rows - 1) + (0 if rows > 1 else 810 * rows)
     monkeypatch.setattr(Memory, "peak_reserved", lambda self: int(taken * MIB))
     # 5% more rows would take 10100 and 1050 for each z, of 11500 less the 5% of an uncorrected plan
@@ -119,8 +119,8 @@ def test_a_correction_goes_by_the_rows_that_came(tmp_path, monkeypatch, rows):
     resumed = start(tmp_path, 11_500)
     assert resumed.choice == [33, 100] and resumed.steps_left == 0
     for run in (auto, resumed):
-        assert run.ledger.room == run.room == pytest.approx(11_500 * MIB, abs=MIB)
-        assert all(layer.ledger is run.ledger for layer in run.layers)
+        assert run.activation_budget.room == run.room == pytest.approx(11_500 * MIB, abs=MIB)
+        assert all(layer.activation_budget is run.activation_budget for layer in run.layers)
 
 
 def test_no_correction_where_the_model_is_compiled(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp
+from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.plan.cost import (
     GPUS,
     Gpu,
@@ -15,7 +16,8 @@ from momoe_titan.plan.cost import (
     seconds,
     step_time,
 )
-from momoe_titan.plan.trace import MemoryTrace, as_on_gpu
+from momoe_titan.plan.on_gpu import as_on_gpu
+from momoe_titan.plan.trace import MemoryTrace
 
 GPU = Gpu(
     matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0
@@ -70,7 +72,7 @@ def test_experts_in_float32():
 def test_work_of_ops(dtype, suffix):
     c = StepCost(8)
     t, d, f, e, k = 256, 128, 64, 4, 2
-    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None, c) as trace:
+    with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None, c) as trace:
         trace.phase = "forward"
         x, w1, w2 = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d)))
         ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)

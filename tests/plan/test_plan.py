@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,14 +15,15 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.config import JobConfig
 from torchtitan.distributed import parallel_dims
+from torchtitan.models.llama3.infra import parallelize as llama3
 from torchtitan.tools.logging import logger
 
 import momoe_titan.register  # noqa: F401
 from benchmarks import check_plan
 from momoe_titan.components.auto_save_percent import plan_in_child
 from momoe_titan.config.section import Momoe
-from momoe_titan.kernels import op as autograd
-from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.kernels.gpu import Load, PlannedGpu
+from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, budget_bytes
 from momoe_titan.model import MomoeLlama, flavors
@@ -40,6 +42,7 @@ from momoe_titan.save_percent import num_saved_rows
 from tests.support.forks import in_forks, in_gloo_forks
 
 BATCH, SEQ = 4, 128
+H100 = PlannedGpu((9, 0))
 NO_MESH = SimpleNamespace(
     get_optional_mesh=lambda name: None,
     dp_replicate=1,
@@ -59,7 +62,7 @@ def job(ac: str = "none", **momoe) -> JobConfig:
 
 @pytest.fixture(scope="module")
 def plan() -> MemoryPlan:
-    return trace_training(job(save_percent=100.0), NO_MESH, (9, 0))
+    return trace_training(job(save_percent=100.0), NO_MESH, H100)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_kept_z_is_what_the_op_keeps(plan, model, save_percent):
 
 def test_traced_at_any_save_percent_the_plan_is_the_same(plan):
     """One trace tells all: at 50 it foresees what a trace at 50 finds."""
-    at_50 = trace_training(job(save_percent=50.0), NO_MESH, (9, 0))
+    at_50 = trace_training(job(save_percent=50.0), NO_MESH, H100)
     assert at_50.active(100) == plan.active(50)
     assert at_50.reserved(100) == plan.reserved(50)
 
@@ -103,15 +106,15 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
     used = []
 
     def traced(*args):
-        used.append(autograd._is_last_use)
+        used.append(args[2])
         return MemoryPlan([], [], {}, 0)
 
     monkeypatch.setattr(plan_job, "trace_training", traced)
     monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
-    config, before = job(), autograd._is_last_use
+    config = job()
     config.compile.enable, config.parallelism.expert_parallel_degree = compiled, degree
     notes = plan_job.trace_job(config, degree).notes
-    assert (used[0] is not before) == beside and autograd._is_last_use is before
+    assert used == [PlannedGpu((9, 0), compiled=beside)]
     assert len(notes) == compiled
 
 
@@ -127,7 +130,7 @@ def test_clipping_begins_where_the_gradients_are_clipped(plan, model):
 
 @pytest.mark.parametrize("ac", ["none", "full", "selective"])
 def test_memory_grows_with_save_percent(ac):
-    plan = trace_training(job(ac, save_percent=100.0), NO_MESH, (9, 0))
+    plan = trace_training(job(ac, save_percent=100.0), NO_MESH, H100)
     active = [plan.active(p) for p in range(0, 101, 10)]
     assert active == sorted(active)
     assert active[0] + plan.kept_z(100) >= active[-1]
@@ -137,7 +140,7 @@ def test_memory_grows_with_save_percent(ac):
 
 
 def test_checkpointing_keeps_less():
-    none, full = (trace_training(job(ac, save_percent=0.0), NO_MESH, (9, 0)) for ac in ("none", "full"))
+    none, full = (trace_training(job(ac, save_percent=0.0), NO_MESH, H100) for ac in ("none", "full"))
     for part in ("attention", "norms", "shared experts"):
         assert full.kept[part] < none.kept[part] / 2
 
@@ -354,7 +357,7 @@ def _ddp_takes_the_gradients_once_more() -> None:
     config = job()
     config.parallelism.data_parallel_replicate_degree, config.parallelism.data_parallel_shard_degree = 2, 1
     cost = plan_job.StepCost(8)
-    plan, alone = trace_job(config, 2, cost=cost), trace_training(job(save_percent=100.0), NO_MESH, (9, 0))
+    plan, alone = trace_job(config, 2, cost=cost), trace_training(job(save_percent=100.0), NO_MESH, H100)
     gradients = 4 * plan.num_parameters
     for moment in plan.moments:
         assert gradients <= moment.parts[BUCKETS] < gradients + 512 * 10
@@ -383,6 +386,13 @@ def _buckets_are_the_reducers() -> None:
     assert not reducer["gradient_as_bucket_view"]
 
 
+def test_the_buckets_are_as_large_as_torchtitan_asks_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(llama3, "replicate", lambda model, device_mesh, bucket_cap_mb: asked.append(bucket_cap_mb))
+    llama3.apply_ddp(nn.Linear(1, 1), None, enable_compile=False)
+    assert asked == [plan_job.DDP_BUCKET_BYTES >> 20]
+
+
 def test_buckets_are_those_of_the_reducer(tmp_path):
     assert in_gloo_forks(1, tmp_path / "store", _buckets_are_the_reducers)
 
@@ -409,18 +419,18 @@ def _growth_is_exact() -> None:
     config.momoe.save_percent = [100.0]
     layers = [SimpleNamespace(save_percent=percent, n=i) for i, percent in enumerate((50, 0, 100))]
     for tokens, slots in ((1, 1), (2, 2), (3, 3), (2, 1), (3, 2)):
-        found = trace_training(config, plan_job._parallel_dims(config, 4), (9, 0), shares=(tokens, slots))
+        found = trace_training(config, plan_job._parallel_dims(config, 4), replace(H100, load=Load(tokens, slots)))
         for layer, kept in found.layer_kept.items():
             more_tokens, more_slots = plan.layer_growth[layer]
             foreseen = plan.layer_kept[layer] + (tokens - 1) * more_tokens + (slots - 1) * more_slots
             assert abs(kept - foreseen) <= 3 * 512  # blocks are rounded up
-        ledger = Ledger(again, layers)
-        ledger.room = 1 << 60
+        budget = ActivationBudget(again, layers)
+        budget.room = 1 << 60
         for layer in layers:
-            ledger.make_room(layer, tokens, slots, 0)
+            budget.reserve(layer, tokens, slots, 0)
         peak = found.active([50, 0, 100])
-        most = ledger._peak_S(ledger._rows_L2, ledger._sent_L, ledger._rows_L2.max()).max() - plan.slack
-        assert ledger.least_peak - plan.slack - 3 * 512 <= peak <= most + 3 * 512
+        most = budget._peak_S(budget._rows_L2, budget._sent_L, budget._rows_L2.max()).max() - plan.slack
+        assert budget.least_peak - plan.slack - 3 * 512 <= peak <= most + 3 * 512
         if tokens == slots:
             assert abs(most - peak) <= 3 * 512
     # layers of a recomputed block do not keep the rows that were sent to them

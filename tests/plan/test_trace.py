@@ -1,16 +1,19 @@
 """The trace against what real tensors take."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from momoe_titan.kernels import momoe_mlp
+from momoe_titan.kernels import momoe_mlp, op
+from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model import MomoeLlama
-from momoe_titan.plan.trace import MemoryTrace, Place, as_on_gpu
+from momoe_titan.plan.on_gpu import as_on_gpu
+from momoe_titan.plan.trace import MemoryTrace, Place
 from tests.support.tiny import batch, build, loss_of, tiny_args
 
 
@@ -19,8 +22,7 @@ def alive(trace):
 
 
 @pytest.mark.parametrize("save_percent", [[0.0, 0.0], [0.0, 37.0], [100.0, 100.0]])
-def test_kept_bytes_are_those_of_the_saved_tensors(save_percent, monkeypatch):
-    monkeypatch.setattr("momoe_titan.plan.trace._BODIES", {})  # the op as on a CPU, by its fakes
+def test_kept_bytes_are_those_of_the_saved_tensors(save_percent):
     model = build(tiny_args(save_percent=save_percent))
     tokens, labels = (t.contiguous() for t in batch(0))
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), tokens, labels]}
@@ -36,7 +38,7 @@ def test_kept_bytes_are_those_of_the_saved_tensors(save_percent, monkeypatch):
         loss = loss_of(model, tokens, labels)
     expected = sum(block_bytes(storage.nbytes()) for storage in saved.values())
 
-    with FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+    with FakeTensorMode(), MemoryTrace(lambda module: None, implementations={}) as trace:  # the op by its fake
         fake = MomoeLlama(tiny_args(save_percent=save_percent))
         inputs = torch.empty(tokens.shape, dtype=torch.int64), torch.empty(labels.shape, dtype=torch.int64)
         before = alive(trace)
@@ -73,7 +75,7 @@ def test_the_op_takes_the_same_memory_whatever_the_routing(monkeypatch):
 def test_the_inside_of_the_op_is_counted(capability):
     t, d, f, e, k = 4096, 128, 64, 8, 2
     place = Place("experts", "0")
-    with as_on_gpu(capability), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
+    with as_on_gpu(PlannedGpu(capability)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
         x, w1, w2 = (
             torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d))
         )
@@ -100,7 +102,7 @@ def test_the_inside_of_the_op_is_counted(capability):
 def layer_plan(save_percent, layer, experts=8):
     """Of one layer forward and backward; without a name its z counts as what it is."""
     t, d, f, e, k = 4096, 128, 64, experts, 2
-    with as_on_gpu((9, 0)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+    with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
         x, w1, w2 = (
             torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d))
         )
@@ -127,7 +129,8 @@ def test_dw2_waits_for_dz_where_act_is_smaller(save_percent, monkeypatch):
     """The peak of a layer whose weights are large beside its rows has act in it, in place of dw2."""
     experts, act, dw2 = 128, 4096 * 2 * 64 * 2, 128 * 64 * 128 * 2
     last = layer_plan(save_percent, None, experts).peak(0, "backward")
-    monkeypatch.setattr("momoe_titan.plan.trace._dw2_comes_last", lambda *args: False)
+    schedule = op.memory_schedule
+    monkeypatch.setattr(op, "memory_schedule", lambda *args: replace(schedule(*args), dw2_last=False))
     assert layer_plan(save_percent, None, experts).peak(0, "backward") - last == dw2 - act > 0
 
 

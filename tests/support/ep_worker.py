@@ -4,10 +4,11 @@ Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, r
 are forks of this one, because importing torch takes longer than training does. A run has replicate, shard, ep (degrees), mode
 (activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
 last of `ep` ranks gets no token), room (for so many times the z that a rank keeps of a layer of its
-fair share; 0: no ledger), save (folder of a checkpoint to write). Every rank trains on its part of the same
+fair share; 0: no budget), save (folder of a checkpoint to write). Every rank trains on its part of the same
 batches; what came of the runs is written to FOLDER/PROCESSES.pt.
 """
 
+import functools
 import gc
 import json
 import sys
@@ -23,10 +24,10 @@ with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
 from torch.distributed.checkpoint import save
 from torch.distributed.tensor import DTensor
 
-from momoe_titan.memory.activation_eviction import Ledger
+from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment
 from momoe_titan.model import parallelize_momoe_llama
-from momoe_titan.model.parallel.dispatch import Flight
+from momoe_titan.model.parallel.dispatch import AsyncAllToAll
 from tests.support.forks import in_gloo_forks
 from tests.support.tiny import (
     SEQ,
@@ -57,16 +58,16 @@ def starve(model, num_experts):
         moe.expert_bias[-num_experts:] = -10
 
 
-def attach_ledger(model, settings, world) -> Ledger:
+def attach_budget(model, settings, world) -> ActivationBudget:
     """As if nothing but z took memory."""
     args, layers = model.model_args, [moe.experts for moe in moes(model)]
     z = [(str(i), 8 * SEQ // world * args.moe_args.top_k * 2 * args.moe_hidden_dim * 4) for i in range(len(layers))]
     moments = [Moment("loss", z[:i], 0, {}) for i in range(len(z) + 1)]
-    ledger = Ledger(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: (0, 0) for n, _ in z}), layers)
-    ledger.room = settings["room"] * z[0][1] + CUBLAS_BYTES
+    budget = ActivationBudget(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: (0, 0) for n, _ in z}), layers)
+    budget.room = settings["room"] * z[0][1] + CUBLAS_BYTES
     for layer in layers:
-        layer.ledger = ledger
-    return ledger
+        layer.activation_budget = budget
+    return budget
 
 
 def clean(name):
@@ -99,7 +100,7 @@ def run(settings) -> dict:
     model = build(args_for(settings), 0, lambda m: parallelize_momoe_llama(m, dims, config))
     if settings["starve"]:
         starve(model, settings["num_experts"] // settings["ep"])
-    ledger = attach_ledger(model, settings, world) if settings["room"] else None
+    budget = attach_budget(model, settings, world) if settings["room"] else None
     optimizers = optimizers_for(model, dims, implementation="foreach")
     losses, counts, norms, grads = [], [], [], {}
     gc.collect()
@@ -107,7 +108,7 @@ def run(settings) -> dict:
     for step in range(STEPS):
         tokens, labels = (t.chunk(world)[rank] for t in batch(step))
         loss = loss_of(model, tokens, labels, 1 / world)
-        held = [] if ledger is None else [(i, storage().nbytes()) for i, storage in ledger._held]
+        held = [] if budget is None else [(i, storage().nbytes()) for i, storage in budget._saved]
         loss.backward()
         total = loss.detach()
         dist.all_reduce(total)
@@ -119,7 +120,7 @@ def run(settings) -> dict:
         optimizers.zero_grad()
         counts.append(optimizers.load_balancer.counts_LE)
     del loss  # and its graph
-    assert not any(type(o) is Flight for o in gc.get_objects()), "a step leaves tokens behind"
+    assert not any(type(o) is AsyncAllToAll for o in gc.get_objects()), "a step leaves tokens behind"
     gc.enable()
     result = {
         "losses": torch.stack(losses),
@@ -133,9 +134,9 @@ def run(settings) -> dict:
     mine = [result[name].tolist() for name in ("counts", "bias", "norms")]
     dist.all_gather_object(everyone, mine)
     assert all(other == mine for other in everyone), "ranks disagree"
-    if ledger is not None:
-        assert all(storage() is None for _, storage in ledger._held), "z outlives its backward"
-        dist.all_gather_object(everyone, (ledger.shed_bytes, held))
+    if budget is not None:
+        assert all(storage() is None for _, storage in budget._saved), "z outlives its backward"
+        dist.all_gather_object(everyone, (budget.evicted_bytes, held))
         result["shed"] = everyone
     if settings["save"]:
         save({clean(n): t for n, t in model.state_dict().items()}, checkpoint_id=settings["save"])
@@ -151,7 +152,7 @@ def worker(runs: list[dict], out: str) -> None:
 def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
     ended_well = [
-        in_gloo_forks(world, f"{folder}/store{world}", lambda: worker(its_runs, f"{folder}/{world}.pt"))
+        in_gloo_forks(world, f"{folder}/store{world}", functools.partial(worker, its_runs, f"{folder}/{world}.pt"))
         for world, its_runs in json.loads(runs)
     ]
     sys.exit(not all(ended_well))
