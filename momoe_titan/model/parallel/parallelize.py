@@ -65,17 +65,18 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
         )
         if mesh.device_type == "cpu":
             _reduce_by_sums(model)
-        _warn_of_ranks_without_experts(model, mesh.size(), parallel_dims.ep_enabled)
+        _warn_of_ranks_without_experts(model, parallel_dims)
         logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
 
 
-def _warn_of_ranks_without_experts(model: MomoeLlama, ranks: int, ep_enabled: bool) -> None:
+def _warn_of_ranks_without_experts(model: MomoeLlama, parallel_dims: ParallelDims) -> None:
     """Warn where FSDP, which gives each expert to one rank as a whole, has more ranks than experts."""
+    ranks = parallel_dims.get_mesh("fsdp").size()
     experts = [block.moe.num_experts for block in blocks_of(model) if block.moe_enabled]
-    if experts and not ep_enabled and ranks > min(experts):
+    if experts and not parallel_dims.ep_enabled and ranks > min(experts):
         logger.warning(
             f"FSDP over {ranks} ranks leaves {ranks - min(experts)} of them without any of the {min(experts)} "
             "experts, and the others with that much more: set parallelism.expert_parallel_degree, or replicate (HSDP)"
