@@ -303,6 +303,26 @@ def kernel_times() -> str:
     return _plain("kernel_times_h100", code="code", **{k: f"{k.replace('_', ' ')}, us" for k in keys})
 
 
+def first_call() -> str:
+    header = {"shape": "shape", "seconds": "first call at 100, s", "seconds_more": "then at 0, s"}
+    return _plain("first_call_h100", **header)
+
+
+def layer_cuda_graph() -> str:
+    rows = rows_of("layer_cuda_graph_h100")
+    return table(["implementation", "forward and backward, TFLOPS"], ([label(r), r["both"]] for r in rows))
+
+
+def auto_500m() -> str:
+    header = {"moment": "moment", "save_percent": "`save_percent`, mean of layers", "planned": "plan, GiB"}
+    return _plain("auto_500m_h100", **header, measured="measured, GiB")
+
+
+def plan_ep() -> str:
+    header = {"save_percent": "`save_percent`", "rank_0": "rank 0, MiB", "rank_1": "rank 1, MiB"}
+    return _plain("plan_ep_2xh100", **header, planned="plan, MiB")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
@@ -311,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balancing_debug, seed_curve, inference, kernel_times)
+    + (first_call, layer_cuda_graph, auto_500m, plan_ep)
 }
 
 
