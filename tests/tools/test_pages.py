@@ -48,7 +48,7 @@ def test_links_lead_somewhere(page):
     assert dead == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "momoe_titan/kernels/README.md"])  # others: tests/docs
 def test_files_named_in_a_page_exist(page):
     folders = "momoe_titan|tests|benchmarks|scripts|docs|train_configs"
     text = ROOT.joinpath(page).read_text()
