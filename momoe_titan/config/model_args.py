@@ -1,4 +1,4 @@
-"""The arguments of a model, as far as the checks of a job read them."""
+"""The arguments of a model, as far as the checks of a job and Hugging Face's formats read them."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ from torchtitan.config import JobConfig
 
 
 class ModelArgs(Protocol):
-    """The part of `momoe_titan.model.args.MomoeLlamaArgs` that the checks need."""
+    """The part of `momoe_titan.model.args.MomoeLlamaArgs` that others read without importing the model."""
 
     dim: int
     n_layers: int
@@ -18,6 +18,9 @@ class ModelArgs(Protocol):
     moe_hidden_dim: int
     vocab_size: int
     max_seq_len: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling_args: Any
     attn_type: str
     qk_norm: str
     moe_args: Any

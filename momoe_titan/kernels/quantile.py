@@ -69,10 +69,7 @@ def _count_margins_kernel(
     cols = tl.arange(0, E_POW2)
     live = (cols < E)[None, :]
     logits = _clamp(_load_logits(logits_ptr, stride, tokens, num_tokens, cols, E))
-    if FUNC == SIGMOID:
-        scores = tl.sigmoid(logits)
-    else:
-        scores = _softmax(logits, live)
+    scores = tl.sigmoid(logits) if FUNC == SIGMOID else _softmax(logits, live)
     choice = scores + tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
     is_chosen = tl.zeros((BLOCK_T, E_POW2), tl.int32)
     for k in range(K):

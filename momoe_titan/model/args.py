@@ -40,8 +40,9 @@ class MomoeLlamaArgs(TransformerModelArgs):
         save_percent: one number for all MoE layers, or one per MoE layer (0 to 100).
         backend: "auto", "triton", "torch" (see `momoe_titan.kernels.momoe_mlp`), or
             "torchtitan" for TorchTitan's own MoE from the same initial weights.
-        load_balance_rate, load_balance_rule: see `moe.balancing.bias_delta`; rate 0
+        load_balance_rate, load_balance_rule, load_balance_average: see `moe.balancing`; rate 0
             turns balancing off.
+        aux_loss_weight, aux_loss_scope, router_z_loss_weight: see `moe.router_losses`.
         load_balance_off_layers: ids of MoE layers whose bias stays as it is.
         check_ids: debug flag of `momoe_mlp`.
         from_hf: take the shape from the config.json of the Hugging Face folder that the job loads
@@ -59,6 +60,10 @@ class MomoeLlamaArgs(TransformerModelArgs):
     backend: str = "auto"
     load_balance_rate: float = 1e-3
     load_balance_rule: str = "sign"
+    load_balance_average: float = 1.0
+    aux_loss_weight: float = 0.0
+    aux_loss_scope: str = "global"
+    router_z_loss_weight: float = 0.0
     load_balance_off_layers: list[int] = field(default_factory=list)
     check_ids: bool = False
     from_hf: bool = False
@@ -112,6 +117,10 @@ class MomoeLlamaArgs(TransformerModelArgs):
         self.backend = momoe.backend
         self.load_balance_rate = momoe.load_balance_rate
         self.load_balance_rule = momoe.load_balance_rule
+        self.load_balance_average = momoe.load_balance_average
+        self.aux_loss_weight = momoe.aux_loss_weight
+        self.aux_loss_scope = momoe.aux_loss_scope
+        self.router_z_loss_weight = momoe.router_z_loss_weight
         self.load_balance_off_layers = list(momoe.load_balance_off_layers)
         self.check_ids = momoe.check_ids
         self.vocab_size = momoe.vocab_size or self.vocab_size

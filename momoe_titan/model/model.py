@@ -142,6 +142,7 @@ def blocks_of(model: nn.Module) -> list[MomoeBlock]:
 class BalancingArgs(TypedDict):
     load_balance_rate: float
     load_balance_rule: str
+    load_balance_average: float
 
 
 def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
@@ -149,6 +150,7 @@ def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
     balancing: BalancingArgs = {
         "load_balance_rate": model_args.layer_load_balance_rate(layer_id),
         "load_balance_rule": model_args.load_balance_rule,
+        "load_balance_average": model_args.load_balance_average,
     }
     widths = model_args.moe_args, model_args.dim, model_args.moe_hidden_dim
     if model_args.backend == STOCK_BACKEND:

@@ -14,6 +14,7 @@ from momoe_titan.model.experts import MomoeExperts, SharedExperts
 from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.parallel.dispatch import Dispatcher
 from momoe_titan.model.router import MomoeRouter
+from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import record_counts
 from momoe_titan.moe.float32_buffers import Float32Buffers
 
@@ -26,7 +27,10 @@ class BalancedMoE(Float32Buffers, MoE):
         dim: D.
         hidden_dim: F.
         load_balance_rate: how far an optimizer step moves `expert_bias`; 0 leaves it as it is.
-        load_balance_rule: "sign" or "proportional", see `moe.balancing.bias_delta`.
+            For the rule "quantile" it only says whether there is balancing.
+        load_balance_rule: "sign", "proportional" (see `moe.balancing.bias_delta`) or "quantile"
+            (see `quantile_delta`).
+        load_balance_average: of the rule "quantile": the share of the solved change that a step takes.
 
     Attributes:
         tp_mesh: the ranks of tensor parallelism that each give the layer their part of the
@@ -58,12 +62,17 @@ class BalancedMoE(Float32Buffers, MoE):
         *,
         load_balance_rate: float = 0.0,
         load_balance_rule: str = "sign",
+        load_balance_average: float = 1.0,
     ):
         # The base class registers expert_bias only where it has a rate.
         super().__init__(dataclasses.replace(moe_args, load_balance_coeff=1.0), dim, hidden_dim)
         self.load_balance_coeff = load_balance_rate or None  # TorchTitan's name for the rate
         self.load_balance_rule = load_balance_rule
+        self.load_balance_average = load_balance_average
         self.router = self.router_class(dim, moe_args)
+        # Where every token chooses all experts, there is nothing to solve for.
+        if load_balance_rate and load_balance_rule == QUANTILE and moe_args.top_k < moe_args.num_experts:
+            self.router.count_margins()
         if self.shared_experts is not None:
             self.shared_experts = SharedExperts(dim, hidden_dim * moe_args.num_shared_experts)
         self.tp_mesh = None
@@ -89,7 +98,7 @@ class BalancedMoE(Float32Buffers, MoE):
         num_experts = self.num_experts
         self.expert_bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.router.entropy_and_tokens = torch.zeros(2, device=device)
+        self.router.reset_statistics(device)
 
     def omit_from_next_load(self, name: str) -> None:
         """Leave a buffer out of the state dict until the next `load_state_dict`, which zeroes it.
@@ -122,12 +131,18 @@ class MomoeMoE(BalancedMoE):
         *,
         load_balance_rate: float = 0.0,
         load_balance_rule: str = "sign",
+        load_balance_average: float = 1.0,
         save_percent: float = 0.0,
         backend: str = "auto",
         check_ids: bool = False,
     ):
         super().__init__(
-            moe_args, dim, hidden_dim, load_balance_rate=load_balance_rate, load_balance_rule=load_balance_rule
+            moe_args,
+            dim,
+            hidden_dim,
+            load_balance_rate=load_balance_rate,
+            load_balance_rule=load_balance_rule,
+            load_balance_average=load_balance_average,
         )
         self.experts = MomoeExperts(dim, hidden_dim, moe_args.num_experts, save_percent, backend, check_ids)
         self.dispatcher: Dispatcher | None = None

@@ -5,9 +5,10 @@ from torch import nn
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 
+from momoe_titan.kernels.quantile import NUM_BINS
 from momoe_titan.kernels.router import float32_product
 from momoe_titan.model.parallel.collectives import local_weight
-from momoe_titan.moe.expert_stats import accumulate_entropy, records_entropy
+from momoe_titan.moe.expert_stats import accumulate_entropy, accumulate_margins, feeds_balancing, records_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
 
 
@@ -26,13 +27,18 @@ class Float32Linear(nn.Linear):
 class MomoeRouter(TokenChoiceTopKRouter):
     """TorchTitan's token-choice router with float32 logits and the choice of `moe.router.route_tokens`.
 
-    Buffer, which is not in the state dict:
+    Buffers, which are not in the state dict:
         entropy_and_tokens: (2) float32: the sum of the tokens' entropies, and their number, over
             the training forwards since the last log (see `expert_stats.accumulate_entropy`).
+        margins_EB, input_sum_C: what quantile balancing counts over the training forwards since
+            the last optimizer step (see `expert_stats.accumulate_margins`), after which they are
+            0. None unless `count_margins` was called.
     """
 
     gate: Float32Linear
     entropy_and_tokens: torch.Tensor
+    margins_EB: torch.Tensor | None
+    input_sum_C: torch.Tensor | None
 
     def __init__(self, dim: int, moe_args: MoEArgs):
         super().__init__(
@@ -49,6 +55,20 @@ class MomoeRouter(TokenChoiceTopKRouter):
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
         self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
+        self.register_buffer("margins_EB", None, persistent=False)
+        self.register_buffer("input_sum_C", None, persistent=False)
+
+    def count_margins(self) -> None:
+        """Count from now on what quantile balancing needs."""
+        self.margins_EB = torch.zeros(self.num_experts, NUM_BINS, dtype=torch.int32)
+        self.input_sum_C = torch.zeros(self.gate.in_features + 1)
+
+    def reset_statistics(self, device: torch.device) -> None:
+        """Set all buffers to zero, on this device."""
+        self.entropy_and_tokens = torch.zeros(2, device=device)
+        if self.margins_EB is not None and self.input_sum_C is not None:
+            self.margins_EB = torch.zeros_like(self.margins_EB, device=device)
+            self.input_sum_C = torch.zeros_like(self.input_sum_C, device=device)
 
     def forward(
         self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
@@ -71,7 +91,11 @@ class MomoeRouter(TokenChoiceTopKRouter):
             scores_TE = expert_scores(logits_TE, self.score_func)
             ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)
             return scale_scores(scores_TK, *how), ids_TK
-        return route_tokens(logits_TE, expert_bias_E, self.top_k, self.score_func, *how)
+        scores_TK, ids_TK = route_tokens(logits_TE, expert_bias_E, self.top_k, self.score_func, *how)
+        if self.margins_EB is not None and expert_bias_E is not None and feeds_balancing(self):
+            of_token = x_TD.detach(), logits_TE.detach(), expert_bias_E, ids_TK
+            accumulate_margins(self.margins_EB, self.input_sum_C, *of_token, self.score_func)
+        return scores_TK, ids_TK
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)

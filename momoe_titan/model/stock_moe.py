@@ -15,7 +15,10 @@ from momoe_titan.moe.expert_stats import count_experts, record_counts
 
 
 class _StockRouter(MomoeRouter):
-    def forward(self, x_TD, expert_bias_E=None):
+    def forward(
+        self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, ids, and the tokens per expert, which TorchTitan's forward adds to the layer's counts."""
         scores_TK, ids_TK = super().forward(x_TD, expert_bias_E)
         # The layer's base class adds these counts to tokens_per_expert in every forward, so that they
         # are zero where a forward must not count.
@@ -25,7 +28,8 @@ class _StockRouter(MomoeRouter):
 
 
 class _StockReorderer(TokenReorderer):
-    def forward(self, scores_TK, ids_TK):
+    def forward(self, scores_TK: torch.Tensor, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores and slots sorted by expert, and the tokens per expert."""
         # The base class counts by torch.histc, which has no integer kernel for the CPU and no
         # deterministic one for CUDA.
         if ids_TK.is_cuda and not torch.are_deterministic_algorithms_enabled():
@@ -54,6 +58,7 @@ class StockMoE(BalancedMoE):
         *,
         load_balance_rate: float = 0.0,
         load_balance_rule: str = "sign",
+        load_balance_average: float = 1.0,
     ):
         grouped_mm = moe_args.use_grouped_mm and has_capability(9, 0)
         super().__init__(
@@ -62,6 +67,7 @@ class StockMoE(BalancedMoE):
             hidden_dim,
             load_balance_rate=load_balance_rate,
             load_balance_rule=load_balance_rule,
+            load_balance_average=load_balance_average,
         )
         self.reorderer = _StockReorderer(moe_args.num_experts, moe_args.top_k)
 

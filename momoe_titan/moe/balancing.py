@@ -3,22 +3,25 @@
 import torch
 
 from momoe_titan.config.section import BALANCE_RULES
+from momoe_titan.kernels.quantile import bin_edges
 
-__all__ = ["BALANCE_RULES", "bias_delta"]
+__all__ = ["BALANCE_RULES", "QUANTILE", "bias_delta", "quantile_delta"]
+
+QUANTILE = "quantile"
 
 
 def bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = "sign") -> torch.Tensor:
-    """What to add to the bias of each expert, given how many tokens chose the expert.
+    """What the rules "sign" and "proportional" add to each expert's bias, given how many tokens chose it.
 
     "sign" (algorithm 1 of the paper): rate * sign(mean - count). Biases are not centred afterwards,
     as in the paper: a common shift changes no choice.
     "proportional" (the variant without sign, section 4.3): rate * (mean - count) / mean. The error
-    is taken relative to the mean, so that one rate serves every batch size.
+    is taken relative to the mean, so that one rate serves every batch size. Sums to 0.
 
     Args:
         counts_LE: integers, one row per layer; any leading shape.
         rate: u, a number or a tensor that broadcasts over counts_LE.
-        rule: one of BALANCE_RULES.
+        rule: "sign" or "proportional".
 
     Returns:
         float32 of the shape of counts_LE. All zero for a layer that saw no token.
@@ -26,11 +29,50 @@ def bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = 
     Raises:
         ValueError: another rule.
     """
-    if rule not in BALANCE_RULES:
-        raise ValueError(f"rule is {rule!r}, must be one of {BALANCE_RULES}")
+    if rule not in ("sign", "proportional"):
+        raise ValueError(f"rule is {rule!r}, must be 'sign' or 'proportional'")
     # E * (mean - count) in integers: exact for any count, where float32 would round above 2^24.
     total_L1 = counts_LE.sum(dim=-1, keepdim=True)
     missing_LE = total_L1 - counts_LE.shape[-1] * counts_LE
     if rule == "sign":
         return rate * missing_LE.sign().float()
     return rate * (missing_LE / total_L1.clamp(min=1)).float()
+
+
+def quantile_delta(
+    histogram_LEB: torch.Tensor, bias_LE: torch.Tensor, top_k: int, average: float = 1.0
+) -> torch.Tensor:
+    """What the rule "quantile" adds to each expert's bias: the bias is solved for, not nudged.
+
+    A token chooses an expert whose bias rises by more than the token's margin from it. The K/E
+    quantile of the margins of a step's tokens is therefore the change that gives the expert its
+    fair share of these tokens, if the other experts kept their bias. They move at the same time.
+    Cutoffs that lie halfway between a token's last chosen expert and its first other one make this
+    a step of coordinate descent on the dual of the balanced assignment (arXiv 2502.15451), which
+    does not overshoot where two experts compete for the same tokens.
+
+    The new biases have the mean 0: a common shift changes no choice, and adds up over steps.
+
+    Args:
+        histogram_LEB: counts of margins per layer and expert, see `kernels.quantile`; integers.
+        bias_LE: the biases that the margins were counted with.
+        top_k: K.
+        average: the share of the solved change that is taken; below 1 an average over steps.
+
+    Returns:
+        float32 (L, E). All zero for a layer that saw no token.
+    """
+    num_experts = histogram_LEB.shape[-2]
+    cumulative_LEB = histogram_LEB.cumsum(dim=-1).double()
+    total_LE1 = cumulative_LEB[..., -1:]
+    wanted_LE1 = total_LE1 * (top_k / num_experts)
+    index_LE1 = torch.searchsorted(cumulative_LEB, wanted_LE1).clamp(max=histogram_LEB.shape[-1] - 1)
+    count_LE1 = histogram_LEB.gather(-1, index_LE1)
+    below_LE1 = cumulative_LEB.gather(-1, index_LE1) - count_LE1
+    edges = bin_edges(histogram_LEB.device)
+    lower_LE1, upper_LE1 = edges[index_LE1], edges[index_LE1 + 1]
+    part_LE1 = (wanted_LE1 - below_LE1) / count_LE1.clamp(min=1)
+    quantile_LE = (lower_LE1 + part_LE1 * (upper_LE1 - lower_LE1)).squeeze(-1)
+    new_LE = bias_LE + average * quantile_LE
+    delta_LE = new_LE - new_LE.mean(dim=-1, keepdim=True) - bias_LE
+    return torch.where(total_LE1.squeeze(-1) > 0, delta_LE, 0).float()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from momoe_titan.kernels.quantile import count_margins
+
 _entropy_wanted = False
 _paused = False
 
@@ -64,6 +66,34 @@ def accumulate_counts(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
 
 @accumulate_counts.register_fake
 def _(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
+    return None
+
+
+# Not part of the op `route`, because an op with a gradient may not change its inputs.
+@torch.library.custom_op("momoe_titan::accumulate_margins", mutates_args=("histogram_EB", "input_sum_C"))
+def accumulate_margins(
+    histogram_EB: torch.Tensor,
+    input_sum_C: torch.Tensor,
+    x_TD: torch.Tensor,
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor,
+    ids_TK: torch.Tensor,
+    score_func: str,
+) -> None:
+    """Count what quantile balancing needs of a forward, in place, except inside a backward or while paused.
+
+    Adds the tokens' margins to histogram_EB (see `kernels.quantile`), the sum of x_TD to the first D
+    of input_sum_C, and the number of tokens to the last.
+    """
+    if _paused or inside_backward():
+        return
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
+    input_sum_C[:-1] += x_TD.sum(dim=0, dtype=torch.float32)
+    input_sum_C[-1] += x_TD.shape[0]
+
+
+@accumulate_margins.register_fake
+def _(histogram_EB, input_sum_C, x_TD, logits_TE, bias_E, ids_TK, score_func) -> None:
     return None
 
 

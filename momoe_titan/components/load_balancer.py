@@ -1,0 +1,187 @@
+"""Moves the biases of load balancing, once per optimizer step and alike on all ranks."""
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.moe.balancing import QUANTILE, bias_delta, quantile_delta
+from momoe_titan.moe.router import expert_scores
+
+
+class ExpertLoadBalancer:
+    """Optimizer step pre-hook that moves the biases of all MoE layers by what their tokens chose.
+
+    The layers count over all microbatches of a step. The hook sums these counts over the ranks that
+    route different tokens, so that every rank moves its biases alike, and starts the counts again
+    at 0. It never waits for the device. A layer with balancing off keeps its bias; its tokens are
+    counted all the same.
+
+    Where the optimizer is told to skip a step (its `found_inf` is 1, see `non_finite`), no bias
+    moves, because NaN activations choose any experts. A loop that does not call the optimizer at
+    all carries the counts over into the next step.
+
+    With the rule "quantile", `follow_gates` is to run after the optimizer's step.
+
+    Args:
+        model_parts: modules to search for MoE layers.
+        process_group: the data- and context-parallel ranks, or None for one.
+        tp_group: the tensor-parallel ranks, if each counts tokens of its own, which is so where
+            expert parallelism uses them as its ranks; None if all of them count the same tokens.
+        router_group: the tensor-parallel ranks, if they count the same tokens but each router sees
+            tokens of its own.
+
+    Attributes:
+        counts_LE: (MoE layers, E) int64 on the device, tokens per expert of the last step over all
+            ranks; None before the first step or without MoE layers.
+
+    Raises:
+        ValueError: layers that differ in number of experts or rule, or, where on, in rate or average.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        process_group: ProcessGroup | None = None,
+        tp_group: ProcessGroup | None = None,
+        router_group: ProcessGroup | None = None,
+    ):
+        self.layers = [module for part in model_parts for module in part.modules() if isinstance(module, BalancedMoE)]
+        self.groups = [group for group in (process_group, tp_group) if group is not None]
+        self.router_group = router_group
+        self.counts_LE: torch.Tensor | None = None
+        self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_rate]
+        on = [self.layers[i] for i in self.balanced]
+        alike = {
+            "num_experts": {layer.num_experts for layer in self.layers},
+            "load_balance_rate": {layer.load_balance_rate for layer in on},
+            "load_balance_rule": {layer.load_balance_rule for layer in on},
+            "load_balance_average": {layer.load_balance_average for layer in on},
+        }
+        for name, values in alike.items():
+            if len(values) > 1:
+                raise ValueError(f"{name} must be the same in all MoE layers, got {sorted(values)}")
+        self.rate = on[0].load_balance_rate if on else 0.0
+        self.rule = on[0].load_balance_rule if on else "sign"
+        # Where every token chooses all experts, the routers count no margins.
+        self.solved = [layer for layer in on if layer.router.margins_EB is not None]
+        self._gates = _GateFollower(self.solved)
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
+        """The hook. Of its arguments it reads `optimizer.found_inf` alone, if there is one."""
+        if not self.layers:
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
+        totals = [layer.tokens_per_expert for layer in self.layers]
+        if self.solved:
+            counts_LE, histogram_LEB, input_sum_LC = self._sum_with_margins(counts_LE)
+            bias_LE = torch.stack([layer.expert_bias for layer in self.solved])
+            first = self.solved[0]
+            delta_LE = quantile_delta(histogram_LEB, bias_LE, first.router.top_k, first.load_balance_average)
+            _move_biases(self.solved, delta_LE, found_inf)
+            self._gates.before_step(input_sum_LC)
+            totals += [layer.router.margins_EB for layer in self.solved]
+            totals += [layer.router.input_sum_C for layer in self.solved]
+        else:
+            for group in self.groups:
+                torch.distributed.all_reduce(counts_LE, group=group)
+            if self.balanced and self.rule != QUANTILE:
+                delta_LE = bias_delta(counts_LE[self.balanced], self.rate, self.rule)
+                _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
+        torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
+        self.counts_LE = counts_LE
+
+    @torch.no_grad()
+    def follow_gates(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
+        """Optimizer step post-hook: makes up for what the step has done to the gates.
+
+        A step moves the rows of a gate along the direction that all tokens of a layer have in
+        common, early in training by more than the tokens differ among each other. The scores of all
+        tokens then move alike, and a bias solved for the tokens before the step is wrong for those
+        after. Hence the bias takes back what the score of the mean token has gained.
+        """
+        if self.solved:
+            _move_biases(self.solved, -self._gates.gained_scores(), getattr(optimizer, "found_inf", None))
+
+    def _sum_with_margins(self, counts_LE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Counts, margins and sums of inputs over all ranks, by one all-reduce in float64, which is
+        exact for integers up to 2^53."""
+        parts = [
+            counts_LE,
+            torch.stack([layer.router.margins_EB for layer in self.solved]),
+            torch.stack([layer.router.input_sum_C for layer in self.solved]),
+        ]
+        flat = torch.cat([part.double().flatten() for part in parts])
+        for group in self.groups:
+            torch.distributed.all_reduce(flat, group=group)
+        if self.router_group is not None:
+            torch.distributed.all_reduce(flat[counts_LE.numel() :], group=self.router_group)
+        sums = flat.split([part.numel() for part in parts])
+        counts, histogram, input_sum = (s.view(part.shape) for s, part in zip(sums, parts, strict=True))
+        return counts.long(), histogram.long(), input_sum
+
+
+class _GateFollower:
+    """Scores that gates give to the mean token of a step, before and after the optimizer's step."""
+
+    def __init__(self, layers: list[BalancedMoE]):
+        self.routers = [layer.router for layer in layers]
+        self.mean_LD: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None  # which experts' rows of the gates this rank holds
+
+    def before_step(self, input_sum_LC: torch.Tensor) -> None:
+        self.mean_LD = (input_sum_LC[:, :-1] / input_sum_LC[:, -1:].clamp(min=1)).float()
+        self.before = self._local_logits(self.mean_LD)
+
+    def gained_scores(self) -> torch.Tensor:
+        """(L, E) float32, of mean 0 over the experts; 0 where a NaN came in."""
+        assert self.mean_LD is not None, "before_step first"
+        num_experts = self.routers[0].num_experts
+        local_2Le = torch.stack([self.before, self._local_logits(self.mean_LD)])
+        gate = self.routers[0].gate.weight
+        if isinstance(gate, DTensor):
+            logits_2LE = local_2Le.new_zeros(*local_2Le.shape[:2], num_experts)
+            logits_2LE[..., self._rows(gate)] = local_2Le
+            for dim, placement in enumerate(gate.placements):
+                if isinstance(placement, Shard):
+                    torch.distributed.all_reduce(logits_2LE, group=gate.device_mesh.get_group(dim))
+        else:
+            logits_2LE = local_2Le
+        scores = [expert_scores(logits_LE, self.routers[0].score_func) for logits_LE in logits_2LE]
+        gained_LE = (scores[1] - scores[0]).to(self.mean_LD.device)
+        self.mean_LD = None
+        gained_LE = gained_LE - gained_LE.mean(dim=1, keepdim=True)
+        return gained_LE.where(gained_LE.isfinite(), 0)
+
+    def _rows(self, gate: DTensor) -> torch.Tensor:
+        if self.rows is None:
+            ids = torch.arange(gate.shape[0], device=gate.to_local().device)
+            self.rows = distribute_tensor(ids, gate.device_mesh, gate.placements, src_data_rank=None).to_local()
+        return self.rows
+
+    def _local_logits(self, mean_LD: torch.Tensor) -> torch.Tensor:
+        """Of the rows of the gates that this rank holds. In float32 whatever the matmul precision: a
+        step changes few of a weight's bits."""
+        rows_LeD = torch.stack([_local(router.gate.weight) for router in self.routers]).float()
+        logits_Le = (rows_LeD * mean_LD.to(rows_LeD.device)[:, None, :]).sum(dim=-1)
+        if self.routers[0].gate.bias is not None:
+            logits_Le += torch.stack([_local(router.gate.bias) for router in self.routers])
+        return logits_Le
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _move_biases(layers: list[BalancedMoE], delta_LE: torch.Tensor, found_inf: torch.Tensor | None) -> None:
+    """Add the rows of delta_LE to the layers' biases, unless found_inf is 1."""
+    if found_inf is not None:
+        delta_LE = delta_LE * (1 - found_inf)
+    # In place, because checkpoints keep a reference.
+    biases = [layer.expert_bias for layer in layers]
+    torch._foreach_add_(  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
+        biases, list(delta_LE)
+    )
