@@ -396,7 +396,9 @@ def test_checkpoint_options_that_exclude_one_another_are_refused(field, value, o
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
     with pytest.raises(ValueError, match=re.escape(f"checkpoint.{field} is {shown}, must be")):
         tiny_args().update_from_config(job)
-    job.checkpoint.enable = False
+    if isinstance(value, str):
+        return  # no list, which is refused without checkpoints too
+    job.checkpoint.enable = job.checkpoint.create_seed_checkpoint = False
     tiny_args().update_from_config(job)
 
 

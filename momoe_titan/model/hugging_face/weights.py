@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -69,17 +69,16 @@ STOCK_EXPERTS = {"w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",)}
 
 
 class MomoeStateDictAdapter(StateDictAdapter):
-    """Converts state dicts of `MomoeLlama`, whole or of some layers only, plain tensors or
-    DTensors.
+    """Converts state dicts of `MomoeLlama`: whole or of some layers, plain tensors or DTensors.
 
-    Sharded experts are converted where they are: a rank's Hugging Face state dict has copies of
-    its own experts only. Queries' and keys' projections are gathered for the reordering, one at a
-    time, and sharded again.
+    Each rank converts its own experts; its Hugging Face state dict holds no others. The
+    projections of queries and keys are gathered to reorder their rows, one at a time, and sharded
+    again.
 
     Args:
-        model_args: of the model. Only conversions need one that a format holds.
-        hf_assets_path: folder whose index file, if it is one of the same weights, says into which
-            files `checkpoint.last_save_in_hf` writes them; otherwise it writes one file.
+        model_args: of the model. A conversion fails where no format holds such a model.
+        hf_assets_path: a folder whose index file, if it lists the same weights, says into which
+            files `checkpoint.last_save_in_hf` writes them; otherwise there is one file.
     """
 
     def __init__(self, model_args: MomoeLlamaArgs, hf_assets_path: str | None):
@@ -90,7 +89,7 @@ class MomoeStateDictAdapter(StateDictAdapter):
         self.model_args = model_args
         stock = model_args.backend == STOCK_BACKEND
         self.expert_parameters = STOCK_EXPERTS if stock else OUR_EXPERTS
-        # expert parameters that to_hf found as DTensors, with the ids of their local experts
+        # expert parameters that to_hf has seen as DTensors, with the ids of their local experts
         self._sharded: dict[str, tuple[DTensor, range]] = {}
         self._read_from: str | None = None
         mapping = self.fqn_to_index_mapping
@@ -98,8 +97,10 @@ class MomoeStateDictAdapter(StateDictAdapter):
             self.fqn_to_index_mapping = None
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Ours to Hugging Face's. Tokens per expert are left out, and so is the bias where the
-        format has no place for it, with a warning if it is not zero.
+        """Convert our names and layouts to Hugging Face's.
+
+        Leaves out the tokens per expert, and the bias where the format has no place for it, with
+        a warning if the bias is not zero.
 
         Raises:
             ValueError: no format holds the model, or a sharding of the experts is not supported.
@@ -136,8 +137,10 @@ class MomoeStateDictAdapter(StateDictAdapter):
         return hf_state_dict
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Hugging Face's to ours; experts with the sharding that `to_hf` found. Every MoE layer
-        gets a bias, 0 where there is none, and zero tokens per expert."""
+        """Convert Hugging Face's names and layouts to ours; experts get the sharding that `to_hf` found.
+
+        Every MoE layer gets a bias, 0 where the folder holds none, and zero tokens per expert.
+        """
         name = hf_format(self.model_args)
         ours = {LAYER_NAMES[part]: part for part in LAYER_NAMES}
         top = {hf: key for key, hf in TOP_NAMES.items()}
@@ -170,8 +173,9 @@ class MomoeStateDictAdapter(StateDictAdapter):
         return state_dict
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
-        """TorchTitan asks for it between `to_hf` and `from_hf`, which reads the bias file in
-        `path` if there is one.
+        """The reader of a folder. Remembers the folder, so that `from_hf` finds a bias file in it.
+
+        TorchTitan calls `to_hf`, this method and `from_hf` in this order.
 
         Raises:
             ValueError: quantized weights.
@@ -185,7 +189,7 @@ class MomoeStateDictAdapter(StateDictAdapter):
         return HuggingFaceStorageReader(path)
 
     def _all_hf_keys(self) -> set[str]:
-        """Of the whole model, which pipeline parallelism gives no rank; none without a format."""
+        """Names of all weights, also of other pipeline stages; none where no format holds the model."""
         try:
             hf_format(self.model_args)
         except ValueError:
@@ -226,23 +230,27 @@ class MomoeStateDictAdapter(StateDictAdapter):
         return {
             # contiguous, as safetensors wants it
             EXPERT_NAME.format(expert, projection): shard_expert(matrices[i].contiguous())
-            for projection, matrices in zip(self.expert_parameters[parameter], self._matrices(parameter, local))
+            for projection, matrices in zip(
+                self.expert_parameters[parameter], self._matrices(parameter, local), strict=True
+            )
             for i, expert in enumerate(ids)
         }
 
     def _sharding_within_experts(self, key: str, value: DTensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What makes a DTensor of a local piece of one (out, in) matrix, if experts are split."""
+        """A function that makes a DTensor of this rank's piece of one (out, in) matrix.
+
+        Where each rank has whole experts, the function returns the matrix as it is.
+        """
         mesh = value.device_mesh
-        inner = [i for i, p in enumerate(value.placements) if not p.is_replicate() and p.dim != 0]
+        whole: tuple[Any, ...] = value.placements
+        inner = [i for i, p in enumerate(whole) if not p.is_replicate() and p.dim != 0]
         if not inner:
             return lambda matrix: matrix
         placements = []
         for i in inner:
-            placement = value.placements[i]
-            if self.expert_parameters is OUR_EXPERTS:
-                dim = 1 if placement.dim == 1 else 0
-            else:
-                dim = placement.dim - 1
+            placement = whole[i]
+            # Dimension 1 of our stacked parameters is the input of an expert, the last dimension of its matrix.
+            dim = int(placement.dim == 1) if self.expert_parameters is OUR_EXPERTS else placement.dim - 1
             if type(placement) is Shard:
                 placements.append(Shard(dim))
             elif isinstance(placement, _StridedShard):
@@ -253,11 +261,12 @@ class MomoeStateDictAdapter(StateDictAdapter):
                     f"{key} is sharded as {value.placements}, which is not converted: save a "
                     "torch.distributed checkpoint and use python -m momoe_titan.export"
                 )
-        # the whole matrix, without a copy of anything
+        # on the meta device, so that nothing is copied
         parameter = key.rpartition(".")[2]
         meta = torch.empty(value.shape, device="meta")
         shape = self._matrices(parameter, meta)[0].shape[1:]
-        sub_mesh = mesh[tuple(mesh.mesh_dim_names[i] for i in inner)]
+        names = mesh.mesh_dim_names or ()  # TorchTitan names all
+        sub_mesh = mesh[tuple(names[i] for i in inner)]
         return lambda matrix: DTensor.from_local(
             matrix, sub_mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1)
         )
@@ -277,8 +286,8 @@ class MomoeStateDictAdapter(StateDictAdapter):
         projections = self.expert_parameters[parameter]
         local = [[_local(experts[expert][p]) for expert in ids] for p in projections]
         stacked = local[0][0].new_empty(shape)
-        for targets, sources in zip(self._matrices(parameter, stacked), local):
-            for target, source in zip(targets, sources):
+        for targets, sources in zip(self._matrices(parameter, stacked), local, strict=True):
+            for target, source in zip(targets, sources, strict=True):
                 target.copy_(source)
         if sharded is None:
             return stacked
@@ -335,7 +344,7 @@ def _local(value: torch.Tensor) -> torch.Tensor:
 
 
 def _on_whole(value: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """fn of the whole tensor, sharded as `value` is."""
+    """`fn` of the whole tensor, then sharded as `value` is."""
     if not isinstance(value, DTensor):
         return fn(value)
     whole = fn(value.full_tensor())
