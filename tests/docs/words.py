@@ -11,6 +11,7 @@ from pathlib import Path
 def prose(page: str) -> str:
     """A page without code blocks, tables, headings' marks, links' targets and comments."""
     page = re.sub(r"^(```|~~~).*?^\1\s*$", "", page, flags=re.DOTALL | re.MULTILINE)
+    page = re.sub(r"<!-- table: .*?<!-- /table -->", "", page, flags=re.DOTALL)  # generated
     page = re.sub(r"<!--.*?-->", "", page, flags=re.DOTALL)
     page = re.sub(r"\]\([^)]*\)", "]", page)
     return "\n".join(line for line in page.splitlines() if not line.lstrip().startswith("|"))
