@@ -1,0 +1,70 @@
+"""A job is checked once: what was checked before is neither checked nor logged again, unless something has changed."""
+
+import pytest
+from torchtitan.tools.logging import logger
+
+from momoe_titan.config.checks.job import check_job
+from momoe_titan.config.flavor import configured_args
+from momoe_titan.config.machine import Machine, checking_for
+from momoe_titan.model import flavors
+from tests.support.tiny import job_config
+
+
+@pytest.fixture
+def job():
+    config = job_config(backend="torchtitan", save_percent=[50.0])
+    config.experimental.custom_import = "momoe_titan.register"
+    config.model.name, config.model.flavor = "momoe_llama", "debugmodel"
+    return config
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """How often a text has been logged."""
+    monkeypatch.setattr(logger, "propagate", True)
+    return lambda text: caplog.text.count(text)
+
+
+def test_the_trainer_s_call_logs_nothing_again(job, logged):
+    job.training.seq_len = 200_000
+    args = check_job(job)
+    # as TorchTitan's trainer does, and what completes the last checkpoint
+    trained = flavors["debugmodel"]
+    trained.update_from_config(job)
+    assert trained == args == configured_args(job)
+    assert logged("momoe.save_percent has no effect") == 1
+    assert logged("training.seq_len is 200000, longer than the model's own maximum, 131072") == 1
+
+
+def test_the_trainer_s_call_checks_a_job_that_nobody_has_checked(job, logged):
+    job.training.steps = 0
+    with pytest.raises(ValueError, match="training.steps is 0"):
+        flavors["debugmodel"].update_from_config(job)
+    job.training.steps = 1
+    flavors["debugmodel"].update_from_config(job)
+    assert logged("momoe.save_percent has no effect") == 1
+
+
+def test_what_has_changed_is_checked_again(job, logged):
+    check_job(job)
+    job.training.global_batch_size = 3
+    job.parallelism.data_parallel_shard_degree = 1
+    with pytest.raises(ValueError, match="global_batch_size is 3"):
+        flavors["debugmodel"].update_from_config(job)
+    job.training.global_batch_size = -1
+    job.momoe.load_balance_off_layers = [0]
+    with pytest.raises(ValueError, match="load_balance_off_layers names"):
+        flavors["debugmodel"].update_from_config(job)
+
+
+def test_another_model_or_machine_is_checked_again(job):
+    check_job(job)
+    other = flavors["debugmodel"]
+    other.moe_args.top_k = 9
+    with pytest.raises(ValueError, match="top_k is 9"):
+        other.update_from_config(job)
+    job.parallelism.tensor_parallel_degree = 2
+    with checking_for(Machine(4, has_gpu=True)):
+        check_job(job)
+    with checking_for(Machine(5, has_gpu=True)), pytest.raises(ValueError, match="number of processes, 5"):
+        flavors["debugmodel"].update_from_config(job)
