@@ -28,15 +28,15 @@ class NonFiniteGuard:
         grads = [p.grad for part in optimizers.model_parts for p in part.parameters()]
         grads = [g.to_local() if isinstance(g, DTensor) else g for g in grads if g is not None]
         device = next(optimizers.model_parts[0].parameters()).device
-        if grads:
-            norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage] - no public name
-        else:  # the optimizer steps during the backward
-            norms = [torch.zeros((), device=device)]
+        foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage] - no public name
+        # No gradient is left where the optimizer steps during the backward.
+        norms = foreach_norm(grads) if grads else [torch.zeros((), device=device)]
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
         # Not with one rank: NCCL's first collective allocates memory, which the first step may have filled.
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
-        setattr(optimizers, "found_inf", found_inf)  # noqa: B010 - TorchTitan's class does not declare it; read by the hooks that follow
+        # For the hooks that follow. TorchTitan's class does not declare it.
+        setattr(optimizers, "found_inf", found_inf)  # noqa: B010
         if all(g["fused"] for optimizer in optimizers for g in optimizer.param_groups):
             for optimizer in optimizers:
                 optimizer.found_inf = found_inf
