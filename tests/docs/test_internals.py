@@ -1,6 +1,5 @@
 """docs/internals.md lists every private name in use and every patch, and the places it names exist."""
 
-import importlib.util
 import re
 import tomllib
 from collections import Counter
@@ -8,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.private_names import private_names
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "momoe_titan"
 PAGE = (ROOT / "docs/internals.md").read_text()
-
-spec = importlib.util.spec_from_file_location("private_names", Path(__file__).with_name("private_names.py"))
-private_names = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(private_names)
 
 
 def section(title: str) -> str:
@@ -41,7 +38,7 @@ def in_ticks(text: str) -> list[str]:
 def test_every_private_name_is_listed():
     listed = {name for row in rows(section("Private names of other libraries")) for name in in_ticks(row[0])}
     ends = {name.split(".")[-1] for name in listed}
-    used = private_names.private_names()
+    used = private_names()
     missing = {
         name: sorted(users)
         for name, users in used.items()

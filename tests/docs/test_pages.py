@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.docs import words
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND_FILES = [*PAGES, *sorted((ROOT / "train_configs").glob("*.toml"))]
-
-spec = importlib.util.spec_from_file_location("words", Path(__file__).with_name("words.py"))
-words = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(words)
 
 
 def name_of(path: Path) -> str:
