@@ -182,14 +182,14 @@ def main(folder: str, runs: str) -> None:
     torch.set_num_threads(1)
     with describe_cpu():
         import torchtitan.train  # noqa: F401 - once for all processes
-        from torchtitan.protocols.train_spec import register_train_spec
+        from torchtitan.protocols.train_spec import get_train_spec
         from torchtitan.tools.logging import init_logger
 
-        from momoe_titan.register import get_train_spec
+        import momoe_titan.register  # noqa: F401 - registers the spec
         from tests.support.tiny import tiny_args
 
         init_logger()
-        spec = get_train_spec()
+        spec = get_train_spec("momoe_llama")
         spec.model_args = {
             "tiny": tiny_args(),
             "6 experts": tiny_args(moe={"num_experts": 6}),
@@ -197,7 +197,6 @@ def main(folder: str, runs: str) -> None:
             "normalised": tiny_args(qk_norm="per_head"),
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
-        register_train_spec("momoe_llama", spec)
         for index, (world, settings) in enumerate(json.loads(runs)):
             store, out = f"{folder}/store{index}", f"{folder}/{index}.pt"
             # What failed is the last thing said.
