@@ -69,8 +69,10 @@ def resources(cubin: bytes) -> dict[str, int]:
         def dump(flag: str) -> str:
             return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", dump("-res-usage"))}
-        return usage | {"spills": len(re.findall(r"\bSTL\b", dump("-sass")))}
+        usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
+        # what is spilled lies on the stack, and to disassemble a kernel takes longer than to compile it
+        spills = len(re.findall(r"\bSTL\b", dump("-sass"))) if usage["stack"] or usage["local"] else 0
+        return usage | {"spills": spills}
 
 
 def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
