@@ -6,25 +6,24 @@
     python benchmarks/layer.py --from bench.json --charts charts   # draw only
     python benchmarks/layer.py --device cpu --shapes tiny      # checks the script, not the speed
 
-What is measured, in bfloat16:
-    The router is outside: every implementation gets the same expert ids and scores.
-    routing   balanced: the top K of random logits, nearly balanced. skewed: 30% of the tokens choose
-              expert 0 and nobody any of the last quarter of the experts.
-    ms        medians over many runs; implementations take turns within one process, so that a
-              change of the clock hits all of them. bwd is the time between the end of the forward
-              and the end of the backward; inf is the forward under no_grad.
+The router is not measured: every implementation gets the same expert ids and scores, in bfloat16. The columns:
+    routing   balanced: each token takes the top K of random logits, which is nearly balanced. skewed: 30% of the
+              tokens choose expert 0, and none chooses one of the last quarter of the experts.
+    ms        medians over many runs. Implementations take turns within one process, so that a change of the GPU's
+              clock hits all of them. bwd is the time between the end of the forward and the end of the backward;
+              inf is the forward under no_grad.
     TFLOPS    6*T*K*D*F forward and 12*T*K*D*F backward, whatever is recomputed.
-    of limit  TFLOPS of forward and backward over those of an 8192^3 product in the same run.
-    held MiB  still allocated between forward and backward, beyond inputs, weights and output.
-    peak MiB  highest during forward and backward beyond the same, gradients included.
-    graph ms  with --cuda_graph, of ours and SonicMoE: replayed, so that no launch is waited for. The forward
-              without gradients takes other experts each time; of copy: the weights of the experts chosen over
-              its time, over the speed of a copy in the same run (bytes read and written).
+    of limit  TFLOPS of forward and backward over those of an 8192^3 matrix product in the same run.
+    held MiB  memory still allocated between forward and backward, besides inputs, weights and output.
+    peak MiB  the same at its peak during forward and backward, gradients included.
+    graph ms  with --cuda_graph, for ours and SonicMoE: the time of a replayed CUDA graph, which has no launch overhead.
+              The forward without gradients takes other experts each time.
+    of copy   with --cuda_graph: the speed of reading the chosen experts' weights over the speed of a copy in the same
+              run (bytes read and written).
     errors    norm(result - reference) / norm(reference), against momoe_mlp_ref in float32.
-Implementations that are not installed, or do not fit, are rows that say so. Results are written
-after every shape, so that a run that is cut short keeps what it has. --charts draws forward and
-backward, forward, and peak memory as one bar chart each (PNG); it needs matplotlib: pip install
-"momoe_titan[plot]".
+An implementation that is not installed, or does not fit, is a row that says so. Results are written after every shape,
+so that a run that is cut short keeps what it has. --charts draws bar charts of forward and backward, forward, and peak
+memory (PNG), for which it needs matplotlib: pip install "momoe_titan[plot]".
 """
 
 import argparse
@@ -41,11 +40,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref  # noqa: E402
-from momoe_titan.kernels.compile_count import compile_count  # noqa: E402
-from momoe_titan.save_percent import num_saved_rows  # noqa: E402
+from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels.compile_count import compile_count
+from momoe_titan.save_percent import num_saved_rows
 
 MIB = 2**20
 
@@ -90,7 +87,7 @@ ROUTINGS = ("balanced", "skewed")
 
 
 class Case:
-    """Inputs of one shape: tokens, weights (first F columns up, last F gate), choice, gradient."""
+    """Inputs of one shape: tokens, weights (the first F columns up, the last F gate), chosen experts, gradient."""
 
     def __init__(self, name: str, device: torch.device, routing: str, seed: int, tokens: int | None = None):
         self.name, self.device = name, device
@@ -121,7 +118,7 @@ class Case:
         self.flops = 6 * self.T * self.K * self.D * self.F
 
     def choices(self, number: int) -> list[torch.Tensor]:
-        """The case's choice of experts, and the same moved on to other experts, `number` in all."""
+        """`number` choices of experts: the case's own, and the same shifted to other experts."""
         return [(self.ids + i * self.E // number) % self.E for i in range(number)]
 
     def reference(self) -> dict[str, torch.Tensor]:
@@ -162,17 +159,17 @@ class Ours:
         return momoe_mlp(c.x, c.w1, c.w2, self.ids, c.scores, self.save_percent, backend=self.backend)[0]
 
     def gradients(self, grads):
-        return dict(zip(("dx", "dw1", "dw2", "dscore"), grads))
+        return dict(zip(("dx", "dw1", "dw2", "dscore"), grads, strict=True))
 
     def held_bound_mib(self) -> float:
-        """What the design allows: the saved rows of z, and 24 bytes of routing per row."""
+        """The memory that the design allows to hold: the saved rows of z, and 24 bytes of routing per row."""
         rows = self.case.T * self.case.K
         saved = num_saved_rows(rows, self.save_percent)
         return (saved * 2 * self.case.F * 2 + 24 * rows) / MIB
 
 
 class FixedRouter(nn.Module):
-    """In place of TorchTitan's router: the case's choice."""
+    """Takes the place of TorchTitan's router and returns the case's choice."""
 
     def __init__(self, case: Case):
         super().__init__()
@@ -184,7 +181,7 @@ class FixedRouter(nn.Module):
 
 
 class CpuReorderer(nn.Module):
-    """TorchTitan's, which counts with torch.histc: that has no integer kernel on the CPU."""
+    """TorchTitan's reorderer on floats: it counts by torch.histc, which has no integer kernel on the CPU."""
 
     def __init__(self, reorderer: nn.Module):
         super().__init__()
@@ -253,7 +250,7 @@ class ScatterMoE:
 
 
 class SonicMoE:
-    """Its first linear layer has gate and up columns in turn, gate first."""
+    """SonicMoE. Its first linear layer interleaves gate and up columns, gate first."""
 
     def __init__(self, case: Case):
         self.functional = importlib.import_module("sonicmoe.functional")
@@ -316,7 +313,7 @@ class OriginalMoMoE:
 
 
 def builders(names: list[str], save_percents: list[float], backend: str) -> dict:
-    """Label in the table -> function of a case."""
+    """Label in the table -> the function that builds the implementation for a case."""
     table = {}
     for name in names:
         if name == "ours":
@@ -390,9 +387,9 @@ def memory_table(case: Case, implementation) -> dict[str, float]:
 
 
 def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str, dict]:
-    """Medians of every implementation; rounds of a few runs each until the time is over.
+    """Medians of every implementation, which take turns of a few runs each until the time is over.
 
-    Each round has an order of its own: at the limit of its power a GPU is slower for who comes after the hungriest.
+    Each round of turns has an order of its own: a power-limited GPU is slower after an implementation that draws much.
     """
     clock = Clock(case.device)
     turns, shuffler = list(implementations.items()), random.Random(0)
@@ -411,7 +408,7 @@ def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str,
                 del y, grads
                 with torch.no_grad():
                     implementation.forward()
-                # The first run of a turn finds the caches filled by another implementation.
+                # Not the first run of a turn: it finds the caches filled by another implementation.
                 if run:
                     stamps[label].append((start, middle, end, clock.stamp()))
             # Within a turn the host runs ahead of the device, so that launches are not timed.
@@ -438,7 +435,7 @@ def time_in_turn(case: Case, implementations: dict, seconds: float) -> dict[str,
 
 
 def replayed_ms(run) -> float:
-    """Of one CUDA graph of run(): the median of ten timings, each of some ten milliseconds."""
+    """Time of one CUDA graph of run(): the median of ten timings, each of about ten milliseconds."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -466,7 +463,7 @@ GRAPH_CHOICES = 8
 
 
 def graph_table(case: Case, implementation, limits: dict) -> dict[str, float]:
-    """Times from CUDA graphs, where the implementation can be told which experts to take."""
+    """Times of CUDA graphs, for implementations that can be given the choice of experts."""
     if not hasattr(implementation, "own_ids"):
         return {}
     both = replayed_ms(lambda: step(implementation))
@@ -564,7 +561,7 @@ def measure(
 
 
 def machine_limits(device: torch.device) -> dict[str, float]:
-    """What the device reaches on a plain bf16 matrix product and on a copy."""
+    """The speed that the device reaches in a plain bf16 matrix product and in a copy."""
     clock = Clock(device)
     n, copied = (8192, 2**30) if clock.cuda else (512, 2**24)
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
@@ -573,7 +570,7 @@ def machine_limits(device: torch.device) -> dict[str, float]:
 
     def median_ms(run):
         times = []
-        for i in range(25):
+        for _ in range(25):
             start = clock.stamp()
             run()
             times.append((start, clock.stamp()))
@@ -631,7 +628,7 @@ GROUPS_PER_LINE = 6
 
 
 def draw(result: dict, folder: Path) -> None:
-    """The charts as PNG files, one group of bars per shape and routing.
+    """Draw the charts as PNG files, one group of bars per shape and routing.
 
     Raises:
         SystemExit: no matplotlib.
@@ -650,7 +647,7 @@ def draw(result: dict, folder: Path) -> None:
         size = max(6, 1 + 0.35 * len(lines[0]) * len(labels)), 1.5 + 3 * len(lines)
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(f"One MoE layer, {title}\n{result['device']}", fontsize=10)
-        for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines):
+        for axes, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
             for i, label in enumerate(labels):
                 heights = [rows.get((*group, label), {}).get(key, 0) for group in line]
                 places = [g + (i - (len(labels) - 1) / 2) * width for g in range(len(line))]

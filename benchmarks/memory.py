@@ -1,20 +1,19 @@
-"""Speed against memory: activation checkpointing x save_percent, beside TorchTitan's own MoE.
+"""Speed against memory: activation checkpointing x save_percent, compared with TorchTitan's own MoE.
 
     python benchmarks/memory.py --config train_configs/500m.toml --out memory.json --plot memory.png \
         -- --training.local_batch_size 32
     python benchmarks/memory.py --from memory.json --plot memory.png      # draw only
 
-One process trains the job's model once per point, from the same weights on the same two batches,
-with TorchTitan's trainer: `--warmup` steps, then `--steps` steps that are timed. What follows `--`
-goes to the job. Without a GPU the memory is that of the process, which says little.
+One process trains the job's model once per point with TorchTitan's trainer, each time from the same weights on the same
+two batches: `--warmup` steps, then `--steps` steps that are timed. What follows `--` goes to the job. Without a GPU the
+memory is that of the process, which says little. The columns:
     tokens/s   per device, over the timed steps
-    peak GiB   highest of allocated memory in them; reserved is what the allocator took for it
-    MoE MiB    what all MoE layers leave behind in the forward for the backward, without their
-               input; not measured on a CPU and where the model is compiled
+    peak GiB   peak of allocated memory in the timed steps; reserved is the memory that the allocator took for it
+    MoE MiB    memory that the forward of all MoE layers leaves for the backward, without their input; not measured on
+               a CPU or where the model is compiled
     loss       of the last step: equal where only memory and time differ
-A point that does not fit is a row that says so. The table ends with, for each point of the stock
-MoE, the fastest of ours that needs no more memory. Plots need matplotlib: pip install
-"momoe_titan[plot]".
+A point that does not fit is a row that says so. Below the table stands, for each point of the stock MoE, the fastest of
+ours that needs no more memory. Plots need matplotlib: pip install "momoe_titan[plot]".
 """
 
 import argparse
@@ -28,22 +27,27 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 
 from momoe_titan import train as entry
+from momoe_titan.config.command_line import missing_section_option
 
 MODES = ("none", "full", "selective:op", "selective:2")
 STOCK = "torchtitan"
 GIB, MIB = 2**30, 2**20
-# Nothing of a job but its steps; the first of them would be logged else.
-QUIET = ["--metrics.log_freq", "1000000", "--metrics.no-enable_tensorboard", "--validation.no-enable", "--checkpoint.no-enable", "--profiling.no-enable_profiling", "--training.global_batch_size", "-1"]
+# Options that leave nothing of a job but its steps.
+QUIET = [
+    "--metrics.log_freq=1000000",
+    "--metrics.no-enable_tensorboard",
+    "--validation.no-enable",
+    "--checkpoint.no-enable",
+    "--profiling.no-enable_profiling",
+    "--training.global_batch_size=-1",
+]
 
 
 class Memory:
-    """Of the GPU by torch's allocator, or of this process."""
+    """Peak memory of the GPU, as torch's allocator knows it, or of this process."""
 
     on_gpu = torch.cuda.is_available()
 
@@ -59,13 +63,13 @@ class Memory:
         if cls.on_gpu:
             peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         else:
-            fields = dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines())
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             peak = reserved = int(fields["VmHWM"].split()[0]) * 1024
         return {"peak_gib": peak / GIB, "reserved_gib": reserved / GIB}
 
 
 def points(modes: list[str], stock_modes: list[str], percents: list[float]) -> list[dict]:
-    """What to measure: stock first, so that a run cut short has what to compare with."""
+    """What to measure. The stock MoE comes first, so that a run that is cut short can compare."""
     return [{"moe": STOCK, "ac": m, "save_percent": None} for m in stock_modes] + [
         {"moe": "momoe", "ac": m, "save_percent": p} for m in modes for p in percents
     ]
@@ -73,6 +77,7 @@ def points(modes: list[str], stock_modes: list[str], percents: list[float]) -> l
 
 def make_trainer(config_file: str, options: list[str], folder: str):
     """A trainer of the job, whose model is not used."""
+    # On a CPU only now: TorchTitan must not be imported before `describe_cpu`.
     from torchtitan import train as titan
     from torchtitan.config import ConfigManager
 
@@ -84,7 +89,7 @@ def make_trainer(config_file: str, options: list[str], folder: str):
             return self.loss
 
     args = ["--job.config_file", config_file, "--job.dump_folder", folder, *QUIET, *options]
-    args += ["--job.custom_config_module=momoe_titan.job_config"]
+    args += missing_section_option(args)
     config = ConfigManager().parse_args(args)
     if not Memory.on_gpu:
         prepare_cpu_job(config, args)
@@ -134,7 +139,7 @@ def discard_model(trainer) -> None:
 
 
 class MoeMemory:
-    """While open, adds up what calls of MoE layers leave allocated beyond their output."""
+    """While open, adds up the bytes that calls of MoE layers leave allocated besides their output."""
 
     def __init__(self, model, allocated=torch.cuda.memory_allocated):
         self.layers = [b.moe for b in model.layers.values() if b.moe_enabled]
@@ -161,7 +166,7 @@ class MoeMemory:
 
 
 def measure(trainer, batches, warmup: int, steps: int) -> dict:
-    """The row of the point that `trainer.job_config` is set to."""
+    """Measures the point that `trainer.job_config` is set to; one row of the table."""
 
     def run(number: int) -> None:
         for _ in range(number):
@@ -246,7 +251,7 @@ def table(rows: list[dict]) -> str:
 
 
 def against_stock(rows: list[dict]) -> str:
-    """For each measured stock point, the fastest of ours within its peak memory."""
+    """For each measured point of the stock MoE, the fastest of ours that needs no more peak memory."""
     rows = [row for row in rows if "error" not in row]
     lines = []
     for stock in (row for row in rows if row["moe"] == STOCK):
@@ -263,7 +268,7 @@ def against_stock(rows: list[dict]) -> str:
 
 
 def front(rows: list[dict]) -> list[dict]:
-    """Rows that no other one beats in both memory and speed, by rising memory."""
+    """The rows that no other row beats in both memory and speed, by rising memory."""
     best, kept = float("-inf"), []
     for row in sorted(rows, key=lambda r: (r["peak_gib"], -r["tokens_per_s"])):
         if row["tokens_per_s"] > best:
@@ -273,7 +278,7 @@ def front(rows: list[dict]) -> list[dict]:
 
 
 def plot(result: dict, path: str) -> None:
-    """Tokens/s over peak memory, with the front of either MoE; the file's ending says the format.
+    """Draw tokens/s over peak memory, with the front of both MoEs. The ending of the file names the format.
 
     Raises:
         SystemExit: no matplotlib.
@@ -285,7 +290,7 @@ def plot(result: dict, path: str) -> None:
     rows = [row for row in result["rows"] if "error" not in row]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    markers = dict(zip(dict.fromkeys(row["ac"] for row in rows), "osD^vP*X"))
+    markers = dict(zip(dict.fromkeys(row["ac"] for row in rows), "osD^vP*X", strict=False))
     for moe, colour in (("momoe", "tab:blue"), (STOCK, "tab:red")):
         of_moe = [row for row in rows if row["moe"] == moe]
         for mode, marker in markers.items():

@@ -3,23 +3,20 @@
     python benchmarks/seed_curve.py --out seed_curve.json                 # on a GPU
     python benchmarks/seed_curve.py --device cpu --batch 1 --seq_len 256 --dim 64 --hidden 64
 
-Defaults are those of the test in the first MoMoE release: 4 x 8192 normal tokens of width 1024,
-32 experts of hidden width 512, 6 chosen of which 1 shared, 200 steps of AdamW at 1e-3. The loss
-starts near 1 and falls toward 0.
+The defaults are those of the test in the first MoMoE release: 4 x 8192 normal tokens of width 1024; 32 experts of
+hidden width 512, of which 6 are chosen, 1 of them shared; 200 steps of AdamW at 1e-3. The loss starts near 1 and falls
+toward 0.
 """
 
 import argparse
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from momoe_titan.moe.layers import MoE  # noqa: E402
+from momoe_titan.moe.layers import MoE
 
 
 def train(
@@ -38,7 +35,7 @@ def train(
     backend: str = "auto",
     device: str | None = None,
 ) -> list[float]:
-    """Losses of all steps, before each step's update."""
+    """The losses of all steps, each before the step's update."""
     torch.manual_seed(seed)
     moe = MoE(dim, hidden, experts, chosen, shared, save_percent=save_percent, backend=backend, device=device)
     x_BSD = torch.randn(batch, seq_len, dim, device=moe.biases_N.device, dtype=moe.momoe.Wl1_ND2H.dtype)

@@ -4,15 +4,15 @@
         --run "save 0: --momoe.save_percent 0" --run "save 100: --momoe.save_percent 100" \
         --run "stock: --momoe.backend torchtitan" -- --training.steps 300 --debug.seed 42
 
-What follows `--` is given to every run. Runs go one after another, each in a process of its own,
-and are read from their TensorBoard files:
-    loss        first and last logged step
-    apart       largest relative difference of a logged loss from the first run's at the same step.
-                Attention's backward is not deterministic unless --debug.deterministic is given
-                (without --debug.deterministic_warn_only, which leaves it as it is), and choosing
-                experts amplifies rounding: without it the same settings twice differ too.
-    tokens/s    per device, median over the logged steps of the second half
-    memory GiB  highest: active on a GPU, resident for a CPU process
+What follows `--` goes to every run. Runs go one after another, each in a process of its own. The table is made from
+their TensorBoard files:
+    loss        of the first and the last logged step
+    apart       largest relative difference of a logged loss from the first run's loss at the same step. Without
+                --debug.deterministic, attention's backward is not deterministic, and choosing experts amplifies
+                rounding: two runs with the same settings then differ too (--debug.deterministic_warn_only does not
+                help).
+    tokens/s    per device, median over the second half of the logged steps
+    memory GiB  peak: active memory on a GPU, resident memory of a process on a CPU
     MaxVio      mean over layers, first -> last logged step (arXiv 2408.15664)
 """
 
@@ -26,18 +26,19 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from momoe_titan.dashboard import tags
+
 ROOT = Path(__file__).resolve().parents[1]
-LOSS = "loss_metrics/global_avg_loss"
-MEMORY = ("memory/max_active(GiB)", "memory/process_peak_rss(GiB)")
+MEMORY = (tags.GPU_ACTIVE, tags.PROCESS_PEAK_RSS)
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Scalars of the one run in a dump folder, tag -> step -> value.
+    """The scalars of the one run in a dump folder: tag -> step -> value.
 
     Raises:
         ValueError: no TensorBoard file there.
     """
-    files = sorted(folder.rglob("events.out.tfevents.*"))
+    files = sorted(folder.rglob(tags.EVENT_FILES))
     if not files:
         raise ValueError(f"no TensorBoard file under {folder}: is metrics.enable_tensorboard on?")
     events = EventAccumulator(str(files[-1]), size_guidance={"scalars": 0}).Reload()
@@ -45,7 +46,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def train(config: str, options: list[str], processes: int, folder: Path) -> dict[str, dict[int, float]]:
-    """Run a job to its end in ``folder``; its scalars."""
+    """Run a job to its end in `folder`. Returns its scalars."""
     command = [sys.executable, "-m", "momoe_titan.train"]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -67,15 +68,15 @@ def train(config: str, options: list[str], processes: int, folder: Path) -> dict
 
 
 def summarise(runs: dict[str, dict[str, dict[int, float]]]) -> list[dict]:
-    """One row of the table per run; the first is what the others' losses are compared with."""
-    reference = next(iter(runs.values()))[LOSS]
+    """One row of the table per run. Losses are compared with those of the first run."""
+    reference = next(iter(runs.values()))[tags.LOSS]
     rows = []
     for name, scalars in runs.items():
-        loss = scalars[LOSS]
+        loss = scalars[tags.LOSS]
         steps = sorted(loss)
-        speed = [v for _, v in sorted(scalars["throughput(tps)"].items())]
+        speed = [v for _, v in sorted(scalars[tags.TOKENS_PER_SECOND].items())]
         memory = next((scalars[tag] for tag in MEMORY if tag in scalars), {})
-        balance = scalars.get("moe/maxvio_batch_mean", {})
+        balance = scalars.get(tags.MAXVIO_MEAN, {})
         rows.append(
             {
                 "run": name,

@@ -1,18 +1,24 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layer.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "layer.py"
+
+
+def run_layer(*options):
+    """The command, which imports the package as it is installed: here from this checkout."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, SCRIPT, *options], env=env, capture_output=True, text=True)
 
 
 def test_a_table_and_charts_for_both_routings(tmp_path):
     out, charts = tmp_path / "bench.json", tmp_path / "charts"
     options = ["--device", "cpu", "--shapes", "tiny", "--routing", "balanced,skewed", "--save_percent", "0,100"]
     options += ["--implementations", "ours,torchtitan,sonicmoe", "--seconds_per_case", "0.1"]
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *options, "--out", out, "--charts", charts], capture_output=True, text=True
-    )
+    run = run_layer(*options, "--out", out, "--charts", charts)
     assert run.returncode == 0, run.stderr
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 8 and f"| {rows[0]['shape']} | balanced | {rows[0]['implementation']} |" in run.stdout
@@ -29,21 +35,8 @@ def test_a_table_and_charts_for_both_routings(tmp_path):
 
 def test_other_numbers_of_tokens(tmp_path):
     out = tmp_path / "bench.json"
-    options = [
-        "--device",
-        "cpu",
-        "--shapes",
-        "tiny",
-        "--tokens",
-        "4,16",
-        "--save_percent",
-        "100",
-        "--implementations",
-        "ours",
-    ]
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *options, "--seconds_per_case", "0.1", "--out", out], capture_output=True, text=True
-    )
+    options = ["--device", "cpu", "--shapes", "tiny", "--tokens", "4,16", "--save_percent", "100"]
+    run = run_layer(*options, "--implementations", "ours", "--seconds_per_case", "0.1", "--out", out)
     assert run.returncode == 0, run.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["shape"], row["T"]) for row in rows] == [("tiny T=4", 4), ("tiny T=16", 16)]
@@ -57,5 +50,5 @@ def test_what_cannot_be_is_refused():
         (["--tokens", "4,0"], "'4,0' are not all positive"),
         (["--device", "cpu", "--cuda_graph"], "needs a GPU, --device is 'cpu'"),
     ):
-        run = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
+        run = run_layer(*options)
         assert run.returncode == 2 and message in run.stderr

@@ -1,5 +1,5 @@
-import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import memory as bench
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "memory.py"
-spec = importlib.util.spec_from_file_location("bench_memory", SCRIPT)
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
 
 
 def row(moe, ac, percent, peak, speed):
@@ -94,9 +93,11 @@ def test_moe_memory_is_what_a_forward_leaves_behind():
 def test_measures_on_a_cpu(tmp_path):
     out = tmp_path / "memory.json"
     command = [sys.executable, str(SCRIPT), "--config", "train_configs/debug_model.toml", "--out", str(out)]
-    command += ["--modes", "none,full", "--stock_modes", "selective:op", "--save_percent", "50", "--warmup", "1", "--steps", "1"]
+    command += ["--modes", "none,full", "--stock_modes", "selective:op", "--save_percent", "50"]
+    command += ["--warmup", "1", "--steps", "1"]
     command += ["--", "--training.local_batch_size", "1", "--training.seq_len", "64"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert [(r["moe"], r["ac"]) for r in rows] == [
