@@ -3,13 +3,12 @@
     python -m momoe_titan.dashboard outputs/debug_model -o dashboard.html
     python -m momoe_titan.dashboard "keep nothing=outputs/a" "keep all=outputs/b" --live 30
 
-A RUN is a job's dump folder (or a folder below or above it), with a name in front if it should have
-another than the folder's. What is read are TensorBoard's event files (metrics.enable_tensorboard).
-The page holds all it needs: it opens in any browser, without a network. Starts of one job are
-stitched together: where a resumed job repeats steps, the later start counts.
+A RUN is a job's dump folder, or a folder below or above it. NAME=folder gives the run a name of its own. The command
+reads TensorBoard's event files (metrics.enable_tensorboard). The page opens in any browser, without a network. All
+starts of one job are one run: where a resumed job repeats steps, the later start counts.
 
---live SECONDS also serves the page at http://127.0.0.1:PORT and refreshes it there, zoom and sliders
-kept, until it is interrupted.
+--live SECONDS also serves the page at http://127.0.0.1:PORT and refreshes it there until the command is interrupted.
+A refresh keeps zoom and sliders.
 
 Needs the extra "dashboard": pip install 'momoe_titan[dashboard]'
 """
@@ -32,33 +31,37 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page_json(runs: list[Run], live: float = 0) -> str:
-    """What the page's script draws; `live`: seconds between refreshes, or 0."""
+    """What the page's script draws. `live` is the number of seconds between refreshes, or 0."""
     shown = [page_data(run) for run in runs]
     return json.dumps({"written": time.time(), "live": live, "runs": shown}, allow_nan=False)
 
 
 def page(data: str) -> str:
-    """The whole page, of what `page_json` gives.
+    """The whole page, made from what `page_json` returns.
 
     Raises:
         ModuleNotFoundError: plotly is not installed.
     """
     from plotly.offline import get_plotlyjs
 
-    # No "</script>" may come from a name.
+    # A name must not end the script with "</script>".
     parts = {"@DATA@": data.replace("</", "<\\/"), "@PLOTLY@": get_plotlyjs()}
     return re.sub("@DATA@|@PLOTLY@", lambda mark: parts[mark[0]], TEMPLATE.read_text())
 
 
 def write(path: Path, text: str) -> None:
-    """A reader sees the old page or the new one, whole."""
+    """Write a file so that a reader finds either the old text or the new one, whole."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
 
 
 class Live:
-    """The page and its data as they were last read."""
+    """A page that follows its runs: read again, written again, served.
+
+    Attributes:
+        data, page: what the server answers, as of the last refresh.
+    """
 
     def __init__(self, runs: list[Run], out: Path, seconds: float):
         self.runs, self.out, self.seconds = runs, out, seconds
@@ -73,7 +76,7 @@ class Live:
             write(self.out, text)
 
     def serve(self, port: int) -> ThreadingHTTPServer:
-        """On this machine only; port 0 takes a free one."""
+        """Start a server that only this machine reaches. Port 0 takes a free one."""
         server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, self))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return server
@@ -98,15 +101,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Requests are not worth a line."""
+        """Print nothing about requests."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line; exit status 2 for runs that cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="momoe_titan.dashboard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder, or NAME=folder")
     parser.add_argument("-o", "--out", type=Path, default=Path("dashboard.html"))
-    parser.add_argument("--live", type=float, default=0, metavar="SECONDS", help="refresh that often until interrupted")
-    parser.add_argument("--port", type=int, default=0, help="of --live; 0 (the default) takes a free one")
+    parser.add_argument(
+        "--live", type=float, default=0, metavar="SECONDS", help="serve the page and refresh it this often"
+    )
+    parser.add_argument("--port", type=int, default=0, help="port of --live; 0 (the default) takes a free one")
     args = parser.parse_args()
     if args.live < 0 or not math.isfinite(args.live):
         parser.error(f"--live {args.live} must be a number of seconds")
@@ -123,7 +131,7 @@ def main() -> None:
         live = Live(runs, args.out, args.live)
         server = live.serve(args.port)
     except ModuleNotFoundError as e:
-        sys.exit(f"dashboard.py: {e}: pip install 'momoe_titan[dashboard]'")
+        sys.exit(f"momoe_titan.dashboard: {e}: pip install 'momoe_titan[dashboard]'")
     except (ValueError, OSError) as e:
         parser.error(str(e))
     print(

@@ -17,7 +17,7 @@ from torchtitan.components.metrics import BaseLogger, LoggerContainer, TensorBoa
 
 from momoe_titan.dashboard import tags
 
-# Frames of the load in a run: 48 layers of 128 experts then take under 8 MB, images included.
+# The most records of the load in a run: 48 layers of 128 experts then take under 8 MB, images included.
 MAX_FRAMES = 200
 
 
@@ -82,10 +82,10 @@ def _lines(*names: str) -> list:
 
 
 def load_image(load_LE: np.ndarray) -> np.ndarray:
-    """A picture of the relative load: one square per expert, one row per layer, uint8 (H, W, 3).
+    """A picture of the relative load, uint8 (H, W, 3): one row per layer, one square per expert.
 
-    White is the fair share 1; red is more and blue less, full at 8 times and an eighth; black is an
-    expert without a token.
+    White is the mean load of the layer. Red is more, up to 8 times; blue is less, down to an eighth. Black is an expert
+    without a token.
     """
     octaves_LE = np.clip(np.log2(np.maximum(load_LE, 2.0**-3)) / 3, -1, 1)
     more, less = np.array([178.0, 24, 43]), np.array([33.0, 102, 172])
@@ -112,7 +112,7 @@ def load_summary(load_LE: np.ndarray) -> Summary:
 
 
 def tensorboard_writer(logger: BaseLogger) -> SummaryWriter | None:
-    """Where this rank writes TensorBoard's files; None where it does not."""
+    """The writer of this rank's TensorBoard files; None where this rank writes none."""
     loggers = logger._loggers if isinstance(logger, LoggerContainer) else [logger]
     return next((x.writer for x in loggers if isinstance(x, TensorBoardLogger)), None)
 
@@ -122,8 +122,7 @@ class RunRecorder:
 
     Args:
         writer: TensorBoard's, or None for a rank that writes nothing.
-        log_steps: how many log steps the run has; at most MAX_FRAMES of them (and one more per
-            start) record the load.
+        log_steps: how many log steps the run has. At most MAX_FRAMES of them, and one more per start, record the load.
     """
 
     def __init__(self, writer: SummaryWriter | None, log_steps: int):
@@ -132,11 +131,12 @@ class RunRecorder:
         self.seen = 0
 
     def start(self, description: dict[str, Any], layout: dict[str, dict[str, list]], step: int) -> None:
-        """Once, before the first log step.
+        """Write the description and the layout. Call it once, before the first log step.
 
         Args:
-            description: what JSON can hold.
-            layout: of `custom_scalars_layout`.
+            description: values that JSON can hold.
+            layout: from `custom_scalars_layout`.
+            step: the first step of this start.
         """
         if self.writer is None:
             return
@@ -144,11 +144,11 @@ class RunRecorder:
         self.writer.add_text(tags.RUN, json.dumps(description, allow_nan=False), step)
 
     def record(self, load_LE: np.ndarray, step: int) -> None:
-        """Once per log step; writes the first and every `every`-th one."""
+        """Write the load of this log step, if it is the first or the `every`-th since the last. Call it at each one."""
         due = self.seen % self.every == 0
         self.seen += 1
         if self.writer is None or not due or not load_LE.size:
             return
-        # float16 ends at 65504, where E and with it the load of one expert never comes near
+        # float16 ends at 65504; the load of one expert is at most E
         self.writer._get_file_writer().add_summary(load_summary(load_LE), step)
         self.writer.add_image(tags.LOAD_IMAGE, load_image(load_LE), step, dataformats="HWC")

@@ -214,6 +214,21 @@ def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):
     assert "step-1: it was not written to its end" in caplog.text
 
 
+def test_a_run_killed_in_its_first_save_starts_from_the_initial_checkpoint_again(tmp_path):
+    config = config_for(tmp_path)
+    old = Job(config)
+    old.train(1)
+    old.checkpointer.save(1)
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-1")
+    config.job.dump_folder = str(tmp_path / "new")
+    (tmp_path / "new" / "checkpoint" / "step-1").mkdir(parents=True)
+    job = Job(config, seed=1)
+    assert job.checkpointer.load()
+    weights = dict(job.model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in old.model.named_parameters())
+    assert job.checkpointer.folder == str(tmp_path / "new" / "checkpoint")
+
+
 def test_incomplete_initial_checkpoint(tmp_path):
     config = config_for(tmp_path)
     Job(config).checkpointer.save(1)
