@@ -25,7 +25,7 @@ STEPS, INTERVAL, SEQ = 12, 4, 32
 
 @dataclass
 class Outcome:
-    """Of one job: exit status of each rank, what they printed, and the losses by step."""
+    """The exit status of each rank of one job, what they printed, and the losses by step."""
 
     status: list[int]
     log: str
@@ -33,7 +33,7 @@ class Outcome:
 
 
 class Jobs:
-    """Starts jobs in the test's folder, at once: see tests/job_server.py."""
+    """Starts jobs in the test's folder, at once: see tests/support/job_server.py."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -115,7 +115,7 @@ def jobs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(jobs):
-    """The run that nothing happens to, by its number of ranks."""
+    """The run without a fault, by its number of ranks."""
     runs = {}
 
     def run(ranks: int = 1) -> tuple[Path, Outcome]:

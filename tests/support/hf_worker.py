@@ -1,6 +1,6 @@
 """Four processes load a Hugging Face folder into sharded weights and save it again.
 
-Usage: hf_worker.py FOLDER, with a folder "whole" in it; test_state_dict_adapter.py starts it.
+Usage: hf_worker.py FOLDER, with a folder "whole" in it; tests/model/test_hugging_face_weights.py starts it.
 The processes are forks of this one, because importing torch takes longer.
 """
 
