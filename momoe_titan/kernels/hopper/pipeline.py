@@ -162,7 +162,7 @@ def _fill(ring, tile, lhs, rhs, stage, phase, sync=None, count=0, publish_at=-1)
     for k in range(tile.k_begin, tile.k_stop(), BK):
         # Asked for first: the assignment at the end of the step waits for their arrival.
         new_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
-        if sync is not None:  # noqa: SIM102 - known when compiled, the next condition only at run time
+        if sync is not None:
             if k == publish_at:
                 sync.publish(count)
         ready = ring.ready.index(stage)
