@@ -93,6 +93,10 @@ class ExpertLoadBalancer:
                 _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
         torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
         self.counts_LE = counts_LE
+        if any(layer.router.aux_loss_weight for layer in self.layers):
+            shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+            for layer, shares_E in zip(self.layers, shares_LE, strict=True):
+                layer.router.last_shares_E.copy_(shares_E)
 
     @torch.no_grad()
     def follow_gates(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:

@@ -154,14 +154,19 @@ def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
     }
     widths = model_args.moe_args, model_args.dim, model_args.moe_hidden_dim
     if model_args.backend == STOCK_BACKEND:
-        return StockMoE(*widths, **balancing)
-    return MomoeMoE(
-        *widths,
-        **balancing,
-        save_percent=model_args.layer_save_percent(layer_id),
-        backend=model_args.backend,
-        check_ids=model_args.check_ids,
-    )
+        moe = StockMoE(*widths, **balancing)
+    else:
+        moe = MomoeMoE(
+            *widths,
+            **balancing,
+            save_percent=model_args.layer_save_percent(layer_id),
+            backend=model_args.backend,
+            check_ids=model_args.check_ids,
+        )
+    moe.router.aux_loss_weight = model_args.aux_loss_weight
+    moe.router.aux_loss_scope = model_args.aux_loss_scope
+    moe.router.z_loss_weight = model_args.router_z_loss_weight
+    return moe
 
 
 class MomoeLlama(Transformer):

@@ -155,7 +155,7 @@ class MomoeMoE(BalancedMoE):
         """
         x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
         x_TD = gather_rows(x_tD, self.tp_mesh)
-        scores_tK, ids_tK = self.router(x_tD, self.expert_bias)
+        scores_tK, ids_tK = self.router(x_tD, self.expert_bias, x_BLD.shape[0])
         scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
         if self.dispatcher is not None:
             budget = self.experts.activation_budget

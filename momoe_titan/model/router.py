@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.distributed import _functional_collectives as funcol
+from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import TokenChoiceTopKRouter
 
@@ -10,6 +12,7 @@ from momoe_titan.kernels.router import float32_product
 from momoe_titan.model.parallel.collectives import local_weight
 from momoe_titan.moe.expert_stats import accumulate_entropy, accumulate_margins, feeds_balancing, records_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
+from momoe_titan.moe.router_losses import add_router_losses, expert_shares
 
 
 class Float32Linear(nn.Linear):
@@ -33,9 +36,18 @@ class MomoeRouter(TokenChoiceTopKRouter):
         margins_EB, input_sum_C: what quantile balancing counts over the training forwards since
             the last optimizer step (see `expert_stats.accumulate_margins`), after which they are
             0. None unless `count_margins` was called.
+        last_shares_E: (E) float32, the share of the last optimizer step's choices that fell on each
+            expert, for an auxiliary loss over the "global" batch.
+
+    Attributes:
+        aux_loss_weight, aux_loss_scope, z_loss_weight: see `moe.router_losses`; 0 leaves a loss out.
+        tokens_per_step: by which the losses are divided, so that their gradient adds up over ranks
+            and microbatches to that of a mean over the step. None for the tokens of the forward.
+        sequence_mesh: the ranks of tensor parallelism, which have a part of each sequence, or None.
     """
 
     gate: Float32Linear
+    last_shares_E: torch.Tensor
     entropy_and_tokens: torch.Tensor
     margins_EB: torch.Tensor | None
     input_sum_C: torch.Tensor | None
@@ -55,6 +67,11 @@ class MomoeRouter(TokenChoiceTopKRouter):
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
         self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
+        self.register_buffer("last_shares_E", torch.zeros(moe_args.num_experts), persistent=False)
+        self.aux_loss_weight = self.z_loss_weight = 0.0
+        self.aux_loss_scope = "global"
+        self.tokens_per_step: float | None = None
+        self.sequence_mesh: DeviceMesh | None = None
         self.register_buffer("margins_EB", None, persistent=False)
         self.register_buffer("input_sum_C", None, persistent=False)
 
@@ -66,18 +83,20 @@ class MomoeRouter(TokenChoiceTopKRouter):
     def reset_statistics(self, device: torch.device) -> None:
         """Set all buffers to zero, on this device."""
         self.entropy_and_tokens = torch.zeros(2, device=device)
+        self.last_shares_E = torch.zeros(self.num_experts, device=device)
         if self.margins_EB is not None and self.input_sum_C is not None:
             self.margins_EB = torch.zeros_like(self.margins_EB, device=device)
             self.input_sum_C = torch.zeros_like(self.input_sum_C, device=device)
 
     def forward(
-        self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, expert_bias_E: torch.Tensor | None = None, num_sequences: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose K experts per token.
 
         Args:
             x_TD: tokens, any floating dtype.
             expert_bias_E: float32. Takes part in the choice of experts, not in the scores.
+            num_sequences: how many sequences of the same length the tokens are.
 
         Returns:
             scores_TK float32 and ids_TK int64, ordered by falling score plus bias.
@@ -95,7 +114,23 @@ class MomoeRouter(TokenChoiceTopKRouter):
         if self.margins_EB is not None and expert_bias_E is not None and feeds_balancing(self):
             of_token = x_TD.detach(), logits_TE.detach(), expert_bias_E, ids_TK
             accumulate_margins(self.margins_EB, self.input_sum_C, *of_token, self.score_func)
+        if (self.aux_loss_weight or self.z_loss_weight) and feeds_balancing(self):
+            scores_TK = self._add_losses(scores_TK, logits_TE, ids_TK, num_sequences)
         return scores_TK, ids_TK
+
+    def _add_losses(
+        self, scores_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, num_sequences: int
+    ) -> torch.Tensor:
+        shares_SE = self.last_shares_E[None]
+        if self.aux_loss_scope != "global":
+            shares_SE = expert_shares(
+                ids_TK, self.num_experts, num_sequences if self.aux_loss_scope == "sequence" else 1
+            )
+            if self.sequence_mesh is not None:
+                shares_SE = funcol.all_reduce(shares_SE, "avg", self.sequence_mesh)
+        per_token = 1 / (self.tokens_per_step or max(1, len(logits_TE)))
+        weights = self.aux_loss_weight * per_token, self.z_loss_weight * per_token
+        return add_router_losses(scores_TK, logits_TE, shares_SE, self.score_func, *weights)
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)
