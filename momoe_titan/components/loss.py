@@ -1,4 +1,4 @@
-"""Cross entropy whose gradient is that of the mean over all tokens of a step, on every mesh."""
+"""Cross entropy whose gradient is the same on every mesh: that of the mean over all tokens of a step."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,14 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs) -> Loss:
-    """TorchTitan's cross entropy, a sum over tokens, with its gradient put right where
-    TorchTitan 0.2.2 leaves a factor in it; the value stays the same.
+    """TorchTitan's cross entropy, a sum over tokens, with a corrected gradient. Its value stays the same.
 
-    Its trainer divides the loss by the number of tokens of the step and takes the sum of the
-    ranks' gradients. But DistributedDataParallel averages them, so that they come out divided by
-    the number of ranks again; and a pipeline schedule takes the gradient of the loss before it is
-    divided. Here the number of tokens is that of a full batch: ignored labels count.
+    TorchTitan 0.2.2 divides the loss by the number of tokens of the step and sums the gradients of all ranks. Two cases
+    go wrong, and the loss scales its gradient there:
+
+    - DistributedDataParallel averages the gradients, which divides them by the number of ranks once more.
+    - A pipeline schedule takes the gradient of the loss before the division. The number of tokens that it lacks is
+      taken as that of a full batch: ignored labels count.
     """
     loss_fn = build_cross_entropy_loss(job_config)
     factor = 1.0
@@ -34,7 +35,7 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs) -> 
 
 
 def scale_gradient(loss_fn: Loss, factor: float) -> Loss:
-    """A loss of the same value with `factor` times the gradient."""
+    """A loss with the value of `loss_fn` and `factor` times its gradient."""
 
     def scaled(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = loss_fn(pred, labels)
