@@ -4,7 +4,7 @@ from torch import nn
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols import train_spec as _train_spec
+from torchtitan.protocols import train_spec as titan
 from torchtitan.protocols.train_spec import TrainSpec
 
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
@@ -56,9 +56,12 @@ def register() -> None:
     Raises:
         ValueError: the name is taken by another model.
     """
-    taken = _train_spec._extra_train_specs.get(MODEL_NAME)
-    if taken is None or taken.model_cls is not MomoeLlama:
-        _train_spec.register_train_spec(MODEL_NAME, get_train_spec())
+    try:
+        is_ours = titan.get_train_spec(MODEL_NAME).model_cls is MomoeLlama
+    except ValueError:  # no such name yet
+        is_ours = False
+    if not is_ours:
+        titan.register_train_spec(MODEL_NAME, get_train_spec())
 
 
 register()
