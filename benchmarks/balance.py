@@ -72,7 +72,7 @@ ARMS = {
 OTHER_ARMS = {
     "quantile_not_following": {"rule": "quantile", "follow": 0},
     "none_centred": {"rate": 0.0, "router_norm": "centred"},
-    "quantile_centred": {"rule": "quantile", "router_norm": "centred"},
+    "quantile_centred": {"rule": "quantile", "router_norm": "centred", "follow": 0},
     "none_init_0.1": {"rate": 0.0, "router_init_scale": 0.1},
     "none_warmup_400": {"rate": 0.0, "warmup": 400},
     "none_gate_lr_0.1": {"rate": 0.0, "gate_lr_scale": 0.1},
