@@ -17,25 +17,25 @@ from momoe_titan.data.ranges import cut, part_of
 
 
 class TextDataset(HuggingFaceTextDataset):
-    """TorchTitan's text dataset, with a position that does not depend on the ranks.
+    """TorchTitan's text dataset, with a position that other numbers of ranks can take over.
 
-    A pass over the data is a list of [start, stop) ranges of documents for each rank;
-    at first, and in every later pass, one range: the rank's share of the whole, the
-    same that TorchTitan gives it. When another number of ranks resumes, what the old
-    ranks had left of their passes is shared out anew, so that each document is still
-    read once. Streamed datasets have no such position; theirs is TorchTitan's.
+    In a pass over the data, a rank reads a list of [start, stop) ranges of documents. A whole pass is one range: the
+    part of the data that TorchTitan, too, gives to the rank. When another number of ranks resumes, the documents that
+    the old ranks had not read in their pass are divided anew, so that each document is still read once. Streamed
+    datasets have no such position; theirs is TorchTitan's.
 
-    In a worker process of the loader it is the worker's part of what the rank reads.
-    A worker that finds no document there ends, and leaves the others to go on.
+    In a worker process of the loader, the dataset is the worker's part of what the rank reads. A worker that finds no
+    document ends, and the others go on.
 
     Args:
-        section: Of the configuration, which messages name: "training" or "validation".
+        section: "training" or "validation": the section of the configuration that messages name.
 
     Raises:
-        DataError: More ranks than documents, as far as can be known at once (streamed
-            datasets other than 'local' are not read here). Iteration raises it, outside
-            of a worker process, where whole passes hold no document for this rank.
+        DataError: There are fewer documents than ranks. Streamed datasets other than 'local' are not read here;
+            iterating them raises it, outside of worker processes, where whole passes hold no document for this rank.
     """
+
+    _data: Any  # a Dataset, or an IterableDataset where it is streamed
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class TextDataset(HuggingFaceTextDataset):
         infinite: bool,
         section: str = "training",
     ) -> None:
-        # As one rank, which leaves a map-style dataset whole.
+        # As if there were one rank, which leaves a map-style dataset whole.
         super().__init__(dataset_name, dataset_path, tokenizer, seq_len, 0, 1, infinite)
         self.dp_rank, self.dp_world_size = dp_rank, dp_world_size
         self.section, self.described = section, f"{section}.dataset {dataset_name!r}"
         self.place = f" ({section}.dataset_path {dataset_path!r})" if dataset_path else ""
-        # In a worker process: which one of the rank's it is, and of how many.
+        # In a worker process: its number, and how many the rank has.
         self._worker: tuple[int, int] | None = None
         self._has_ended = False
         self.is_streamed = not isinstance(self._data, Dataset)
@@ -75,12 +75,12 @@ class TextDataset(HuggingFaceTextDataset):
             self._ranges = self._own_part([(0, len(self._data))])
 
     def _own_part(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This rank's, or this worker's, part of the documents of all ranks."""
+        """The part of the documents of all ranks that this rank, or this worker, reads."""
         ranges = part_of(ranges, self.dp_rank, self.dp_world_size)
         return part_of(ranges, *self._worker) if self._worker else ranges
 
     def _enter_worker(self) -> None:
-        """In a worker process, the first time: keep its part of what the rank has left."""
+        """At the first call in a worker process, keep only the worker's part of what the rank has left."""
         info = get_worker_info()
         if info is None or self._worker:
             return
@@ -88,14 +88,15 @@ class TextDataset(HuggingFaceTextDataset):
         if self.is_streamed:
             self._data = self._worker_stream()
         else:
-            self._ranges = part_of(cut(self._ranges, self._sample_idx), *self._worker)
+            self._ranges = part_of(cut(self._ranges, self._sample_idx), info.id, info.num_workers)
             self._sample_idx = 0
         if info.id > 0:  # tokens that were read but not yet handed out
             self._token_buffer = []
 
     def _worker_stream(self) -> IterableDataset:
-        """The worker's part of a streamed dataset: some of the rank's files if there are
-        enough for all workers, otherwise some of the documents of each."""
+        """The worker's part of a streamed dataset: whole files of the rank if there are enough of them for all workers,
+        otherwise some documents of every file."""
+        assert self._worker is not None
         worker, workers = self._worker
         data, files = self._whole, self._whole.num_shards
         if files % self.dp_world_size == 0:  # the ranks share the files
@@ -115,18 +116,18 @@ class TextDataset(HuggingFaceTextDataset):
         elif self._worker is None:
             yield from self._data
         else:
-            # What iter(self._data) does outside of a worker process. In one it would
-            # split the files once more, and leave workers without any.
+            # What iter(self._data) does outside of a worker process. In a worker process it would split the files once
+            # more, and leave workers without any.
             for _, sample in self._data._prepare_ex_iterable_for_iteration():
                 yield sample
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         self._enter_worker()
-        if self._has_ended:  # the next validation, which reads the same
+        if self._has_ended:  # the next validation, which reads the same data again
             self._start_pass()
             self._token_buffer, self._has_ended = [], False
         empty_passes = 0
-        # The first one may be what a checkpoint had left of a pass: nothing.
+        # The first pass may be the rest of one that a checkpoint has interrupted, and hold nothing.
         while empty_passes < 2:
             n_tokens = 0
             for sample in self._get_data_iter():
@@ -146,7 +147,7 @@ class TextDataset(HuggingFaceTextDataset):
             if n_tokens:
                 logger.warning(f"Dataset {self.dataset_name} is being re-looped")
             self._start_pass()
-            if self.is_streamed:  # read in another order of the files
+            if self.is_streamed:  # the next pass reads the files in another order
                 self._data.set_epoch(self._data.epoch + 1)
         if self._worker is None:
             raise self.no_documents()
@@ -162,6 +163,7 @@ class TextDataset(HuggingFaceTextDataset):
             self._ranges = self._own_part([(0, len(self._data))])
 
     def no_documents(self) -> DataError:
+        """The error for a rank that has nothing to read."""
         return DataError(
             f"{self.described} has no document, or none with a token, for data-parallel "
             f"rank {self.dp_rank} of {self.dp_world_size}, which share the documents, or the "
@@ -172,7 +174,7 @@ class TextDataset(HuggingFaceTextDataset):
     def state_dict(self) -> dict[str, Any]:
         self._enter_worker()
         state = super().state_dict()
-        # A copy: a worker process sends it later, when this list has grown.
+        # A copy, because a worker process sends it later, when the list has grown.
         state["token_buffer"] = list(self._token_buffer)
         if not self.is_streamed:
             state.update(ranges=self._ranges, documents=len(self._data))
@@ -189,9 +191,9 @@ class TextDataset(HuggingFaceTextDataset):
             return
         self._data.load_state_dict(state_dict["data"])
         try:
-            if state_dict["data"]:  # of another pass than this one's it has no effect
+            if state_dict["data"]:  # the state of another pass than the dataset's has no effect
                 self._data.set_epoch(state_dict["data"]["epoch"])
-            # What it does first; from here on it is also what its state_dict returns.
+            # The first thing that iterating does. From here on state_dict returns the loaded state.
             self._data._prepare_ex_iterable_for_iteration()
             self._token_buffer = token_buffer
         except (IndexError, KeyError, TypeError):
@@ -200,18 +202,18 @@ class TextDataset(HuggingFaceTextDataset):
             warn_restart(f"the files of {self.described} are not those that it was written with")
 
     def reshard(self, states: list[dict[str, Any] | None]) -> None:
-        """Go on where other ranks were.
+        """Go on where the ranks of a checkpoint were, of which there was another number.
 
         Args:
-            states: of all ranks of the checkpoint, in the order of their ranks; None
-                for one that is unknown.
+            states: the states of all ranks, in order; None for one that is not known.
         """
         if not self.knows(states, len(states)):
             return
-        left = [r for s in states for r in cut(s["ranges"], s["sample_idx"])]
+        known = [state for state in states if state is not None]  # all of them
+        left = [r for s in known for r in cut(s["ranges"], s["sample_idx"])]
         self._ranges, self._sample_idx = self._own_part(left), 0
-        # Tokens of documents that were read but not yet handed out.
-        mine = states[self.dp_rank :: self.dp_world_size]
+        # Tokens of documents that were read, but not yet returned in a sequence.
+        mine = known[self.dp_rank :: self.dp_world_size]
         self._token_buffer = [token for s in mine for token in s["token_buffer"]]
         logger.info(
             f"The data of {len(states)} data-parallel ranks is shared out to "
@@ -220,12 +222,12 @@ class TextDataset(HuggingFaceTextDataset):
         )
 
     def knows(self, states: list[dict[str, Any] | None], ranks: int | None = None) -> bool:
-        """Whether positions mean something here; says so where they do not.
+        """Whether this dataset can take over positions; warns where it cannot.
 
         Args:
-            states: of ranks of the checkpoint, or of worker processes of one; None for one
-                that is unknown.
-            ranks: how many the checkpoint has, if they are to be shared out anew.
+            states: the states of a checkpoint's ranks, or of one rank's worker processes; None for one that is not
+                known.
+            ranks: the checkpoint's number of ranks, if the data is to be divided anew.
         """
         was_streamed = [bool(state) and "data" in state for state in states]
         was_not = [bool(state) and "ranges" in state for state in states]
@@ -240,7 +242,7 @@ class TextDataset(HuggingFaceTextDataset):
             )
         elif not all(was_streamed if self.is_streamed else was_not):
             reason = "it is not one of this loader's"
-        elif not self.is_streamed and (then := states[0]["documents"]) != len(self._data):
+        elif not self.is_streamed and states[0] and (then := states[0]["documents"]) != len(self._data):
             reason = f"{self.dataset_name!r} had {then} documents, now it has {len(self._data)}"
         else:
             return True
@@ -249,7 +251,7 @@ class TextDataset(HuggingFaceTextDataset):
 
 
 def warn_restart(reason: str) -> None:
-    """Say why a checkpoint's position in the data has no effect."""
+    """Warn that a checkpoint's position in the data has no effect, and why."""
     logger.warning(
         f"The checkpoint's position in the data is not used: {reason}. THE DATA STARTS AGAIN FROM ITS BEGINNING."
     )

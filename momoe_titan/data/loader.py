@@ -17,15 +17,16 @@ from momoe_titan.data.registration import register_datasets
 
 
 class TextDataloader(ParallelAwareDataloader):
-    """TorchTitan's loader of a `TextDataset`, which also takes over a checkpoint of
-    another number of ranks.
+    """TorchTitan's loader for a `TextDataset`, which can also resume from a checkpoint of another number of ranks.
 
-    A position that cannot be used, such as one of another number of worker processes,
-    is a warning, and the data starts from its beginning.
+    If it cannot use a position, such as one of another number of worker processes, it warns and starts the data from
+    its beginning.
 
     Raises:
         DataError: Iteration raises it where there is nothing for this rank to read.
     """
+
+    dataset: TextDataset
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         batch = None
@@ -47,22 +48,24 @@ class TextDataloader(ParallelAwareDataloader):
         super().load_state_dict(state_dict)
 
     def load_ranks(self, states: list[bytes]) -> None:
-        """Go on where other ranks were.
+        """Go on where the ranks of a checkpoint were, of which there was another number.
 
         Args:
             states: what `state_dict` holds for each rank of the checkpoint.
         """
         of_ranks = self._dataset_states([pickle.loads(s) for s in states])
         if of_ranks is not None:
-            # what worker processes had is not shared out
+            # what worker processes had not read yet cannot be divided anew
             self.dataset.reshard(of_ranks if self.num_workers == 0 else [None] * len(states))
 
     def _dataset_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any] | None] | None:
-        """What loaders say of their datasets, for each of their worker processes if they
-        have some; None, with a warning, if that is another number than this loader has."""
+        """The states of the datasets in these states of loaders, one for each worker process if there are any.
+
+        None, with a warning, if the number of worker processes is not that of this loader.
+        """
         found = []
         for state in states:
-            # "_snapshot" is there if worker processes read the data, "dataset_state" if not.
+            # A state has "_snapshot" if worker processes read the data, else "dataset_state".
             of_workers = state.get("_snapshot", {}).get("_worker_snapshots", {})
             if (then := len(of_workers)) != self.num_workers:
                 warn_restart(
@@ -83,11 +86,10 @@ def build_dataloader(
 ) -> TextDataloader:
     """The loader of `training.dataset`, with the `[momoe]` data options applied.
 
-    They apply to the validation loader too, which TorchTitan builds after this one.
+    The options apply to the validation loader too, which TorchTitan builds after this one.
 
     Raises:
-        DataError: The dataset is unknown, missing, damaged, or smaller than the number
-            of ranks.
+        DataError: The dataset is not known, missing, damaged, or has fewer documents than there are ranks.
     """
     options = getattr(job_config, "momoe", None)
     if options is not None:
@@ -105,8 +107,8 @@ def build_validation_dataloader(
     """The loader of `validation.dataset`. If not `infinite`, each pass reads the same.
 
     Raises:
-        DataError: As `build_dataloader`; or `validation.steps` is -1 and there are several
-            ranks, of which one would run out of data while the others wait for it.
+        DataError: As `build_dataloader`; or `validation.steps` is -1 and there are several ranks, of which one would
+            run out of data while the others wait for it.
     """
     config = job_config.validation
     if config.steps == -1 and dp_world_size > 1:

@@ -12,15 +12,14 @@ from datasets.utils.logging import get_verbosity, set_verbosity
 from momoe_titan.data.documents import split_text
 from momoe_titan.data.errors import DataError
 
-# A .txt file longer than this (in characters) becomes several documents, split
-# where a line ends: TorchTitan's loader tokenizes a document at a time.
+# A .txt file with more characters becomes several documents, because the loader tokenizes a document at a time.
 MAX_DOCUMENT_CHARS = 1 << 18
 
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def find_local_files(path: str) -> list[str]:
-    """The data files that `dataset_path` means, sorted.
+    """The data files that `dataset_path` names, sorted.
 
     Args:
         path: A file, a folder or a glob pattern (`**` for any depth).
@@ -91,8 +90,7 @@ def _find_fault(file: str, text_field: str) -> str | None:
 def _load_records(kind: str, files: list[str], text_field: str, streaming: bool) -> Dataset | IterableDataset:
     """Read .jsonl (`kind` "json") or .parquet files, keeping the text only."""
     if streaming:
-        # Later files are opened when training reaches them; what can be known
-        # from the first one is still said before the first step.
+        # Training opens later files when it reaches them. Faults of the first file are reported before the first step.
         try:
             ds = load_dataset(kind, data_files=files, split="train", streaming=True)
             first = next(iter(ds))
@@ -107,9 +105,9 @@ def _load_records(kind: str, files: list[str], text_field: str, streaming: bool)
     else:
         verbosity = get_verbosity()
         try:
-            # Its own log of a failure does not help beside the error below.
+            # The error below says more than the library's own log of a failure.
             set_verbosity(50)
-            # File by file, and cut to the text: the other columns may differ.
+            # File by file, and only the text: the other columns may differ.
             parts = []
             for file in files:
                 part = load_dataset(kind, data_files=file, split="train")
@@ -133,23 +131,20 @@ def _load_records(kind: str, files: list[str], text_field: str, streaming: bool)
 def load_local(path: str, text_field: str = "text", streaming: bool = False) -> Dataset | IterableDataset:
     """Local files as a dataset.
 
-    A .txt file is one document (long ones are cut), a line of .jsonl or a row of
-    .parquet one each. Text files are held in memory; the others are converted to
-    Hugging Face's memory-mapped cache, or read as training goes when `streaming`.
-    A run resumes exactly where it was, when `streaming` within the first pass over
-    the data only.
+    A .txt file is one document (a long one is cut); each line of .jsonl and each row of .parquet is one. Text files are
+    held in memory. The others are converted to Hugging Face's memory-mapped cache, or with `streaming` read while
+    training goes on. A run resumes exactly where it was; with `streaming` only within the first pass over the data.
 
     Args:
         path: A file, a folder or a glob pattern.
-        text_field: Field of .jsonl and .parquet records that holds the text.
-        streaming: See above.
+        text_field: The field of .jsonl and .parquet records that holds the text.
+        streaming: Read .jsonl and .parquet files without converting them.
 
     Returns:
-        Rows with the column "text", files in sorted order by kind.
+        Rows with the column "text": .txt files first, then .jsonl, then .parquet, each sorted by path.
 
     Raises:
-        DataError: No path, or a file that cannot be used; names the file, and the
-            line where there is one.
+        DataError: No path, or a file that cannot be used. Names the file, and the line where there is one.
     """
     if not path:
         raise DataError(

@@ -20,10 +20,14 @@ def _text_of(sample: dict[str, Any]) -> str:
 
 
 def register_datasets(text_field: str = "text", streaming: bool = False) -> None:
-    """Add this module's datasets to TorchTitan's text loader.
+    """Add `python_stdlib`, `python_stdlib_validation` and `local` to the datasets that TorchTitan knows.
 
-    Can be called again; the arguments (`momoe.data_text_field`,
-    `momoe.data_streaming`) then apply to datasets loaded from there on.
+    TorchTitan's own datasets (`c4`, ...) stay as they are. Each loader returns a Hugging Face dataset with the text in
+    the column "text".
+
+    Args:
+        text_field: `momoe.data_text_field` of the job.
+        streaming: `momoe.data_streaming` of the job. Another call changes both for datasets that are loaded after it.
     """
     stdlib = sysconfig.get_path("stdlib")
     DATASETS["python_stdlib"] = DatasetConfig(stdlib, load_stdlib, _text_of)

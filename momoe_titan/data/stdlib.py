@@ -13,8 +13,8 @@ from datasets import Dataset
 from momoe_titan.data.documents import split_text
 from momoe_titan.data.errors import DataError
 
-# Not text that a person wrote for the library: installed packages, tests,
-# generated tables, and files that differ between builds of one Python version.
+# Folders without text that a person wrote for the library: installed packages, tests, generated tables, and files that
+# differ between builds of one Python version.
 STDLIB_SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -31,8 +31,8 @@ STDLIB_SKIPPED_FOLDERS = frozenset(
     }
 )
 HELD_OUT_ONE_IN = 20
-# Source files are cut into documents of this many characters, so that a batch has
-# pieces of several files and the loss of one batch says something about the next.
+# Source files are cut into documents of at most this many characters, so that a batch has pieces of several files and
+# the loss of one batch says something about the next.
 STDLIB_DOCUMENT_CHARS = 2048
 
 
@@ -43,8 +43,8 @@ def _digest(text: str) -> bytes:
 def is_held_out(relative_path: str) -> bool:
     """Whether a file belongs to the validation split.
 
-    Depends on the path alone, so that adding or removing other files (another
-    Python version) moves no file from one split to the other.
+    The path alone decides. Adding or removing other files, as another Python version does, moves no file from one split
+    to the other.
     """
     return int.from_bytes(_digest(relative_path)[:8]) % HELD_OUT_ONE_IN == 0
 
@@ -72,12 +72,11 @@ def load_stdlib(root: str, held_out: bool = False) -> Dataset:
 
     Args:
         root: Folder of the library (`sysconfig.get_path("stdlib")`).
-        held_out: The validation split in place of the training split.
+        held_out: True for the validation split, False for the training split.
 
     Returns:
-        Rows of columns "text" (a piece of a file) and "path" (of the file, relative
-        to `root`), in the order of a hash of path and place: mixed, and the same on
-        every machine with the same library.
+        Rows with the columns "text" (a piece of a file) and "path" (of the file, relative to `root`). A hash of path
+        and place orders them: files are mixed, in the same way on every machine with the same library.
 
     Raises:
         DataError: `root` holds no Python sources.

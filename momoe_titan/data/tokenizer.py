@@ -10,7 +10,7 @@ from momoe_titan.data.errors import DataError
 
 
 def resolve_assets_path(path: str) -> str:
-    """`model.hf_assets_path`, where "momoe_titan/..." also means the installed package.
+    """The folder that `model.hf_assets_path` names. A path "momoe_titan/..." also means the installed package.
 
     Raises:
         DataError: There is no such folder.

@@ -18,7 +18,7 @@ from momoe_titan import export as export_hf
 from momoe_titan import generate as generate_script
 from momoe_titan.inference.export import convert
 from momoe_titan.inference.load import find_checkpoint, load_model, read_job, with_positions
-from momoe_titan.inference.sampling import _sample, generate, stream_text
+from momoe_titan.inference.sampling import _sample, attention_caches, generate, stream_text
 from momoe_titan.model import flavors
 from momoe_titan.model.args import read_hf_args
 from momoe_titan.model.hugging_face.config import BIAS_FILE
@@ -184,6 +184,19 @@ def test_sampling(tmp_path):
             counts_V[_sample(logits_V, *options, generator)] += 1
         expected_V = torch.tensor(expected) / sum(expected)
         torch.testing.assert_close(counts_V / 2000, expected_V, rtol=0, atol=0.05)
+
+
+def test_an_answer_that_is_not_read_to_its_end_leaves_no_cache():
+    model = build(tiny_args()).eval()
+    keys = set(model.state_dict())
+    whole = list(generate(model, [3, 1], 8, temperature=0))
+    answer = generate(model, [3, 1, 4], 8, temperature=0)
+    next(answer)
+    assert all(cache.length == 3 and cache.keys.numel() for cache in attention_caches(model))
+    answer.close()
+    assert not any(cache.max_len or cache.keys.numel() for cache in attention_caches(model))
+    assert list(generate(model, [3, 1], 8, temperature=0)) == whole
+    assert set(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize(
