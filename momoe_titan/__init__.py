@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_mlp"]
+# pyright: reportUnsupportedDunderAll=false
+__all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_mlp"]  # by __getattr__, which pyright does not ask
 
 _HOME = {"MoE": "moe.layers", "MoMoE": "moe.layers", "TopKRouter": "moe.layers", "momoe_mlp": "kernels"}
 

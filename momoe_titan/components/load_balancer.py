@@ -91,7 +91,8 @@ class ExpertLoadBalancer:
             if self.balanced and self.rule != QUANTILE:
                 delta_LE = bias_delta(counts_LE[self.balanced], self.rate, self.rule)
                 _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
-        torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
+        # no public name; the routers of `solved` have their margins
+        torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType] - as above
         self.counts_LE = counts_LE
         if any(layer.router.aux_loss_weight for layer in self.layers):
             shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
@@ -115,8 +116,8 @@ class ExpertLoadBalancer:
         exact for integers up to 2^53."""
         parts = [
             counts_LE,
-            torch.stack([layer.router.margins_EB for layer in self.solved]),
-            torch.stack([layer.router.input_sum_C for layer in self.solved]),
+            torch.stack([layer.router.margins_EB for layer in self.solved]),  # pyright: ignore[reportArgumentType] - have them
+            torch.stack([layer.router.input_sum_C for layer in self.solved]),  # pyright: ignore[reportArgumentType] - have them
         ]
         flat = torch.cat([part.double().flatten() for part in parts])
         for group in self.groups:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.knobs
 
 _INTERPRETING = triton.knobs.runtime.interpret  # Triton reads it once too: when a kernel is defined
 

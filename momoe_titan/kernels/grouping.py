@@ -90,7 +90,8 @@ def group_tokens(groups_TK: torch.Tensor, num_groups: int, backend: str) -> Toke
     groups_TK = groups_TK.masked_fill(named_before_TK, -1)
     build = build_routing_ref if backend == "torch" else build_routing
     packed, counts_G = build(groups_TK, None, num_groups, _TILE_ROWS)
-    return TokenGroups(unpack_routing(packed, *groups_TK.shape, num_groups, _TILE_ROWS), counts_G, backend)
+    num_tokens, num_chosen = groups_TK.shape
+    return TokenGroups(unpack_routing(packed, num_tokens, num_chosen, num_groups, _TILE_ROWS), counts_G, backend)
 
 
 @torch.no_grad()

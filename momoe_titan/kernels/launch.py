@@ -4,9 +4,12 @@ import functools
 import json
 import tempfile
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
+import triton.knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -25,7 +28,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 1
 
 
-def on_its_device(body):
+def on_its_device(body: Callable[..., Any]) -> Callable[..., Any]:
     """body, whose first argument is a tensor, with that tensor's CUDA device as the current one, where kernels go."""
 
     @functools.wraps(body)
@@ -38,7 +41,7 @@ def on_its_device(body):
     return run
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
     """Launch ``kernel`` over ``grid``; an empty grid launches nothing, and nothing is while a GPU is only planned.
 
     Every kernel of the package goes through here; ``args`` are the positional arguments in order,
@@ -53,7 +56,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
         _launch_slowly(kernel, grid, args, options)
         return
     try:
-        device = driver.active.get_current_device()
+        device = driver.active.get_current_device()  # pyright: ignore[reportAttributeAccessIssue] - all GPUs' drivers have it
     except OSError:  # Triton builds its driver in its cache, which is not usable: mended below
         device = None
     key = (kernel.fn, device, *_specialisation(args), *options.items())

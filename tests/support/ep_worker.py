@@ -1,11 +1,11 @@
 """Short training runs with expert parallelism on the CPU, on 2 and 4 processes.
 
 Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
-are forks of this one, because importing torch takes longer than training does. A run has replicate, shard, ep (degrees), mode
-(activation checkpointing), compile, param_dtype, backend, save_percent, num_experts, starve (the
-last of `ep` ranks gets no token), room (for so many times the z that a rank keeps of a layer of its
-fair share; 0: no budget), save (folder of a checkpoint to write). Every rank trains on its part of the same
-batches; what came of the runs is written to FOLDER/PROCESSES.pt.
+are forks of this one, because importing torch takes longer than training does. A run has replicate,
+shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
+num_experts, starve (the last of `ep` ranks gets no token), room (memory for so many times the z that
+a rank saves in a layer at its fair share of tokens; 0: no budget) and save (folder of a checkpoint to
+write). Every rank trains on its part of the same batches. The results go to FOLDER/PROCESSES.pt.
 """
 
 import functools
@@ -63,7 +63,9 @@ def attach_budget(model, settings, world) -> ActivationBudget:
     args, layers = model.model_args, [moe.experts for moe in moes(model)]
     z = [(str(i), 8 * SEQ // world * args.moe_args.top_k * 2 * args.moe_hidden_dim * 4) for i in range(len(layers))]
     moments = [Moment("loss", z[:i], 0, {}) for i in range(len(z) + 1)]
-    budget = ActivationBudget(MemoryPlan([n for n, _ in z], moments, {}, 1, layer_growth={n: (0, 0) for n, _ in z}), layers)
+    names = [name for name, _ in z]
+    plan = MemoryPlan(names, moments, {}, 1, layer_growth={name: (0, 0) for name in names})
+    budget = ActivationBudget(plan, layers)
     budget.room = settings["room"] * z[0][1] + CUBLAS_BYTES
     for layer in layers:
         layer.activation_budget = budget

@@ -1,4 +1,4 @@
-"""Which tiles each portable GEMM uses: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
+"""Tiles of the portable GEMMs: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ class TileConfig:
 
 ROW_TILE = 128  # block_m of the row-tiled 16-bit kernels, which share one list of row tiles
 
-_TABLE = {
+_TABLE: dict[str, dict[str, TileConfig]] = {
     "interpreter": dict.fromkeys(KERNELS, TileConfig(16, 32, 32, 1, 1)),
     "float32": dict.fromkeys(KERNELS, TileConfig(64, 32, 32, 8, 2)),
     "sm80": {  # also every GPU without a row of its own, and odd widths: 99 KiB of shared memory suffice
@@ -93,7 +93,7 @@ def _tuned(device_name: str) -> dict[str, dict[str, TileConfig]]:
     path = cache_path(device_name)
     try:
         entries = json.loads(path.read_text())
-        tuned = {}
+        tuned: dict[str, dict[str, TileConfig]] = {}
         for key, kernels in entries.items():
             configs = {kernel: TileConfig(**kernels[kernel]) for kernel in KERNELS}
             if {configs[k].block_m for k in KERNELS if k != "weight_grad"} != {ROW_TILE}:

@@ -35,7 +35,7 @@ def _rows_gemm_kernel(
     tile = tl.program_id(0) // NUM_N
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
+    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)  # pyright: ignore[reportGeneralTypeIssues] - jit
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = rows_matmul(

@@ -43,7 +43,7 @@ def _up_proj_kernel(
     tile = tl.program_id(0) // NUM_N
     if tile >= tl.load(num_tiles_ptr):
         return
-    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)
+    expert, row0, end = tile_span(tiles_ptr, offsets_ptr, tile, BLOCK_M)  # pyright: ignore[reportGeneralTypeIssues] - jit
     rows = row0 + tl.arange(0, BLOCK_M)
     if not WRITE_ACT:
         if tl.minimum(row0 + BLOCK_M, end) <= first_row:

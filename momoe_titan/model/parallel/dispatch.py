@@ -77,8 +77,8 @@ def exchange_sizes_over(
     group: ProcessGroup, sent_P2: torch.Tensor, num_tokens: int, num_chosen: int
 ) -> tuple[Sizes, Sizes]:
     """`SizesExchange` by an all-to-all of the group, for whose result the host waits."""
-    sent_P2, received_P2 = torch.ops.momoe_titan.exchange_counts(sent_P2, group.group_name).tolist()
-    return sent_P2, received_P2
+    sent, received = torch.ops.momoe_titan.exchange_counts(sent_P2, group.group_name).tolist()
+    return sent, received
 
 
 def fair_share(num_tokens: int, num_chosen: int, num_experts: int, num_ranks: int) -> tuple[int, int]:
@@ -249,7 +249,8 @@ class Dispatcher:
         num_sent = sum(splits.sent)
         num_rows = sum(slots for _, slots in received_P2)
         if reserve is not None:
-            fair = fair_share(*ids_TK.shape, self.num_experts, ranks)
+            num_tokens, num_chosen = ids_TK.shape
+            fair = fair_share(num_tokens, num_chosen, self.num_experts, ranks)
             tokens, slots = (max(1, ranks * n) for n in fair)
             row_bytes = x_TD.shape[1] * x_TD.element_size()
             reserve(sum(splits.received) / tokens, num_rows / slots, (num_sent - tokens) * row_bytes)
