@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from momoe_titan.memory.plan import GIB, MemoryPlan
-from momoe_titan.train import describe_cpu
+from momoe_titan.memory.plan import GIB, MemoryPlan  # noqa: E402 - needs the path above
+from momoe_titan.train import describe_cpu  # noqa: E402 - needs the path above
 
 STOCK = "torchtitan"
 

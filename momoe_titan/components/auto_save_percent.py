@@ -13,7 +13,6 @@ from torch import nn
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from momoe_titan.save_percent import AUTO
 from momoe_titan.memory.auto_save_percent import (
     FILE_NAME,
     AutoSavePercent,
@@ -23,6 +22,7 @@ from momoe_titan.memory.auto_save_percent import (
 )
 from momoe_titan.memory.plan import PLAN_FAILED, MemoryPlan
 from momoe_titan.model.experts import MomoeExperts
+from momoe_titan.save_percent import AUTO
 
 # What the choice depends on; a stored one is taken where all of it is as it was.
 _SECTIONS = ("model", "training", "parallelism", "activation_checkpoint", "compile", "optimizer")

@@ -28,7 +28,10 @@ def _combine_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),). out[t] = sum_k (scores[t, k]) * rows[row[t, k]]; a slot with row -1 adds nothing."""
+    """Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),). out[t] = sum_k (scores[t, k]) * rows[row[t, k]].
+
+    A slot with row -1 adds nothing.
+    """
     num_d = tl.cdiv(D, BLOCK_D)  # the columns of a row at a time: it is read as it lies in memory
     tokens = (tl.program_id(0) // num_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)

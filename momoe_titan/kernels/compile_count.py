@@ -1,7 +1,7 @@
 """How many Triton kernels this process has compiled: a number that has to stand still in training.
 
-What may add one later: a first forward without gradients where save_percent is above 0, a first one that keeps no z, and
-without gradients the first of at most 16 tokens, or of more.
+What may add kernels later: the first forward without gradients where save_percent is above 0, the first one that saves
+no z, and without gradients the first of at most 16 tokens, or of more.
 """
 
 import threading

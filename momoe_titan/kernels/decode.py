@@ -1,17 +1,17 @@
 """The forward for up to 16 tokens, without gradients: bound by reading the experts' weights, once.
 
-Three launches, and no sorting: a row keeps the number of its slot, ``t * K + k``. Programs find the
-rows of their expert among all slots by themselves, own a stripe of its columns and stream it through
-shared memory. Plain Triton.
+Three launches (up, down, sum), and no sorting: a row keeps the number of its slot, ``t * K + k``. Programs find the
+rows of their expert among all slots by themselves, own a stripe of its columns and stream it through shared memory.
+Plain Triton.
 
-Two launches for one token whose experts are so small that all programs run at once: up and down are one, by
-hidden columns. A program multiplies its part of act by its rows of w2 as soon as it has it, so that none waits
-for all of act; what is left to sum are the parts of y.
+One token whose experts are so small that all programs run at once takes two launches. The first does both up and
+down: a program owns some hidden columns, and multiplies its part of act by its rows of w2 as soon as it has it, so
+that none waits for all of act. The second sums the parts of y.
 
-On Hopper a launch overlaps the end of the one before (programmatic dependent launch): of the three, programs find their
-expert, and of a few slots ask for its first weights, before they wait. The first launch waits at once, so
-that all work before it is done when the others start. Until they wait they read ids, scores and weights alone, which
-none of these kernels writes, and write the counts alone, which no other one reads.
+On Hopper a launch overlaps the end of the one before it (programmatic dependent launch). The first launch waits
+for all work before it, so that this is done when the others start. The others find their expert before they wait,
+and with few slots ask for its first weights. Until they wait they read ids, scores and weights alone, which none of
+these kernels writes, and write the counts alone, which no other one reads.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ _SUMMED_COLS, _SUMMED_PARTS = 32, 128  # a program of the sum after it, and its 
 
 
 def stripes(device: torch.device) -> tuple[Stripe, Stripe]:
-    """Of the up and of the down projection."""
+    """The stripes of the up and of the down projection."""
     if gpu.interpreting() or gpu.device_properties(device)[0] == (9, 0):
         return _HOPPER
     return _ANY
@@ -93,7 +93,10 @@ def _rows_of_group(ids, expert, group, by_slot, SLOTS: tl.constexpr):
 
 @triton.jit
 def _ask_for(ptr, stride, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Has a block of a matrix of 16-bit elements fetched into the L2, by lines of 128 bytes; what is outside: its edge instead."""
+    """Has a block of a matrix of 16-bit elements fetched into the L2, by lines of 128 bytes.
+
+    Of what is outside the matrix its edge is fetched instead.
+    """
     r = tl.minimum(row + tl.arange(0, BLOCK_ROWS), rows - 1)
     c = tl.minimum(col + 64 * tl.arange(0, BLOCK_COLS // 64), cols - 1)
     ptrs = (ptr + r[:, None] * stride + c[None, :]).to(tl.int64)
@@ -136,7 +139,10 @@ def _fused_kernel(
     UPCAST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid (K * cdiv(F, BLOCK_N),). y (K, cdiv(F, BLOCK_N), D) float32: of a slot and BLOCK_N hidden columns, act @ w2[id]."""
+    """Grid (K * cdiv(F, BLOCK_N),). A program owns a slot of the one token, and BLOCK_N hidden columns.
+
+    y (K, cdiv(F, BLOCK_N), D) float32 = act[slot, columns] @ w2[ids[slot]][columns]
+    """
     PARTS: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     UP_STEPS: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     TILE: tl.constexpr = 2 * BLOCK_N  # columns of w1, up and gate, and of w2 a step
@@ -260,7 +266,10 @@ def _down_kernel(
     UPCAST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid (groups * cdiv(D, BLOCK_N) * SPLIT,). y (SPLIT, T * K, D) float32: sums over parts of F of act[s] @ w2[ids[s]]."""
+    """Grid (groups * cdiv(D, BLOCK_N) * SPLIT,). A program owns BLOCK_N columns and a part of F, for a group's rows.
+
+    y (SPLIT, T * K, D) float32 at slot s: the part's sum of act[s] @ w2[ids[s]]
+    """
     NUM_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     PART: tl.constexpr = ((F + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
     EVEN_K: tl.constexpr = F % (PART * SPLIT) == 0
@@ -323,7 +332,10 @@ def _sum_parts_kernel(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid (cdiv(D, BLOCK),). out = sum over the used slots of score * y and its parts, in a fixed order; counts (E) int64."""
+    """Grid (cdiv(D, BLOCK),). Of one token: out = sum over used slots and parts of score * y, in a fixed order.
+
+    counts (E) int64: how many slots chose each expert.
+    """
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(0) == 0:
         _store_counts(ids_ptr, counts_ptr, K, E, SLOTS, E_POW2)
@@ -359,7 +371,10 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid (T, cdiv(D, BLOCK)). out[t] = sum over its used slots of score * y, parts and slots in order; counts (E) int64."""
+    """Grid (T, cdiv(D, BLOCK)). out[t] = sum over its used slots of score * y, parts and slots in order.
+
+    counts (E) int64: how many slots chose each expert.
+    """
     token = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if (token == 0) & (tl.program_id(1) == 0):
@@ -381,9 +396,9 @@ def _sum_kernel(
 
 
 def fuses(device: torch.device, num_tokens: int, num_chosen: int, ffn: int) -> bool:
-    """Whether up and down are one launch: of one token, if its programs all run at once, on Hopper; in the interpreter always.
+    """Whether up and down are one launch: for one token, if all programs run at once on Hopper, or in the interpreter.
 
-    With more of them there are more parts of y to read, and the memory pauses between two rounds.
+    With more programs than that there are more parts of y to read, and the memory pauses between two rounds.
     """
     if num_tokens != 1 or gpu.interpreting():
         return num_tokens == 1
@@ -397,48 +412,70 @@ def forward(
     """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`. All contiguous, `supported`."""
     num_tokens, num_chosen = ids_TK.shape
     num_experts, ffn, d_model = w2_EFD.shape
-    num_slots = num_tokens * num_chosen
-    by_slot = int(num_slots < num_experts)
-    groups = min(num_slots, num_experts)
-    slots = max(64, next_power_of_2(MAX_TOKENS * num_chosen))
     overlaps = not gpu.interpreting() and gpu.device_properties(x_TD.device)[0] == (9, 0)
+    # Constants of all kernels; those of the sums over slots.
     shape = {"D": d_model, "E": num_experts, "OVERLAPS": overlaps, "launch_pdl": overlaps}
+    slots = max(64, next_power_of_2(MAX_TOKENS * num_chosen))
     summed = {"K": num_chosen, "SLOTS": slots, "E_POW2": max(2, next_power_of_2(num_experts))}
     out_TD = torch.empty_like(x_TD)
     counts_E = ids_TK.new_empty(num_experts, dtype=torch.int64)
+    outputs = scores_TK, out_TD, counts_E
     if fuses(x_TD.device, num_tokens, num_chosen, ffn):
-        parts = cdiv(ffn, _FUSED.block_n)
-        y = x_TD.new_empty(num_chosen * parts, d_model, dtype=torch.float32)
-        launch(
-            _fused_kernel,
-            (num_chosen * parts,),
-            x_TD,
-            w1_ED2F,
-            w2_EFD,
-            y,
-            ids_TK,
-            F=ffn,
-            K=num_chosen,
-            BLOCK_M=_BLOCK_M,
-            **shape,
-            **_FUSED.options(x_TD.dtype),
-        )
-        launch(
-            _sum_parts_kernel,
-            (cdiv(d_model, _SUMMED_COLS),),
-            y,
-            ids_TK,
-            scores_TK,
-            out_TD,
-            counts_E,
-            PARTS=parts,
-            ROWS=min(_SUMMED_PARTS, next_power_of_2(num_chosen * parts)),
-            BLOCK=_SUMMED_COLS,
-            num_warps=4,
-            **shape,
-            **summed,
-        )
-        return out_TD, counts_E
+        y = _up_and_down_in_one(x_TD, w1_ED2F, w2_EFD, ids_TK, shape)
+        _sum_parts(y, ids_TK, *outputs, shape | summed)
+    else:
+        y = _up_then_down(x_TD, w1_ED2F, w2_EFD, ids_TK, slots, shape)
+        _sum_slots(y, ids_TK, *outputs, shape | summed)
+    return out_TD, counts_E
+
+
+def _up_and_down_in_one(x_TD, w1_ED2F, w2_EFD, ids_TK, shape: dict) -> torch.Tensor:
+    """Of one token: (K * parts of F, D) float32, whose weighted sum over the rows is its output."""
+    ffn, num_chosen = w2_EFD.shape[1], ids_TK.shape[1]
+    num_rows = num_chosen * cdiv(ffn, _FUSED.block_n)
+    y = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=torch.float32)
+    launch(
+        _fused_kernel,
+        (num_rows,),
+        x_TD,
+        w1_ED2F,
+        w2_EFD,
+        y,
+        ids_TK,
+        F=ffn,
+        K=num_chosen,
+        BLOCK_M=_BLOCK_M,
+        **shape,
+        **_FUSED.options(x_TD.dtype),
+    )
+    return y
+
+
+def _sum_parts(y, ids_TK, scores_TK, out_TD, counts_E, constants: dict) -> None:
+    """The output of one token from the rows of `_up_and_down_in_one`."""
+    num_rows, d_model = y.shape
+    launch(
+        _sum_parts_kernel,
+        (cdiv(d_model, _SUMMED_COLS),),
+        y,
+        ids_TK,
+        scores_TK,
+        out_TD,
+        counts_E,
+        PARTS=num_rows // ids_TK.shape[1],
+        ROWS=min(_SUMMED_PARTS, next_power_of_2(num_rows)),
+        BLOCK=_SUMMED_COLS,
+        num_warps=4,
+        **constants,
+    )
+
+
+def _up_then_down(x_TD, w1_ED2F, w2_EFD, ids_TK, slots: int, shape: dict) -> torch.Tensor:
+    """(parts of F, T * K, D) float32: of each slot, what its expert makes of its token, in parts to be added."""
+    num_experts, ffn, d_model = w2_EFD.shape
+    num_slots = ids_TK.numel()
+    by_slot = int(num_slots < num_experts)
+    groups = min(num_slots, num_experts)
     up, down = stripes(x_TD.device)
     act = x_TD.new_empty(num_slots, ffn)
     y = x_TD.new_empty(down.split, num_slots, d_model, dtype=torch.float32)
@@ -452,7 +489,7 @@ def forward(
         num_slots,
         by_slot,
         F=ffn,
-        K=num_chosen,
+        K=ids_TK.shape[1],
         SLOTS=slots,
         BLOCK_M=_BLOCK_M,
         **shape,
@@ -474,19 +511,22 @@ def forward(
         **shape,
         **down.options(x_TD.dtype),
     )
+    return y
+
+
+def _sum_slots(y, ids_TK, scores_TK, out_TD, counts_E, constants: dict) -> None:
+    """The output of each token from the rows of `_up_then_down`."""
     launch(
         _sum_kernel,
-        (num_tokens, cdiv(d_model, 128)),
+        (ids_TK.shape[0], cdiv(y.shape[2], 128)),
         y,
         ids_TK,
         scores_TK,
         out_TD,
         counts_E,
-        num_slots,
-        SPLIT=down.split,
+        ids_TK.numel(),
+        SPLIT=y.shape[0],
         BLOCK=128,
         num_warps=2,
-        **shape,
-        **summed,
+        **constants,
     )
-    return out_TD, counts_E

@@ -72,7 +72,10 @@ class SavedForBackward:
         return self.z_S2F.new_empty(0, self.z_S2F.shape[1]) if evicted else self.z_S2F
 
     def free_z(self) -> None:
-        """Free z, which autograd holds until the backward ends; not where hooks of saved tensors made it a part of more."""
+        """Free z, which autograd would hold until the backward ends.
+
+        Not where hooks of saved tensors have made z a part of a larger tensor.
+        """
         storage = self.z_S2F.untyped_storage()
         if storage.nbytes() == self.z_S2F.nbytes:
             storage.resize_(0)
@@ -167,7 +170,7 @@ def _backward(
 
 
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
-    """dx, dw1, dw2, dscores; empty where not needed. What is deleted below is so because the peak of memory goes by it."""
+    """dx, dw1, dw2, dscores, empty where not needed. The peak of memory goes by what is deleted here, and when."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
     z_S2F, routing = saved.rows_of_z(), saved.routing()
     num_saved = z_S2F.shape[0]
@@ -339,7 +342,8 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
         raise ValueError(f"x must have D = {d_model} columns, got {tuple(x_TD.shape)}")
     if ids_TK.shape[0] != x_TD.shape[0] or scores_TK.shape != ids_TK.shape:
         raise ValueError(
-            f"ids and scores must both be (T, K) with T = {x_TD.shape[0]}, got {tuple(ids_TK.shape)} and {tuple(scores_TK.shape)}"
+            f"ids and scores must both be (T, K) with T = {x_TD.shape[0]}, got "
+            f"{tuple(ids_TK.shape)} and {tuple(scores_TK.shape)}"
         )
     if ids_TK.shape[1] == 0:
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
@@ -418,23 +422,24 @@ def momoe_mlp(
     Args:
         x_TD: tokens, bfloat16, float16 or float32.
         w1_ED2F: first F columns up, last F gate; dtype of x.
-        w2_EFD: dtype of x. A view that does not start on 16 bytes is copied, as x and w1 are. Under ``torch.autocast`` x, w1 and w2 may differ and are cast to its dtype.
+        w2_EFD: dtype of x. Under ``torch.autocast`` x, w1 and w2 may differ, and are cast to its dtype. Of the three,
+            a view that does not start on 16 bytes is copied.
         ids_TK: chosen experts, int32 or int64. An id outside ``[0, E)`` marks an
             unused slot: it adds nothing and the gradient of its score is 0, so
             tokens may choose different numbers of experts.
         scores_TK: any floating dtype, used as float32.
         save_percent: 0 to 100, the share of z = x @ w1 (R x 2F, R = T * K) that is
-            kept for the backward; the rest is computed again there. It changes
-            memory and time, never the result. Nothing is kept where no gradient is wanted.
+            saved for the backward; the rest is computed again there. It changes
+            memory and time, never the result. Nothing is saved where no gradient is wanted.
         num_rows: R, where the caller knows that fewer than T * K slots are used: at least their
             number (a smaller R is undefined behaviour), at most T * K. What the op allocates
-            and keeps goes by R.
+            and saves goes by R.
         backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
         check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
             where num_rows is given, more used slots than that (synchronises with the host).
-        on_keep: called with z (S, 2F) where rows of it are kept. Until the backward they may be shed,
-            `z.untyped_storage().resize_(0)`: it then computes all of z again, with the same result. A backward that
-            is the last to need z frees it.
+        on_keep: called with z (S, 2F) where rows of it are saved. Until the backward its memory may be freed,
+            `z.untyped_storage().resize_(0)`: the backward then computes all of z again, with the same result. The
+            last backward that needs z frees it.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per

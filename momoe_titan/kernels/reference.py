@@ -3,6 +3,8 @@
 Both run the experts one after another and read their token counts on the host.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +43,7 @@ def momoe_mlp_ref(
 def _spans(routing: RoutingMetadata):
     """(expert, first row, end row) of every expert that has rows."""
     offsets = routing.offsets_E1.tolist()
-    return [(e, a, b) for e, (a, b) in enumerate(zip(offsets, offsets[1:])) if b > a]
+    return [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(offsets)) if b > a]
 
 
 def combine(rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None) -> torch.Tensor:

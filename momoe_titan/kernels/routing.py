@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from momoe_titan.kernels.gpu import interpreting
+from momoe_titan.kernels import gpu
 from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_TILES = MAX_EXPERTS = 1 << 16  # 16 bits of a packed tile hold its number in its expert, 16 the expert
@@ -151,6 +151,88 @@ def _count(ids_ptr, num_slots, end, E: tl.constexpr, E_POW2: tl.constexpr, COUNT
     return counts, before
 
 
+@triton.jit
+def _place_slots(
+    ids_ptr,
+    scores_ptr,
+    hist_ptr,
+    token_ptr,
+    score_ptr,
+    row_ptr,
+    block,
+    counts,
+    before,
+    num_slots,
+    num_rows,
+    num_blocks,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCORED: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """Writes the row of each slot of a block, and the token and score of each such row.
+
+    counts: slots of each expert. before: if FEW, those of earlier blocks; otherwise hist has them.
+    """
+    slots = block * SLOTS + tl.arange(0, SLOTS)
+    live = slots < num_slots
+    ids = _load_ids(ids_ptr, slots, num_slots, E, "")
+    used = ids >= 0
+    chosen = tl.where(used, ids, 0)
+    first = tl.cumsum(counts, 0) - counts
+    if FEW:
+        row = tl.gather(first + before, chosen, 0)
+    else:
+        earlier = tl.load(hist_ptr + chosen.to(tl.int64) * num_blocks + block, mask=used, other=0)
+        row = tl.gather(first, chosen, 0) + earlier
+    # plus earlier slots of the block that chose the same; dim 0, which Triton's default layout leaves to one thread
+    same = (slots[:, None] < slots[None, :]) & (ids[:, None] == ids[None, :])
+    row += tl.sum(same.to(tl.int32), axis=0)
+    tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
+    tl.store(token_ptr + row, slots // K, mask=live & used)
+    if SCORED:
+        score = tl.load(scores_ptr + slots, mask=live & used, other=0.0).to(tl.float32)
+        tl.store(score_ptr + row, score, mask=live & used)
+    # rows at and past the last offset belong to nobody: give them a valid token
+    unused = (slots >= tl.sum(counts)) & (slots < num_rows)
+    tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused)
+    if SCORED:
+        tl.store(score_ptr + slots, tl.zeros_like(score), mask=unused)
+
+
+@triton.jit
+def _list_tiles(
+    counts_ptr,
+    total_ptr,
+    offsets_ptr,
+    tiles_ptr,
+    num_tiles_ptr,
+    expert,
+    counts,
+    experts,
+    E: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """Writes the row tiles of an expert and its offset; if FEW its count too; the last expert writes the totals."""
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    first_tile = _count_before(tiles, experts, expert)
+    my_tiles = _count_before(tiles, experts, expert + 1) - first_tile
+    for start in range(0, my_tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        tl.store(tiles_ptr + first_tile + tile, (tile << 16) | expert, mask=tile < my_tiles)
+    tl.store(offsets_ptr + expert, _count_before(counts, experts, expert))
+    if FEW:
+        mine = tl.sum(tl.where(experts == expert, counts, 0))
+        tl.store(counts_ptr + expert, mine)
+        tl.store(total_ptr + expert, mine.to(tl.int64))
+    if expert == E - 1:
+        tl.store(offsets_ptr + E, tl.sum(counts))
+        tl.store(num_tiles_ptr, tl.sum(tiles))
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_rows", "num_blocks"])
 def _place_kernel(
     ids_ptr,
@@ -179,7 +261,8 @@ def _place_kernel(
 ):
     """Grid (blocks of slots + E,). The first programs place their slots, the last E list an expert's tiles.
 
-    If FEW they count the slots themselves; otherwise hist and counts come from the kernels above.
+    One launch for both, which need the same counts. If FEW all programs count the slots themselves; otherwise hist
+    and counts come from the kernels above.
     """
     pid = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
@@ -187,47 +270,42 @@ def _place_kernel(
         counts, before = _count(ids_ptr, num_slots, pid * SLOTS, E, E_POW2, COUNTED)
     else:
         counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
+        before = counts  # not read
     if pid < num_blocks:
-        slots = pid * SLOTS + tl.arange(0, SLOTS)
-        live = slots < num_slots
-        ids = _load_ids(ids_ptr, slots, num_slots, E, "")
-        used = ids >= 0
-        chosen = tl.where(used, ids, 0)
-        first = tl.cumsum(counts, 0) - counts
-        if FEW:
-            row = tl.gather(first + before, chosen, 0)
-        else:
-            before = tl.load(hist_ptr + chosen.to(tl.int64) * num_blocks + pid, mask=used, other=0)
-            row = tl.gather(first, chosen, 0) + before
-        # plus earlier slots of the block that chose the same: along dim 0, which Triton's default layout leaves to one thread
-        same = (slots[:, None] < slots[None, :]) & (ids[:, None] == ids[None, :])
-        row += tl.sum(same.to(tl.int32), axis=0)
-        tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
-        tl.store(token_ptr + row, slots // K, mask=live & used)
-        if SCORED:
-            score = tl.load(scores_ptr + slots, mask=live & used, other=0.0).to(tl.float32)
-            tl.store(score_ptr + row, score, mask=live & used)
-        # rows at and past the last offset belong to nobody: give them a valid token
-        unused = (slots >= tl.sum(counts)) & (slots < num_rows)
-        tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused)
-        if SCORED:
-            tl.store(score_ptr + slots, tl.zeros_like(score), mask=unused)
+        _place_slots(
+            ids_ptr,
+            scores_ptr,
+            hist_ptr,
+            token_ptr,
+            score_ptr,
+            row_ptr,
+            pid,
+            counts,
+            before,
+            num_slots,
+            num_rows,
+            num_blocks,
+            K,
+            E,
+            SLOTS,
+            SCORED,
+            FEW,
+        )
     else:
-        expert = pid - num_blocks
-        tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
-        first_tile = _count_before(tiles, experts, expert)
-        my_tiles = _count_before(tiles, experts, expert + 1) - first_tile
-        for start in range(0, my_tiles, TILES):
-            tile = start + tl.arange(0, TILES)
-            tl.store(tiles_ptr + first_tile + tile, (tile << 16) | expert, mask=tile < my_tiles)
-        tl.store(offsets_ptr + expert, _count_before(counts, experts, expert))
-        if FEW:
-            mine = tl.sum(tl.where(experts == expert, counts, 0))
-            tl.store(counts_ptr + expert, mine)
-            tl.store(total_ptr + expert, mine.to(tl.int64))
-        if expert == E - 1:
-            tl.store(offsets_ptr + E, tl.sum(counts))
-            tl.store(num_tiles_ptr, tl.sum(tiles))
+        _list_tiles(
+            counts_ptr,
+            total_ptr,
+            offsets_ptr,
+            tiles_ptr,
+            num_tiles_ptr,
+            pid - num_blocks,
+            counts,
+            experts,
+            E,
+            TILE_ROWS,
+            TILES,
+            FEW,
+        )
 
 
 def _sort_options(num_experts: int) -> dict[str, int]:
@@ -270,7 +348,7 @@ def build_routing(
     if kind not in _ready and num_tokens:
         # the other way once, for its compiled kernels: another number of tokens must not compile any
         _ready.add(kind)
-        if not interpreting():
+        if not gpu.interpreting():
             _sort(ids_TK, scores_TK, routing, counts_E, not few)
     _sort(ids_TK, scores_TK, routing, counts_E, few)
     return packed, counts_E
@@ -313,7 +391,7 @@ def _sort(ids_TK, scores_TK, r: RoutingMetadata, counts_E, few: bool) -> None:
 def build_routing_ref(
     ids_TK: torch.Tensor, scores_TK: torch.Tensor | None, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as :func:`build_routing`, equal in every entry in use, in plain torch (it synchronises with the host)."""
+    """The same as :func:`build_routing` in plain torch, equal in every entry in use; synchronises with the host."""
     num_tokens, num_chosen = ids_TK.shape
     device = ids_TK.device
     shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)

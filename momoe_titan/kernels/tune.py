@@ -7,6 +7,7 @@ cache (see configs.cache_path) or the built-in table.
 """
 
 import argparse
+import functools
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from momoe_titan.kernels.portable.rows_gemm import rows_gemm
 from momoe_titan.kernels.routing import build_routing, unpack_routing
 
 _TILES = {
-    # (block_n, block_k) of the row-tiled kernels, whose block_m is the table's; (block_m, block_n, block_k) of the other
+    # (block_n, block_k) of the row-tiled kernels, whose block_m is the table's; of the other, block_m first
     "up_proj": [(128, 64), (64, 64), (64, 32)],
     "down_proj": [(256, 64), (128, 64), (128, 32)],
     "down_proj_backward": [(128, 64), (64, 64), (64, 32)],
@@ -42,7 +43,10 @@ def tune(
 
     A candidate that does not compile, fit or run is skipped.
     """
-    new = lambda *size: torch.randn(size, device="cuda", dtype=torch.float32).mul_(size[-1] ** -0.5).to(dtype)
+
+    def new(*size):
+        return torch.randn(size, device="cuda", dtype=torch.float32).mul_(size[-1] ** -0.5).to(dtype)
+
     x, dout, w1, w2 = new(tokens, dim), new(tokens, dim), new(experts, dim, 2 * ffn), new(experts, ffn, dim)
     scores = torch.rand(tokens, chosen, device="cuda")
     ids = torch.rand(tokens, experts, device="cuda").topk(chosen, -1)[1]
@@ -68,7 +72,7 @@ def tune(
         times = {}
         for config in dict.fromkeys([best[kernel], *candidates(kernel, tile_rows)]):
             try:
-                times[config] = do_bench(lambda: call(config), warmup=5, rep=30, return_mode="median")
+                times[config] = do_bench(functools.partial(call, config), warmup=5, rep=30, return_mode="median")
             except (
                 triton.runtime.errors.OutOfResources,
                 triton.CompilationError,
@@ -80,7 +84,8 @@ def tune(
             continue
         default, best[kernel] = best[kernel], min(times, key=times.get)
         print(
-            f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, built-in {times.get(default, float('nan')):.3f} ms",
+            f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, "
+            f"built-in {times.get(default, float('nan')):.3f} ms",
             flush=True,
         )
     return best

@@ -117,8 +117,8 @@ class ActivationBudget:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             tokens, slots = 1 + self._rows_L2.max(axis=0)
             logger.info(
-                f"save_percent = auto: rank {rank} receives up to {tokens:.3f} times its fair share of tokens, {slots:.3f} of "
-                f"rows, by MoE layer {self._latest + 1} of {len(self.layers)}, and sheds the z that has no room; "
-                "not said again, see memory/experts_shed"
+                f"save_percent = auto: rank {rank} receives up to {tokens:.3f} times its fair share of tokens, "
+                f"{slots:.3f} of rows, by MoE layer {self._latest + 1} of {len(self.layers)}, and sheds the z that "
+                "has no room; not said again, see memory/experts_shed"
             )
         return self._over_S()

@@ -14,7 +14,7 @@ PLAN_FAILED = "momoe_titan.plan: error: "  # the command line says so last, and 
 
 
 def budget_bytes(memory_budget: float, gpu_bytes: int) -> int:
-    """momoe.memory_budget in bytes: up to 1 a share of the GPU's memory, above that GiB."""
+    """momoe.memory_budget in bytes: up to 1 a fraction of the GPU's memory, above that GiB."""
     return int(memory_budget * gpu_bytes if memory_budget <= 1 else memory_budget * GIB)
 
 
@@ -100,7 +100,7 @@ class MemoryPlan:
             raise ValueError(
                 f"save_percent has {len(values)} numbers, must have 1 or one per MoE layer, {len(self.layers)}"
             )
-        return dict(zip(self.layers, values))
+        return dict(zip(self.layers, values, strict=True))
 
     def peak_moment(self, save_percent: float | Sequence[float]) -> Moment:
         """When the most is alive."""
@@ -144,9 +144,9 @@ class MemoryPlan:
         """The largest save_percent by layer, in whole percents, with which `active` and `slack` are
         at most `budget` bytes.
 
-        Some layers keep all, one a part, the others nothing: the same memory as the same share
-        everywhere, with fewer kernels. The last layers come first, whose z is freed first. All 0
-        where even that is too much.
+        Some layers save all, one a part, the others nothing. This takes the memory of one save_percent for all
+        layers, with fewer kernels. The last layers come first, whose z is freed first. All 0 where even that is
+        too much.
         """
         choice = [0.0] * len(self.layers)
         for i in reversed(range(len(choice))):
@@ -163,18 +163,18 @@ class MemoryPlan:
             break
         return choice
 
-    def with_growth(self, more_tokens: "MemoryPlan", more_rows: "MemoryPlan", share: int) -> "MemoryPlan":
-        """This plan, of a rank that receives its fair share, with what takes more where it receives more.
+    def with_growth(self, more_tokens: "MemoryPlan", more_rows: "MemoryPlan", times: int) -> "MemoryPlan":
+        """This plan, of a rank that receives its fair share, with what memory grows by where it receives more.
 
-        What a layer keeps is linear in its tokens and its slots. The rest of a moment is the highest of
-        what is: convex, and so below the line through this plan and more_rows.
+        What a layer saves grows in proportion to its tokens and its slots. The rest of a moment is the highest of
+        several sums that do: a convex function, which lies below the line through this plan and more_rows.
 
         Args:
-            more_tokens: of the same job where the rank receives `share` times its tokens.
-            more_rows: the same with `share` times its slots as well.
-            share: as many as there can be, or more.
+            more_tokens: of the same job where the rank receives so many `times` its tokens.
+            more_rows: the same with so many `times` its slots as well.
+            times: as many as there can be, or more.
         """
-        more = share - 1
+        more = times - 1
         kept = (self.layer_kept, more_tokens.layer_kept, more_rows.layer_kept)
         by_layer = {layer: [plan[layer] for plan in kept] for layer in self.layers}
         layer_growth = {layer: ((b - a) / more, (c - b) / more) for layer, (a, b, c) in by_layer.items()}

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from momoe_titan.memory.plan import (
     CUBLAS_BYTES,
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")
     parser.add_argument("--node_size", type=int, default=8, help="GPUs of a node")
     parser.add_argument(
-        "--overlap", type=float, default=0.9, help="share of the compute time that can hide FSDP's traffic"
+        "--overlap", type=float, default=0.9, help="fraction of the compute time that can hide FSDP's traffic"
     )
     parser.add_argument(
         "--host_us",
@@ -90,7 +91,10 @@ def read_job(args: argparse.Namespace, job_args: list[str]):
     return ConfigManager().parse_args(job_args)
 
 
-def predict(args: argparse.Namespace, config) -> dict:
+# TorchTitan, and what imports it, is imported inside of functions: not before `describe_cpu` is in force.
+
+
+def predict(args: argparse.Namespace, config) -> dict[str, Any]:
     """What is printed.
 
     Raises:
@@ -98,8 +102,7 @@ def predict(args: argparse.Namespace, config) -> dict:
     """
     from torchtitan.tools.logging import logger
 
-    from momoe_titan.plan.cost import GPUS, Network, StepCost, step_time
-    from momoe_titan.plan.job import check_job, trace_job
+    from momoe_titan.plan.cost import StepCost
 
     capability = check_options(args)
     logger.setLevel(logging.WARNING)
@@ -109,52 +112,13 @@ def predict(args: argparse.Namespace, config) -> dict:
     except ModuleNotFoundError as e:
         raise ValueError(f"experimental.custom_import {module!r}: {e}") from e
     began = time.perf_counter()
-    stages, world_size = config.parallelism.pipeline_parallel_degree, args.world_size
+    stages = config.parallelism.pipeline_parallel_degree
     cost = StepCost(args.node_size) if args.time else None
-    if args.time and stages != 1:  # one stage's ranks with all layers, whose time is then divided
-        check_job(config, world_size)
-        world_size //= stages
-        config.parallelism.pipeline_parallel_degree = 1
-        if world_size == config.parallelism.tensor_parallel_degree:  # no FSDP: TorchTitan then leaves autocast off
-            config.training.mixed_precision_param = config.training.dtype
-    plan = trace_job(config, world_size, capability, cost)
-    if args.time and stages > 1:
-        plan.notes.append(f"memory is as without pipeline stages; one of {stages} stages has about 1/{stages} of it")
+    plan = _plan(args, config, capability, cost)
     given = args.context_gib
     context = context_bytes(args.world_size) if given is None else int(given * GIB)
     budget = budget_bytes(config.momoe.memory_budget, int(args.gpu_memory_gib * GIB))
-
-    rows = []
-    for percent in SAVE_PERCENTS:
-        moment, active, reserved = plan.peak_moment(percent), plan.active(percent), plan.reserved(percent)
-        z = sum(n for _, n in moment.z) * percent // 100
-        rows.append(
-            {
-                "save_percent": percent,
-                "kept_z": plan.kept_z(percent),
-                **{phase: plan.peak(percent, phase) for phase in PHASES},
-                "max_active": active,
-                "max_reserved": reserved,
-                "total": reserved + context,
-                "fits": reserved + context <= budget,
-                "at_peak": {**moment.parts, "experts' z": z, "cuBLAS workspaces": CUBLAS_BYTES, "phase": moment.phase},
-            }
-        )
     choice, reserved = largest_that_fits(plan, budget - context)
-    timed = {}
-    if cost is not None:
-        training = config.training
-        replicas = world_size // (
-            config.parallelism.tensor_parallel_degree * config.parallelism.context_parallel_degree
-        )
-        tokens = training.local_batch_size * training.seq_len * replicas
-        repeats = max(1, training.global_batch_size // (training.local_batch_size * replicas))
-        waves = max(1, training.local_batch_size // config.parallelism.pipeline_parallel_microbatch_size)
-        network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
-        gpu = replace(GPUS[args.gpu], launch=args.host_us)
-        for percent in SAVE_PERCENTS:
-            t = step_time(cost, gpu, network, percent, repeats, (stages, waves))
-            timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}
     return {
         "model": f"{config.model.name} {config.model.flavor}",
         "num_parameters": plan.num_parameters,
@@ -163,13 +127,66 @@ def predict(args: argparse.Namespace, config) -> dict:
         "budget": budget,
         "context": context,
         "kept": plan.kept,
-        "rows": rows,
+        "rows": [_memory_at(percent, plan, context, budget) for percent in SAVE_PERCENTS],
         "fits": {"save_percent": choice, "total": reserved + context},
-        "time": timed,
+        "time": {} if cost is None else _times(args, config, cost, stages),
         "notes": plan.notes,
         "plan": plan.to_dict(),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -> MemoryPlan:
+    """The plan of the job. With --time, pipeline stages are taken out of the configuration."""
+    from momoe_titan.plan.job import check_job, trace_job
+
+    stages, world_size = config.parallelism.pipeline_parallel_degree, args.world_size
+    if not args.time or stages == 1:
+        return trace_job(config, world_size, capability, cost)
+    check_job(config, world_size)
+    # The ranks of one stage, but with all layers; `_times` divides their time.
+    world_size //= stages
+    config.parallelism.pipeline_parallel_degree = 1
+    if world_size == config.parallelism.tensor_parallel_degree:  # no FSDP: TorchTitan then leaves autocast off
+        config.training.mixed_precision_param = config.training.dtype
+    plan = trace_job(config, world_size, capability, cost)
+    if stages > 1:
+        plan.notes.append(f"memory is as without pipeline stages; one of {stages} stages has about 1/{stages} of it")
+    return plan
+
+
+def _memory_at(percent: int, plan: MemoryPlan, context: int, budget: int) -> dict[str, Any]:
+    """One row of the table: memory at this save_percent."""
+    moment, active, reserved = plan.peak_moment(percent), plan.active(percent), plan.reserved(percent)
+    z = sum(n for _, n in moment.z) * percent // 100
+    return {
+        "save_percent": percent,
+        "kept_z": plan.kept_z(percent),
+        **{phase: plan.peak(percent, phase) for phase in PHASES},
+        "max_active": active,
+        "max_reserved": reserved,
+        "total": reserved + context,
+        "fits": reserved + context <= budget,
+        "at_peak": {**moment.parts, "experts' z": z, "cuBLAS workspaces": CUBLAS_BYTES, "phase": moment.phase},
+    }
+
+
+def _times(args: argparse.Namespace, config, cost, stages: int) -> dict[int, dict[str, Any]]:
+    """The time of a step by save_percent."""
+    from momoe_titan.plan.cost import GPUS, Network, step_time
+
+    training, degrees = config.training, config.parallelism
+    replicas = args.world_size // (stages * degrees.tensor_parallel_degree * degrees.context_parallel_degree)
+    tokens = training.local_batch_size * training.seq_len * replicas
+    repeats = max(1, training.global_batch_size // (training.local_batch_size * replicas))
+    waves = max(1, training.local_batch_size // degrees.pipeline_parallel_microbatch_size)
+    network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
+    gpu = replace(GPUS[args.gpu], launch=args.host_us)
+    timed = {}
+    for percent in SAVE_PERCENTS:
+        t = step_time(cost, gpu, network, percent, repeats, (stages, waves))
+        timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}
+    return timed
 
 
 def check_options(args: argparse.Namespace) -> tuple[int, int]:

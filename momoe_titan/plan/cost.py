@@ -74,7 +74,7 @@ class Network:
     Attributes:
         nvlink: within a node of `node_size` GPUs.
         ib: between nodes.
-        overlap: share of the compute time that FSDP's collectives can use.
+        overlap: fraction of the compute time that FSDP's collectives can use.
     """
 
     nvlink: float = 450.0
@@ -141,7 +141,7 @@ class StepCost:
         work.count += 1
 
     def _experts(self, func, args, micro: bool, forward: bool) -> None:
-        given = dict(zip((a.name for a in func._schema.arguments), args))
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         _, ffn, d_model = given["w2"].shape
         unit = 2 * given["num_rows"] * d_model * ffn
         width = f"{ffn} float32" if given["w2"].dtype == torch.float32 else f"{ffn}"
@@ -193,8 +193,8 @@ def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
     high = min((w for w in widths if w >= ffn), default=widths[-1])
     if low == high:
         return gpu.experts[low]
-    share = (log2(ffn) - log2(low)) / (log2(high) - log2(low))
-    return tuple(a + share * (b - a) for a, b in zip(gpu.experts[low], gpu.experts[high]))
+    position = (log2(ffn) - log2(low)) / (log2(high) - log2(low))
+    return tuple(a + position * (b - a) for a, b in zip(gpu.experts[low], gpu.experts[high], strict=True))
 
 
 def seconds(kind: str, work: Work, gpu: Gpu) -> float:

@@ -168,7 +168,7 @@ class GradientBuckets:
 
 
 def check_job(config: JobConfig, world_size: int) -> None:
-    """Refuse what training on so many ranks, each with a GPU, refuses. Validation, which is not planned, is not looked at.
+    """Refuse what training on so many ranks, each with a GPU, refuses; but for validation, which is not planned.
 
     Raises:
         ValueError: names the field and its value.

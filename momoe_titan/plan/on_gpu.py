@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torchtitan.models.moe import kernels as stock_kernels
@@ -57,6 +58,33 @@ class _GpuFunctions(TorchFunctionMode):
         return self.functions.get(func, func)(*args, **(kwargs or {}))
 
 
+class _GpuFunctionsInModules:
+    """Has `_GpuFunctions` on while a module runs.
+
+    Not all the time: a mode is off while a function that it sees runs, and `Tensor.backward`, in which activation
+    checkpointing runs modules again, is one.
+    """
+
+    def __enter__(self):
+        self._mode, self._depth, self._hooks = _GpuFunctions(), 0, contextlib.ExitStack()
+        hooks = nn.modules.module
+        self._hooks.callback(hooks.register_module_forward_pre_hook(self._enter_module).remove)
+        self._hooks.callback(hooks.register_module_forward_hook(self._leave_module, always_call=True).remove)
+
+    def __exit__(self, *args):
+        self._hooks.close()
+
+    def _enter_module(self, module, args):
+        if self._depth == 0:
+            self._mode.__enter__()
+        self._depth += 1
+
+    def _leave_module(self, module, args, out):
+        self._depth -= 1
+        if self._depth == 0:
+            self._mode.__exit__(None, None, None)
+
+
 def _fill_indices(counts, start, write_offsets, experts_per_rank, num_ranks, max_len, *args, **kwargs):
     return torch.empty(max_len, dtype=torch.int32, device=counts.device)
 
@@ -69,7 +97,7 @@ def as_on_gpu(gpu: PlannedGpu) -> Iterator[None]:
     """
     # TorchTitan 0.2.2 launches this Triton kernel from a plain function, which no hook sees.
     fill_indices = mock.patch.object(stock_kernels, "fill_indices_wrapper", _fill_indices)
-    with plan_for(gpu), _GpuFunctions(), fill_indices:
+    with plan_for(gpu), _GpuFunctionsInModules(), fill_indices:
         yield
 
 

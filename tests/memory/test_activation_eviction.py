@@ -1,4 +1,4 @@
-"""What the budget of z sheds, and when; test_expert_parallel.py trains with it."""
+"""What z is evicted, and when; test_expert_parallel.py trains with it."""
 
 import gc
 import logging
@@ -37,7 +37,7 @@ def budget_with(room: int, growth=100, kept=10, save_percent=(100.0,) * 3) -> Ac
 def forward(budget: ActivationBudget, rows: list[float], more_sent=0, tokens=None) -> list[torch.Tensor]:
     """z of each layer, empty where it is not kept at all. As many tokens as rows unless said otherwise."""
     kept = []
-    for i, (layer, share) in enumerate(zip(budget.layers, rows)):
+    for i, (layer, share) in enumerate(zip(budget.layers, rows, strict=False)):
         budget.reserve(layer, share if tokens is None else tokens[i], share, more_sent)
         kept.append(torch.empty(round(10 * share * budget.save_percent(layer)), dtype=torch.uint8))
         if kept[-1].numel():

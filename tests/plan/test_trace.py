@@ -75,7 +75,8 @@ def test_the_op_takes_the_same_memory_whatever_the_routing(monkeypatch):
 def test_the_inside_of_the_op_is_counted(capability):
     t, d, f, e, k = 4096, 128, 64, 8, 2
     place = Place("experts", "0")
-    with as_on_gpu(PlannedGpu(capability)), FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
+    on_gpu = as_on_gpu(PlannedGpu(capability))
+    with on_gpu, FakeTensorMode(), MemoryTrace(lambda module: None) as trace, trace.within(place):
         x, w1, w2 = (
             torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in ((t, d), (e, d, 2 * f), (e, f, d))
         )
