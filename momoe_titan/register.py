@@ -9,7 +9,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
 from momoe_titan.components.checkpoint import allow_missing_balance_state
-from momoe_titan.components.loss import build_loss
+from momoe_titan.components.loss import build_loss, scale_router_losses
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
@@ -29,6 +29,7 @@ def prepare_and_parallelize(model: MomoeLlama, parallel_dims: ParallelDims, job_
     """`parallelize_momoe_llama`, after what depends on the job's checkpoint and its memory."""
     allow_missing_balance_state(model, job_config)
     set_up_auto_save_percent(model, job_config)
+    scale_router_losses(model, job_config, parallel_dims)
     return parallelize_momoe_llama(model, parallel_dims, job_config)
 
 

@@ -73,8 +73,8 @@ def _(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
 @torch.library.custom_op("momoe_titan::accumulate_margins", mutates_args=("histogram_EB", "input_sum_C"))
 def accumulate_margins(
     histogram_EB: torch.Tensor,
-    input_sum_C: torch.Tensor,
-    x_TD: torch.Tensor,
+    input_sum_C: torch.Tensor | None,
+    x_TD: torch.Tensor | None,
     logits_TE: torch.Tensor,
     bias_E: torch.Tensor,
     ids_TK: torch.Tensor,
@@ -82,14 +82,15 @@ def accumulate_margins(
 ) -> None:
     """Count what quantile balancing needs of a forward, in place, except inside a backward or while paused.
 
-    Adds the tokens' margins to histogram_EB (see `kernels.quantile`), the sum of x_TD to the first D
-    of input_sum_C, and the number of tokens to the last.
+    Adds the tokens' margins to histogram_EB (see `kernels.quantile`). Where there is an input_sum_C,
+    adds the sum of x_TD to its first D entries and the number of tokens to its last.
     """
     if _paused or inside_backward():
         return
     count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
-    input_sum_C[:-1] += x_TD.sum(dim=0, dtype=torch.float32)
-    input_sum_C[-1] += x_TD.shape[0]
+    if input_sum_C is not None and x_TD is not None:
+        input_sum_C[:-1] += x_TD.sum(dim=0, dtype=torch.float32)
+        input_sum_C[-1] += x_TD.shape[0]
 
 
 @accumulate_margins.register_fake

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from momoe_titan.kernels import BACKENDS, momoe_mlp
+from momoe_titan.kernels.quantile import NUM_BINS
 from momoe_titan.kernels.router import float32_product
 from momoe_titan.moe.arguments import (
     ACTIVATION_DTYPES,
@@ -19,8 +20,8 @@ from momoe_titan.moe.arguments import (
     new_or_given_weight,
     weight_device_dtype,
 )
-from momoe_titan.moe.balancing import bias_delta
-from momoe_titan.moe.expert_stats import record_counts
+from momoe_titan.moe.balancing import BALANCE_RULES, QUANTILE, bias_delta, quantile_delta
+from momoe_titan.moe.expert_stats import accumulate_margins, feeds_balancing, record_counts
 from momoe_titan.moe.float32_buffers import Float32Buffers
 from momoe_titan.moe.router import expert_scores, route_tokens
 from momoe_titan.save_percent import validate_save_percent
@@ -259,8 +260,15 @@ class TopKRouter(nn.Module):
         mask_NM = zeros_TE.to(torch.int32).scatter(1, ids_TK, 1).t()
         return x_BSD, mask_NM, s_NM
 
-    def route(self, x_BSD: torch.Tensor, biases_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, x_BSD: torch.Tensor, biases_N: torch.Tensor, margins_EB: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The choice as lists, for `MoMoE.forward_topk`.
+
+        Args:
+            x_BSD, biases_N: as in `forward`.
+            margins_EB: of the routed experts, int32, to which the tokens' margins are added (see
+                `kernels.quantile`), or None.
 
         Returns:
             ids_TK (M, K) int64, rising in every row, and scores_TK (M, K) float32.
@@ -278,6 +286,8 @@ class TopKRouter(nn.Module):
         routed, split = self.N - self.Ks, self.K - self.Ks
         bias_E = biases_N[:routed].detach().float()
         scores_TK, ids_TK = route_tokens(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
+        if margins_EB is not None:
+            accumulate_margins(margins_EB, None, None, logits_TE[:, :routed].detach(), bias_E, ids_TK, "softmax")
         if not self.Ks:
             return ids_TK, scores_TK
         shared_ids = torch.arange(routed, self.N, device=logits_TE.device)
@@ -302,13 +312,16 @@ class MoE(Float32Buffers):
     (use_reentrant=False).
 
     Args:
-        bias_update_rate: u >= 0, how far a bias moves per step.
+        bias_update_rate: u >= 0, how far a bias moves per step; 0 leaves it as it is.
+        bias_update_rule: "sign" or "proportional" (see `moe.balancing.bias_delta`), or "quantile",
+            which solves for the bias and reads of the rate whether it is 0 (see `quantile_delta`).
         the others: as in `MoMoE` and `TopKRouter`.
 
     Buffers:
         biases_N: (N,) float32, whatever dtype the module is cast to; in the state dict. Entries
             of shared experts stay 0.
         counts_N: (N,) int64, tokens per expert since the last bias update.
+        margins_EB: what the rule "quantile" counts of the routed experts since then, or None.
 
     Raises:
         ValueError: an argument out of range, or weights that cannot be used in place.
@@ -331,11 +344,15 @@ class MoE(Float32Buffers):
         Wl1_ND2H: torch.Tensor | None = None,
         Wl2_NHD: torch.Tensor | None = None,
         *,
+        bias_update_rule: str = "sign",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if bias_update_rule not in BALANCE_RULES:
+            raise ValueError(f"bias_update_rule is {bias_update_rule!r}, must be one of {BALANCE_RULES}")
+        self.bias_update_rule = bias_update_rule
         if isinstance(bias_update_rate, bool) or not isinstance(bias_update_rate, (int, float)):
             raise ValueError(f"bias_update_rate is {bias_update_rate!r}, must be a number")
         if not 0 <= bias_update_rate < float("inf"):
@@ -371,10 +388,15 @@ class MoE(Float32Buffers):
         device = self.momoe.Wl1_ND2H.device
         self.register_buffer("biases_N", torch.zeros(self.N, dtype=torch.float32, device=device))
         self.register_buffer("counts_N", torch.zeros(self.N, dtype=torch.int64, device=device), persistent=False)
+        routed, split = self.N - self.Ks, self.router.K - self.Ks
+        solves = bias_update_rule == QUANTILE and bias_update_rate and 0 < split < routed
+        margins_EB = torch.zeros(routed, NUM_BINS, dtype=torch.int32, device=device) if solves else None
+        self.register_buffer("margins_EB", margins_EB, persistent=False)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """x_BSD (B, S, D) or (M, D) -> y of the same shape. Does not wait for the device."""
-        ids_TK, scores_TK = self.router.route(x_BSD, self.biases_N)
+        margins_EB = self.margins_EB if feeds_balancing(self) else None
+        ids_TK, scores_TK = self.router.route(x_BSD, self.biases_N, margins_EB)
         y_BSD, counts_N = self.momoe.forward_topk(x_BSD, ids_TK, scores_TK)
         record_counts(self, self.counts_N, counts_N)
         return y_BSD
@@ -390,8 +412,15 @@ class MoE(Float32Buffers):
         """
         if process_group is not None:
             torch.distributed.all_reduce(self.counts_N, group=process_group)
-        routed = self.N - self.Ks
-        self.biases_N[:routed] += bias_delta(self.counts_N[:routed], self.bias_update_rate)
+        biases_E = self.biases_N[: self.N - self.Ks]
+        if self.margins_EB is not None:
+            if process_group is not None:
+                torch.distributed.all_reduce(self.margins_EB, group=process_group)
+            margins_LEB = self.margins_EB[None].long()
+            biases_E += quantile_delta(margins_LEB, biases_E[None], self.router.K - self.Ks)[0]
+            self.margins_EB.zero_()
+        elif self.bias_update_rule != QUANTILE:
+            biases_E += bias_delta(self.counts_N[: len(biases_E)], self.bias_update_rate, self.bias_update_rule)
         self.counts_N.zero_()
 
     def register_bias_update(

@@ -212,3 +212,111 @@ def test_no_moe_layer():
 def test_layers_that_do_not_fit_together(other, name):
     with pytest.raises(ValueError, match=name):
         ExpertLoadBalancer([torch.nn.ModuleList([moe_layer(), moe_layer(**other)])])
+
+
+class TestQuantile:
+    """The rule that solves for the bias."""
+
+    def args(self, **fields):
+        return tiny_args(load_balance_rule="quantile", **fields)
+
+    def statistics(self, model):
+        return [t for moe in moes(model) for t in (moe.router.margins_EB, moe.router.input_sum_C)]
+
+    @pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+    def test_solves_collects_and_clears(self, backend):
+        model = build(self.args(backend=backend))
+        run = train(model, steps=3)
+        assert run["bias"].any(dim=1).all()
+        torch.testing.assert_close(run["bias"].mean(dim=1), torch.zeros(2), rtol=0, atol=1e-6)
+        assert not any(t.any() for t in self.statistics(model))
+        assert not any(moe.tokens_per_expert.any() for moe in moes(model))
+
+    def test_every_token_once_per_step(self):
+        model = build(self.args())
+        loss_of(model, *batch(0)).backward()
+        with torch.no_grad():
+            model(batch(1)[0])
+        model.eval()
+        loss_of(model, *batch(2))
+        for moe in moes(model):
+            assert (moe.router.margins_EB.sum(dim=1) == batch(0)[0].numel()).all()
+            assert torch.equal(moe.router.margins_EB[:, :192].sum(dim=1), moe.tokens_per_expert)
+            assert moe.router.input_sum_C[-1] == batch(0)[0].numel()
+
+    def test_gradient_accumulation(self):
+        whole, parts = (train(build(self.args()), steps=3, microbatches=n) for n in (1, 8))
+        torch.testing.assert_close(parts["bias"], whole["bias"], rtol=0, atol=1e-3)
+
+    def test_evens_out_the_load(self):
+        model = build(self.args())
+        optimizers = optimizers_for(model)
+        for moe in moes(model):
+            moe.expert_bias.copy_(torch.tensor([0.1, 0.0, 0.0, -0.1, -0.1]))
+        for _ in range(12):
+            model(batch(0)[0])
+            optimizers.step()
+        counts_LE = optimizers.load_balancer.counts_LE.double()
+        assert (counts_LE.amax(dim=1) / counts_LE.mean(dim=1)).max() - 1 < 0.15
+
+    @pytest.mark.parametrize("implementation", ["fused", "for-loop"])
+    def test_skipped_step_moves_no_bias_and_is_forgotten(self, implementation):
+        model = build(self.args(backend="torch"))
+        optimizers = optimizers_for(model, implementation=implementation)
+        loss_of(model, *batch(0)).backward()
+        model.layers["2"].moe.experts.w2.grad[-1, -1, -1] = float("nan")
+        optimizers.step()
+        assert not any(moe.expert_bias.any() for moe in moes(model))
+        assert not any(t.any() for t in self.statistics(model))
+
+    def test_layers_with_balancing_off(self):
+        model = build(self.args(load_balance_off_layers=[2]))
+        run = train(model, steps=2)
+        assert run["bias"][0].any() and not run["bias"][1].any()
+        assert moes(model)[1].router.margins_EB is None
+
+    def test_every_expert_chosen(self):
+        run = train(build(self.args(moe={"top_k": 5})), steps=2)
+        assert not run["bias"].any()
+
+    def test_average(self):
+        """A first step with half the average goes half as far."""
+        biases = []
+        for average in (1.0, 0.5):
+            model = build(self.args(load_balance_average=average))
+            optimizers = optimizers_for(model, lr=0.0)
+            loss_of(model, *batch(0)).backward()
+            optimizers.step()
+            biases.append(torch.stack([moe.expert_bias for moe in moes(model)]))
+        torch.testing.assert_close(biases[1], 0.5 * biases[0])
+
+    def test_bias_takes_back_what_the_step_adds_to_the_scores(self):
+        model = build(self.args())
+        moe = moes(model)[0]
+        inputs = []
+        moe.router.gate.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+        optimizers = optimizers_for(model, lr=0.05)
+        loss_of(model, *batch(0)).backward()
+        before = (moe.router.gate.weight @ inputs[0].mean(dim=0)).detach().sigmoid()
+        optimizers.load_balancer(optimizers)
+        solved = moe.expert_bias.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        gained = (moe.router.gate.weight @ inputs[0].mean(dim=0)).detach().sigmoid() - before
+        optimizers.load_balancer.follow_gates(optimizers)
+        assert gained.abs().max() > 0.01
+        torch.testing.assert_close(moe.expert_bias - solved, gained.mean() - gained)
+
+    def test_resumes_to_the_same_bits(self):
+        """Between steps all that the rule counts is 0: its buffers are not in the state dict."""
+        model = build(self.args())
+        assert not any("margins" in key or "input_sum" in key for key in model.state_dict())
+
+    def test_aux_loss_reads_the_shares_of_the_last_step(self):
+        model = build(self.args(aux_loss_weight=0.01))
+        optimizers = optimizers_for(model)
+        loss_of(model, *batch(0)).backward()
+        optimizers.step()
+        counts_LE = optimizers.load_balancer.counts_LE
+        for moe, counts_E in zip(moes(model), counts_LE, strict=True):
+            torch.testing.assert_close(moe.router.last_shares_E, counts_E / counts_E.sum())

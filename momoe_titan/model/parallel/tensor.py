@@ -22,6 +22,7 @@ from torchtitan.models.llama4.infra.parallelize import apply_non_moe_tp
 
 from momoe_titan.model.model import blocks_of
 from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.stock_moe import StockMoE
 
 
 def apply_tp(model: nn.Module, parallel_dims: ParallelDims, loss_parallel: bool) -> None:
@@ -55,6 +56,8 @@ def _apply_moe_tp(moe: BalancedMoE, mesh: DeviceMesh, parallel_dims: ParallelDim
     # sequence: nothing is gathered, and the shared experts work on this part too.
     ep_uses_tp_ranks = parallel_dims.ep_enabled and not parallel_dims.etp_enabled
     moe.tp_mesh = None if ep_uses_tp_ranks else mesh
+    # TorchTitan's layer gathers the sequences before its router.
+    moe.router.sequence_mesh = None if isinstance(moe, StockMoE) else mesh
     if moe.shared_experts is not None:
         for name, dim in (("w1", 0), ("w3", 0), ("w2", 1)):
             placement = Replicate() if ep_uses_tp_ranks else Shard(dim)

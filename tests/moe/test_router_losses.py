@@ -1,0 +1,43 @@
+"""The losses of a router: their gradients are those of their formulas, and outputs stay as they are."""
+
+import pytest
+import torch
+
+from momoe_titan.moe.router import expert_scores, route_tokens
+from momoe_titan.moe.router_losses import add_router_losses, expert_shares
+
+T, E, K, SEQUENCES = 24, 6, 2, 3
+
+
+def formula(logits_TE, ids_TK, num_sequences, score_func, aux_weight, z_weight):
+    """Sums over tokens, by autograd; shares are constants."""
+    scores_TE = expert_scores(logits_TE, score_func)
+    p_SLE = (scores_TE / scores_TE.sum(dim=1, keepdim=True)).view(num_sequences, -1, E)
+    loss = z_weight * logits_TE.logsumexp(dim=1).square().sum()
+    for p_LE, ids in zip(p_SLE, ids_TK.view(num_sequences, -1), strict=True):
+        shares_E = torch.bincount(ids, minlength=E) / ids.numel()
+        loss = loss + aux_weight * len(p_LE) * E * (shares_E * p_LE.mean(dim=0)).sum()
+    return loss
+
+
+@pytest.mark.parametrize("num_sequences", [1, SEQUENCES])
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("weights", [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+def test_gradient(weights, score_func, num_sequences):
+    logits_TE = torch.randn(T, E, requires_grad=True)
+    other_TE = logits_TE.detach().clone().requires_grad_()
+    scores_TK, ids_TK = route_tokens(logits_TE, None, K, score_func)
+    want_TK, _ = route_tokens(other_TE, None, K, score_func)
+    shares_SE = expert_shares(ids_TK, E, num_sequences)
+    got_TK = add_router_losses(scores_TK, logits_TE, shares_SE, score_func, *weights)
+    assert torch.equal(got_TK, want_TK)
+    dscores_TK = torch.randn(T, K)
+    (got_TK * dscores_TK).sum().backward()
+    ((want_TK * dscores_TK).sum() + formula(other_TE, ids_TK, num_sequences, score_func, *weights)).backward()
+    torch.testing.assert_close(logits_TE.grad, other_TE.grad)
+
+
+def test_shares():
+    ids_TK = torch.tensor([[0, 1], [0, 2], [3, 4], [3, 5]])
+    assert expert_shares(ids_TK, E).tolist() == [[0.25, 0.125, 0.125, 0.25, 0.125, 0.125]]
+    assert expert_shares(ids_TK, E, 2).tolist() == [[0.5, 0.25, 0.25, 0, 0, 0], [0, 0, 0, 0.5, 0.25, 0.25]]
