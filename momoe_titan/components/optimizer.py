@@ -1,6 +1,7 @@
 """The optimizers of a job, with load balancing and the guard against NaN gradients as step hooks."""
 
 from torch import nn
+from torchtitan.components.ft import FTManager
 from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
 from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
@@ -13,7 +14,7 @@ def build_momoe_optimizers(
     model_parts: list[nn.Module],
     optimizer_config: OptimizerConfig,
     parallel_dims: ParallelDims,
-    ft_manager=None,
+    ft_manager: FTManager | None = None,
 ) -> OptimizersContainer:
     """TorchTitan's optimizers, with our step hooks registered.
 

@@ -108,7 +108,7 @@ def _ask_for(ptr, stride, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_
 @triton.jit
 def _slots_of_rows(ids_ptr, expert, first, num_slots, E: tl.constexpr, BLOCK_M: tl.constexpr):
     """Slots of the expert's rows first to first + BLOCK_M; num_slots where there is no such row."""
-    CHUNK: tl.constexpr = 64
+    CHUNK: tl.constexpr = 64  # pyright: ignore[reportAssignmentType] - jit
     rows = first + tl.arange(0, BLOCK_M)
     found = tl.zeros((BLOCK_M,), tl.int32)
     seen = tl.zeros((), tl.int32)
@@ -214,7 +214,7 @@ def _up_kernel(
         tl_cuda.gdc_wait()
     group = tl.program_id(0) // NUM_N
     first_col = tl.program_id(0) % NUM_N * BLOCK_N
-    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, "")
+    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, "")  # pyright: ignore[reportGeneralTypeIssues] - jit
     w_ptr = w1_ptr + expert.to(tl.int64) * (2 * D * F)
     if OVERLAPS:
         if (by_slot != 0) & (expert >= 0):
@@ -278,7 +278,7 @@ def _down_kernel(
     split = tl.program_id(0) // NUM_N % SPLIT
     first_col = tl.program_id(0) % NUM_N * BLOCK_N
     # Before the wait from the L2: the SM's own cache may be older than the ids.
-    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, ".cg")
+    ids, expert = _ids_and_expert(ids_ptr, group, num_slots, by_slot, E, SLOTS, ".cg")  # pyright: ignore[reportGeneralTypeIssues] - jit
     w_ptr = w2_ptr + expert.to(tl.int64) * (D * F)
     if OVERLAPS:
         tl_cuda.gdc_launch_dependents()

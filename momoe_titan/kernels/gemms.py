@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from momoe_titan.kernels.portable import (
 from momoe_titan.kernels.routing import RoutingMetadata
 
 logger = logging.getLogger(__name__)
+
+# z or dz as `z_and_dz` of the same path returns it: a tensor, on the Hopper path one or SplitRows.
+ZRows = Any
 
 
 class PortableGemms:
@@ -40,7 +44,7 @@ class PortableGemms:
         """
         up_proj.up_proj(self.tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
 
-    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[Tensor, Tensor]:
+    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[ZRows, ZRows]:
         """z and dz of the backward in the form that the other methods take, with new buffers where they need any.
 
         Args:
@@ -50,7 +54,7 @@ class PortableGemms:
         """
         return z_S2F, z_S2F.new_empty(num_rows, z_S2F.shape[1])
 
-    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: Tensor, dz: Tensor) -> None:
+    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: ZRows, dz: ZRows) -> None:
         """The rows that were not saved; here they wait in dz."""
         up_proj.recompute_z(self.tiles["up_proj"], x_TD, w1_ED2F, routing, z.shape[0], dz)
 
@@ -64,22 +68,22 @@ class PortableGemms:
         dout_TD: Tensor,
         w2_EFD: Tensor,
         routing: RoutingMetadata,
-        z: Tensor,
-        dz: Tensor,
+        z: ZRows,
+        dz: ZRows,
         act_RF: Tensor,
     ) -> Tensor:
         """See down_proj.down_proj_backward; returns the partial sums of the scores' gradients."""
         return down_proj.down_proj_backward(self.tiles["down_proj_backward"], dout_TD, w2_EFD, routing, z, dz, act_RF)
 
     def up_proj_backward(
-        self, dz_R2F: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
+        self, dz_R2F: ZRows, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
     ) -> None:
         rows_gemm.rows_gemm(self.tiles["up_proj_backward"], dz_R2F, w1_ED2F, routing, dx_RD, w_is_nk=True)
 
     def weight_grad(
         self,
         a: Tensor,
-        b: Tensor,
+        b: ZRows,
         routing: RoutingMetadata,
         dw_EMN: Tensor,
         *,
@@ -96,10 +100,12 @@ class HopperGemms:
     tile_rows = hopper.BM.value
     traits = KernelTraits(tile_cols=hopper.BN.value, dz_over_z=True)
 
-    def up_proj(self, x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z):
+    def up_proj(
+        self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor, keeps_z: bool
+    ) -> None:
         hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F if keeps_z else None, z_S2F.shape[0], act_RF)
 
-    def z_and_dz(self, z_S2F, num_rows, over_z, some):
+    def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[ZRows, ZRows]:
         if over_z:
             z = hopper.SplitRows.beside(z_S2F, num_rows, two_buffers=some)
             return z, z
@@ -107,22 +113,37 @@ class HopperGemms:
         num_saved = z_S2F.shape[0]
         return hopper.SplitRows(z_S2F if num_saved else dz_R2F, dz_R2F, num_saved), dz_R2F
 
-    def recompute_z(self, x_TD, w1_ED2F, routing, z, dz):
+    def recompute_z(self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: ZRows, dz: ZRows) -> None:
         hopper.recompute_z(x_TD, w1_ED2F, routing, z)
 
-    def down_proj(self, act_RF, w2_EFD, routing, y_RD, first_col=0):
+    def down_proj(
+        self, act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0
+    ) -> None:
         hopper.down_proj(act_RF, w2_EFD, routing, y_RD, first_col)
 
-    def down_proj_backward(self, dout_TD, w2_EFD, routing, z, dz, act_RF):
+    def down_proj_backward(
+        self, dout_TD: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, z: ZRows, dz: ZRows, act_RF: Tensor
+    ) -> Tensor:
         num_rows, ffn = act_RF.shape
         dscore = act_RF.new_empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32)
         hopper.down_proj_backward(dout_TD, w2_EFD, routing, routing.score_R, z, dz, act_RF, dscore)
         return dscore
 
-    def up_proj_backward(self, dz_R2F, w1_ED2F, routing, dx_RD, first_col=0):
+    def up_proj_backward(
+        self, dz_R2F: ZRows, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
+    ) -> None:
         hopper.up_proj_backward(dz_R2F, w1_ED2F, routing, dx_RD, first_col)
 
-    def weight_grad(self, a, b, routing, dw_EMN, *, gather_a=False, gather_b=False):
+    def weight_grad(
+        self,
+        a: Tensor,
+        b: ZRows,
+        routing: RoutingMetadata,
+        dw_EMN: Tensor,
+        *,
+        gather_a: bool = False,
+        gather_b: bool = False,
+    ) -> None:
         assert gather_a != gather_b, "one side is read through the tokens, the other in place"
         if gather_a:
             hopper.weight_grad(a, b, routing, dw_EMN)

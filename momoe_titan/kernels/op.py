@@ -4,16 +4,16 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - its stubs leave it out
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from momoe_titan.kernels import combine, decode, gpu
-from momoe_titan.kernels.gemms import select_gemms
+from momoe_titan.kernels.gemms import ZRows, select_gemms
 from momoe_titan.kernels.launch import on_its_device
 from momoe_titan.kernels.memory_schedule import LayerSizes, MemorySchedule, memory_schedule
 from momoe_titan.kernels.reference import torch_backward, torch_forward
@@ -64,7 +64,8 @@ class SavedForBackward:
     def routing(self) -> RoutingMetadata:
         num_experts = self.w2_EFD.shape[0]
         tile_rows = _tile_rows(self.x_TD, self.w2_EFD, self.backend)
-        return unpack_routing(self.packed_routing, *self.scores_TK.shape, num_experts, tile_rows, self.num_rows)
+        num_tokens, num_chosen = self.scores_TK.shape
+        return unpack_routing(self.packed_routing, num_tokens, num_chosen, num_experts, tile_rows, self.num_rows)
 
     def rows_of_z(self) -> Tensor:
         """z_S2F, without any rows where its storage has been freed."""
@@ -120,6 +121,7 @@ def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
 
 def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
     num_experts, ffn, _ = w2_EFD.shape
+    num_tokens, num_chosen = ids_TK.shape
     tile_rows = _tile_rows(x_TD, w2_EFD, backend)
     max_rows = tile_rows * MAX_TILES * (1 if (planned := gpu.planned()) is None else planned.load.rows)
     num_saved = num_saved_rows(num_rows, save_percent)
@@ -127,7 +129,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
         raise ValueError(f"T * K must be at most {max_rows}, got {num_rows}: split the batch")
     if backend == "torch":
         packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
-        routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
+        routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
@@ -138,7 +140,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
         return out_TD, counts_E, x_TD.new_empty(0, 2 * ffn), ids_TK.new_empty(0, dtype=torch.int32)
     gemms = select_gemms(x_TD, ffn)
     packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
-    routing = unpack_routing(packed, *ids_TK.shape, num_experts, tile_rows, num_rows)
+    routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
@@ -176,7 +178,7 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
     num_saved = z_S2F.shape[0]
     dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, saved.x_TD, saved.w1_ED2F, saved.w2_EFD))
     ffn = w2_EFD.shape[1]
-    gemms = select_gemms(x_TD, ffn)
+    gemms: Any = select_gemms(x_TD, ffn)  # z and dz have the form that this family of kernels takes
     schedule = _schedule(gemms, x_TD, w2_EFD, num_rows, inference=False)
 
     z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < saved.save_percent < 100)
@@ -220,7 +222,7 @@ def _score_grad(dscore: Tensor, routing: RoutingMetadata, scores_TK: Tensor, nee
     return dscores_TK
 
 
-def _weight_grad(gemms, a: Tensor, b: Tensor, routing: RoutingMetadata, w: Tensor, **gathered: bool) -> Tensor:
+def _weight_grad(gemms, a: Tensor, b: ZRows, routing: RoutingMetadata, w: Tensor, **gathered: bool) -> Tensor:
     dw = torch.empty_like(w)
     gemms.weight_grad(a, b, routing, dw, **gathered)
     return dw
@@ -242,7 +244,9 @@ IMPLEMENTATIONS = {
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
 def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
     num_experts, ffn, _ = w2_EFD.shape
-    packed = 0 if inference else packed_size(*ids_TK.shape, num_experts, _tile_rows(x_TD, w2_EFD, backend), num_rows)
+    num_tokens, num_chosen = ids_TK.shape
+    tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    packed = 0 if inference else packed_size(num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     return (
         torch.empty_like(x_TD),
         ids_TK.new_empty(num_experts, dtype=torch.int64),
@@ -274,7 +278,7 @@ def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
         return False
     if _functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue] - no stub has it  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -349,7 +353,7 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
     if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (Integral, torch.SymInt))):
         raise ValueError(f"num_rows must be an int, got {num_rows!r}")
-    if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():
+    if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():  # pyright: ignore[reportOperatorIssue] - an int
         raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids_TK.dtype}")

@@ -100,7 +100,7 @@ def unpack_routing(
 @triton.jit
 def _load_ids(ids_ptr, slots, num_slots, E: tl.constexpr, CACHE: tl.constexpr):
     """Expert ids of the slots, int32; -1 for every id outside [0, E)."""
-    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1, cache_modifier=CACHE)
+    ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1, cache_modifier=CACHE)  # pyright: ignore[reportArgumentType] - jit
     return tl.where((ids >= 0) & (ids < E), ids, -1).to(tl.int32)
 
 
@@ -267,7 +267,7 @@ def _place_kernel(
     pid = tl.program_id(0)
     experts = tl.arange(0, E_POW2)
     if FEW:
-        counts, before = _count(ids_ptr, num_slots, pid * SLOTS, E, E_POW2, COUNTED)
+        counts, before = _count(ids_ptr, num_slots, pid * SLOTS, E, E_POW2, COUNTED)  # pyright: ignore[reportGeneralTypeIssues] - jit
     else:
         counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
         before = counts  # not read

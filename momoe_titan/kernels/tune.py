@@ -33,7 +33,7 @@ _WARPS_AND_STAGES = ((8, 3), (8, 4), (4, 4))
 def candidates(kernel: str, block_m: int) -> list[TileConfig]:
     """Tiles worth timing for one kernel."""
     tiles = _TILES[kernel] if kernel == "weight_grad" else [(block_m, *t) for t in _TILES[kernel]]
-    return [TileConfig(*t, warps, stages) for t in tiles for warps, stages in _WARPS_AND_STAGES]
+    return [TileConfig(m, n, k, warps, stages) for m, n, k in tiles for warps, stages in _WARPS_AND_STAGES]
 
 
 def tune(
@@ -82,7 +82,7 @@ def tune(
                 print(f"  {kernel} {config}: skipped ({type(error).__name__})")
         if not times:
             continue
-        default, best[kernel] = best[kernel], min(times, key=times.get)
+        default, best[kernel] = best[kernel], min(times, key=times.__getitem__)
         print(
             f"{kernel}: {best[kernel]} {times[best[kernel]]:.3f} ms, "
             f"built-in {times.get(default, float('nan')):.3f} ms",
@@ -92,7 +92,7 @@ def tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     for name in ("tokens", "dim", "ffn", "experts", "chosen"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
