@@ -50,7 +50,7 @@ def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
     compiled = job_config.compile.enable
     if compiled:
         logger.info("save_percent = auto: not corrected by measurement, which would compile the model again")
-    model.auto_save_percent = AutoSavePercent(
+    model.auto_save_percent = AutoSavePercent(  # pyright: ignore[reportArgumentType] - no part of the model
         layers,
         MemoryPlan.from_dict(plan),
         momoe.memory_budget,
@@ -63,7 +63,8 @@ def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
 
 def job_fields(job_config: JobConfig) -> dict[str, Any]:
     """What of a job decides over its memory, roughly: a stored choice is good for the same."""
-    fields = {f"momoe.{name}": getattr(job_config.momoe, name) for name in ("memory_budget", "backend", "vocab_size")}
+    momoe = job_config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
+    fields = {f"momoe.{name}": getattr(momoe, name) for name in ("memory_budget", "backend", "vocab_size")}
     for section in _SECTIONS:
         for name, value in dataclasses.asdict(getattr(job_config, section)).items():
             if name not in _NOT_MEMORY:

@@ -54,12 +54,12 @@ class ActivationBudget:
         """Assume what the plan does, as long as nothing else is known."""
         self._saved: list[tuple[int, weakref.ref[torch.UntypedStorage]]] = []
         self._rows_L2, self._sent_L = np.zeros((len(self.layers), 2)), np.zeros(len(self.layers))
-        self._z_L = self._whole_z_L * [layer.save_percent / 100 for layer in self.layers]
+        self._z_L = self._whole_z_L * [layer.save_percent / 100 for layer in self.layers]  # pyright: ignore[reportOperatorIssue] - a number
         self.evicted_bytes = 0
 
     def save_percent(self, layer: nn.Module) -> float:
         """What the layer may save in the forward that `reserve` was called for: its own save_percent, or 0."""
-        return layer.save_percent if self._z_L[self.layers.index(layer)] > 0 else 0.0
+        return layer.save_percent if self._z_L[self.layers.index(layer)] > 0 else 0.0  # pyright: ignore[reportReturnType] - it is one
 
     def reserve(self, layer: nn.Module, tokens: float, slots: float, more_sent: int) -> None:
         """Make room for a layer's rows, before they are exchanged; `Dispatcher.dispatch` has the arguments."""

@@ -89,7 +89,8 @@ class MemoryPlan:
 
     def __post_init__(self):
         if self.events:
-            self.slack = max(self.reserved(p) - self.active(p) for p in (0, 100))
+            # None only where a capacity is given
+            self.slack = max(self.reserved(p) - self.active(p) for p in (0, 100))  # pyright: ignore[reportOptionalOperand] - not None
 
     def percents(self, save_percent: float | Sequence[float]) -> dict[str, float]:
         """By layer, from one number for all or one each."""

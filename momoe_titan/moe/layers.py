@@ -328,6 +328,7 @@ class MoE(Float32Buffers):
     """
 
     float32_buffers = ("biases_N",)
+    margins_EB: torch.Tensor | None
     biases_N: torch.Tensor
     counts_N: torch.Tensor
 
@@ -350,27 +351,15 @@ class MoE(Float32Buffers):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if bias_update_rule not in BALANCE_RULES:
-            raise ValueError(f"bias_update_rule is {bias_update_rule!r}, must be one of {BALANCE_RULES}")
-        self.bias_update_rule = bias_update_rule
-        if isinstance(bias_update_rate, bool) or not isinstance(bias_update_rate, (int, float)):
-            raise ValueError(f"bias_update_rate is {bias_update_rate!r}, must be a number")
-        if not 0 <= bias_update_rate < float("inf"):
-            raise ValueError(f"bias_update_rate is {bias_update_rate}, must be finite and >= 0")
-        self.bias_update_rate = bias_update_rate
+        self._set_bias_update(bias_update_rate, bias_update_rule)
         if device is None:
             # Router and experts may differ in dtype, but not in device. It is that of the first
             # given weight; the others are checked against it below.
             given = [w for w in (Wl1_ND2H, Wl2_NHD, Wg_DN) if isinstance(w, torch.Tensor)]
             device = given[0].device if given else None
+        gate_dtype = None if Wg_DN is not None else dtype
         self.router = TopKRouter(
-            embedding_dim,
-            num_experts,
-            num_chosen_experts,
-            num_shared_experts,
-            Wg_DN,
-            device=device,
-            dtype=None if Wg_DN is not None else dtype,
+            embedding_dim, num_experts, num_chosen_experts, num_shared_experts, Wg_DN, device=device, dtype=gate_dtype
         )
         self.momoe = MoMoE(
             embedding_dim,
@@ -385,12 +374,24 @@ class MoE(Float32Buffers):
             dtype=dtype,
         )
         self.N, self.Ks = self.router.N, self.router.Ks
-        device = self.momoe.Wl1_ND2H.device
+        self._register_balance_buffers(self.momoe.Wl1_ND2H.device)
+
+    def _set_bias_update(self, rate: float, rule: str) -> None:
+        if rule not in BALANCE_RULES:
+            raise ValueError(f"bias_update_rule is {rule!r}, must be one of {BALANCE_RULES}")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise ValueError(f"bias_update_rate is {rate!r}, must be a number")
+        if not 0 <= rate < float("inf"):
+            raise ValueError(f"bias_update_rate is {rate}, must be finite and >= 0")
+        self.bias_update_rate, self.bias_update_rule = rate, rule
+
+    def _register_balance_buffers(self, device: torch.device) -> None:
         self.register_buffer("biases_N", torch.zeros(self.N, dtype=torch.float32, device=device))
         self.register_buffer("counts_N", torch.zeros(self.N, dtype=torch.int64, device=device), persistent=False)
         routed, split = self.N - self.Ks, self.router.K - self.Ks
-        solves = bias_update_rule == QUANTILE and bias_update_rate and 0 < split < routed
-        margins_EB = torch.zeros(routed, NUM_BINS, dtype=torch.int32, device=device) if solves else None
+        margins_EB = None
+        if self.bias_update_rule == QUANTILE and self.bias_update_rate and 0 < split < routed:
+            margins_EB = torch.zeros(routed, NUM_BINS, dtype=torch.int32, device=device)
         self.register_buffer("margins_EB", margins_EB, persistent=False)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:

@@ -59,10 +59,15 @@ def op_implementations(tree: ast.Module) -> set[str]:
     return names
 
 
+def num_lines(function: Function) -> int:
+    """Without the docstring."""
+    first = function.body[0]
+    doc = first if ast.get_docstring(function) is not None else None
+    return function.end_lineno - function.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
 def test_no_function_is_long():
-    lines = {
-        f"{name}:{node.name}": node.end_lineno - node.lineno + 1 for name in NAMES for node in functions(parse(name))
-    }
+    lines = {f"{name}:{node.name}": num_lines(node) for name in NAMES for node in functions(parse(name))}
     assert_none({function: count for function, count in lines.items() if count > MAX_LINES})
 
 
