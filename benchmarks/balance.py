@@ -433,7 +433,7 @@ class Run:
         for _ in range(self.options.floor_rounds):
             self._count_validation(range(half))
             with torch.no_grad():
-                margins = torch.stack([moe.router.margins_EB for moe in self.layers]).long()
+                margins = torch.stack([m for moe in self.layers if (m := moe.router.margins_EB) is not None]).long()
                 bias_LE = torch.stack([moe.expert_bias for moe in self.layers])
                 delta_LE = quantile_delta(margins, bias_LE, self.layers[0].router.top_k)
                 for moe, delta_E in zip(self.layers, delta_LE, strict=True):

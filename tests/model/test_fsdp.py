@@ -49,6 +49,9 @@ def two(tmp_path_factory):
             "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
             "ddp, non-finite gradient": {**{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
             "ddp": {"replicate": 2, "shard": 1},
+            "fsdp, quantile": {"rule": "quantile"},
+            "fsdp, full, quantile": {"rule": "quantile", "mode": "full"},
+            "ddp, quantile": {"rule": "quantile", "replicate": 2, "shard": 1},
         },
     )
 
@@ -101,3 +104,13 @@ def test_non_finite_gradient_on_one_rank(two, name):
     assert run["losses"].isfinite().tolist() == [True, False, True]
     delta = sum(bias_delta(run["counts"][step], 0.01) for step in (0, 2))
     torch.testing.assert_close(run["bias"][0], delta[0])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, full", "ddp"])
+def test_quantile_balancing(two, name):
+    """All ranks together solve for what one process solves for, whose gates they hold in parts."""
+    run = two[f"{name}, quantile"]
+    want = train(build(tiny_args(load_balance_rule="quantile", load_balance_off_layers=[2])))
+    torch.testing.assert_close(run["losses"], want["losses"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run["bias"], want["bias"], rtol=0, atol=1e-4)
+    assert want["bias"][0].any() and not want["bias"][1].any()

@@ -57,7 +57,8 @@ def run(settings) -> dict:
     config.activation_checkpoint.selective_ac_option = "op"
     dist_utils.set_determinism(dims, torch.device("cpu"), config.debug, ["pp"])
     # 5 experts on 2 or 4 ranks: shards of different size, and an empty one on 4
-    args = tiny_args(backend=settings["backend"], load_balance_off_layers=[2])
+    rule = {"load_balance_rule": settings.get("rule", "sign")}
+    args = tiny_args(backend=settings["backend"], load_balance_off_layers=[2], **rule)
     model = build(args, 0, lambda m: parallelize_momoe_llama(m, dims, config))
     init = {
         name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): whole(p).clone()
