@@ -36,9 +36,11 @@ class DeviceMemory(Protocol):
 
     def outside(self) -> int:
         """What PyTorch's allocator does not hold: contexts, communication, other processes."""
+        ...
 
     def peak_reserved(self) -> int:
         """The most that PyTorch's allocator has held."""
+        ...
 
     def give_back(self) -> None:
         """Give the GPU back what PyTorch's allocator holds and nobody uses."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from momoe_titan.memory.allocator import MIB, OutOfMemory, block_bytes, replay
 
@@ -122,6 +122,12 @@ class MemoryPlan:
         percents = self.percents(save_percent)
         held = max((m.z for m in self.moments if m.phase == "loss"), key=lambda z: sum(n for _, n in z), default=[])
         return sum(z_bytes(n, percents[layer]) for layer, n in held)
+
+    @overload
+    def reserved(self, save_percent: float | Sequence[float], capacity: None = None) -> int: ...
+
+    @overload
+    def reserved(self, save_percent: float | Sequence[float], capacity: int) -> int | None: ...
 
     def reserved(self, save_percent: float | Sequence[float], capacity: int | None = None) -> int | None:
         """Peak of the bytes that the caching allocator takes from the GPU, TorchTitan's max_reserved;

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_job(args: argparse.Namespace, job_args: list[str]):
+def read_job(args: argparse.Namespace, job_args: list[str]) -> Any:
     """The job's configuration, by TorchTitan's own reader."""
     from torchtitan.config import ConfigManager, JobConfig
 
@@ -94,7 +94,7 @@ def read_job(args: argparse.Namespace, job_args: list[str]):
 # TorchTitan, and what imports it, is imported inside of functions: not before `describe_cpu` is in force.
 
 
-def predict(args: argparse.Namespace, config) -> dict[str, Any]:
+def predict(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """What is printed.
 
     Raises:
@@ -158,6 +158,7 @@ def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -
 def _memory_at(percent: int, plan: MemoryPlan, context: int, budget: int) -> dict[str, Any]:
     """One row of the table: memory at this save_percent."""
     moment, active, reserved = plan.peak_moment(percent), plan.active(percent), plan.reserved(percent)
+    assert reserved is not None, "no capacity is given"
     z = sum(n for _, n in moment.z) * percent // 100
     return {
         "save_percent": percent,
@@ -218,6 +219,7 @@ def largest_that_fits(plan: MemoryPlan, room: int) -> tuple[Sequence[float], int
     tried = []
     for choice in sorted(choices if plan.layers else [[]], key=sum, reverse=True):
         reserved = plan.reserved(choice)
+        assert reserved is not None, "no capacity is given"
         if reserved <= room:
             return choice, reserved
         tried.append((reserved, choice))

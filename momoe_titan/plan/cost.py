@@ -8,10 +8,13 @@ and says which rates are measured and which are assumed.
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import log2
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import (
+    _resolve_process_group,  # pyright: ignore[reportPrivateImportUsage] - no public name
+)
 from torch.utils.flop_counter import flop_registry
 
 from momoe_titan.model.parallel import dispatch  # noqa: F401 - registers the ops below
@@ -155,7 +158,8 @@ class StepCost:
         if group is not None:
             group = dist.ProcessGroup.unbox(group)
         else:
-            group = _resolve_process_group(next(a for a in reversed(args) if isinstance(a, str)))
+            name: Any = next(a for a in reversed(args) if isinstance(a, str))
+            group = _resolve_process_group(name)
         ranks = dist.get_process_group_ranks(group)
         tensors = _tensors([out if index is None else args[index]])
         between = len({rank // self.node_size for rank in ranks}) > 1
@@ -193,8 +197,9 @@ def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
     high = min((w for w in widths if w >= ffn), default=widths[-1])
     if low == high:
         return gpu.experts[low]
+    at_low, at_high = gpu.experts[low], gpu.experts[high]
     position = (log2(ffn) - log2(low)) / (log2(high) - log2(low))
-    return tuple(a + position * (b - a) for a, b in zip(gpu.experts[low], gpu.experts[high], strict=True))
+    return (at_low[0] + position * (at_high[0] - at_low[0]), at_low[1] + position * (at_high[1] - at_low[1]))
 
 
 def seconds(kind: str, work: Work, gpu: Gpu) -> float:

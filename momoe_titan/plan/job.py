@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,10 +95,14 @@ class FakeTrainer(titan.Trainer):
         self.step = 0
         self.microbatches_left = 0
         self.on_phase: Callable[[str], None] = lambda phase: None
-        scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
-        self.lr_schedulers = SimpleNamespace(schedulers=[scheduler], step=lambda: None)
-        self.checkpointer = SimpleNamespace(maybe_wait_for_staging=lambda: None)
-        self.metrics_processor = SimpleNamespace(should_log=lambda step: False)
+        # What is neither needed nor has memory on the GPU.
+        scheduler: Any = SimpleNamespace(get_last_lr=lambda: [0.0])
+        lr_schedulers: Any = SimpleNamespace(schedulers=[scheduler], step=lambda: None)
+        self.lr_schedulers = lr_schedulers
+        checkpointer: Any = SimpleNamespace(maybe_wait_for_staging=lambda: None)
+        self.checkpointer = checkpointer
+        metrics_processor: Any = SimpleNamespace(should_log=lambda step: False)
+        self.metrics_processor = metrics_processor
 
     def allocate(self) -> None:
         """Parameters and optimizer; under a FakeTensorMode, where the constructor must not run."""
@@ -198,6 +203,7 @@ def trace_job(
     if config.training.enable_cpu_offload:
         raise ValueError("training.enable_cpu_offload is True: what is kept on the host is not planned")
     config = copy.deepcopy(config)
+    momoe: Any = getattr(config, "momoe", None)
     notes = []
     ep = config.parallelism.expert_parallel_degree
     gpu = PlannedGpu(capability, compiled=compiles_model(config) and ep == 1)  # with the experts' op in its graphs
@@ -205,10 +211,10 @@ def trace_job(
         config.compile.enable = False
         notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
     config.checkpoint.enable = config.validation.enable = False
-    evicts = ep > 1 and hasattr(config, "momoe") and config.momoe.save_percent == AUTO
-    if hasattr(config, "momoe"):
-        config.momoe.save_percent = [100.0]
-        config.momoe.check_ids = False  # reads the ids, of which fake ones have none
+    evicts = ep > 1 and momoe is not None and momoe.save_percent == AUTO
+    if momoe is not None:
+        momoe.save_percent = [100.0]
+        momoe.check_ids = False  # reads the ids, of which fake ones have none
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
@@ -252,7 +258,7 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
                                 trace.relabel(tensor, OPTIMIZER)
             moments = [Moment(phase, list(z), m.base, m.parts) for (phase, z), m in trace.moments.items()]
             events = list(trace.events)
-    layers = [places[m].layer for m in model.modules() if isinstance(m, MomoeExperts)]
+    layers = [places[m].layer or "" for m in model.modules() if isinstance(m, MomoeExperts)]
     return MemoryPlan(
         layers=layers,
         moments=moments,

@@ -11,7 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -280,7 +280,9 @@ class MemoryTrace(TorchDispatchMode):
                 self.events.append((block.number, block.num_bytes, ZRows(layer, saved=True)))
                 self.events.append((again, block.num_bytes, ZRows(layer, saved=False)))
             else:
-                self.events.append((block.number, block.num_bytes, block.z_layer and ZRows(block.z_layer, saved=True)))
+                self.events.append(
+                    (block.number, block.num_bytes, ZRows(block.z_layer, saved=True) if block.z_layer else None)
+                )
             self._count(block, change)
             if change > 0:
                 self._record()
@@ -320,7 +322,7 @@ class MemoryTrace(TorchDispatchMode):
                 break
 
 
-def _with_even_splits(rows, output_splits, input_splits, group_name):
+def _with_even_splits(rows, output_splits, input_splits, group_name) -> tuple[Any, ...]:
     """The arguments of an all-to-all. Splits read from fake tensors mean nothing: every rank gets its fair share."""
     if sum(input_splits) != len(rows):
         ranks = len(input_splits)
