@@ -152,8 +152,8 @@ class AutoSavePercent:
 
     def _apply(self) -> None:
         for layer, percent in zip(self.layers, self.choice, strict=True):
-            layer.save_percent = percent
-            layer.activation_budget = self.activation_budget
+            layer.save_percent = percent  # pyright: ignore[reportArgumentType] - no part of the module
+            layer.activation_budget = self.activation_budget  # pyright: ignore[reportArgumentType] - the same
         if self.activation_budget is not None:
             self.activation_budget.room, self.activation_budget.quiet = self.room, False
 

@@ -113,7 +113,7 @@ class FakeTrainer(titan.Trainer):
             self.model_parts, self.job_config.optimizer, self.parallel_dims
         )
 
-    def train_step(self, data_iterator) -> None:
+    def train_step(self, data_iterator: Any) -> None:
         self.microbatches_left = self.gradient_accumulation_steps
         super().train_step(data_iterator)
 

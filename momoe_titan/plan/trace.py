@@ -190,7 +190,8 @@ class MemoryTrace(TorchDispatchMode):
         if ours:
             self._observe(func, args, kwargs, out)
             if func is _ATTENTION_BACKWARD:
-                self._see(args[1].new_empty(args[1].shape, dtype=torch.float32))  # its sums for dq
+                query: Any = args[1]
+                self._see(query.new_empty(query.shape, dtype=torch.float32))  # its sums for dq
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
                     self._see(leaf)
