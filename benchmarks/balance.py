@@ -37,6 +37,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,11 +52,13 @@ if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
 from momoe_titan.components.optimizer import build_momoe_optimizers  # noqa: E402
+from momoe_titan.kernels.quantile import count_margins  # noqa: E402
 from momoe_titan.model import MomoeLlama, flavors  # noqa: E402
 from momoe_titan.model.moe import BalancedMoE  # noqa: E402
 from momoe_titan.model.router import Float32Linear  # noqa: E402
 from momoe_titan.moe.balancing import quantile_delta  # noqa: E402
-from momoe_titan.moe.expert_stats import want_entropy  # noqa: E402
+from momoe_titan.moe.expert_stats import accumulate_margins, want_entropy  # noqa: E402
+from momoe_titan.moe.router import route_tokens  # noqa: E402
 
 ARMS = {
     "none": {"rate": 0.0},
@@ -450,6 +453,54 @@ def rounded(values: torch.Tensor) -> list[float]:
     return [round(v, 4) for v in values.double().tolist()]
 
 
+# ---- what the rule costs -------------------------------------------------------------------------
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 50) -> float:
+    for _ in range(5):
+        call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def time_rule() -> None:
+    """Print what counting costs a layer, for tokens that differ and for a layer that has collapsed,
+    and what the optimizer hooks cost a step. With launches: a job that waits for its GPU hides these."""
+    for flavor in ("500M", "1.4B"):
+        arm = DEFAULTS | {"rule": "quantile"}
+        model = build_model(flavor, arm, JOBS[flavor], 0, torch.device("cuda"), compiled=False)
+        layers, (batch, length) = moe_layers(model), (JOBS[flavor]["batch"], JOBS[flavor]["seq_len"])
+        router = layers[0].router
+        x_TD = torch.randn(batch * length, router.gate.in_features, device="cuda", dtype=torch.bfloat16)
+        for name, spread in (("spread", 1.0), ("collapsed", 0.01)):
+            noise_TE = torch.randn(len(x_TD), router.num_experts, device="cuda")
+            logits_TE = spread * noise_TE + torch.randn(router.num_experts, device="cuda")
+            bias_E = layers[0].expert_bias
+            how = router.top_k, router.score_func, True, 1.0
+            _, ids_TK = route_tokens(logits_TE, bias_E, *how)
+            of_token = x_TD, logits_TE, bias_E, ids_TK, router.score_func
+            counting = milliseconds(lambda: accumulate_margins(router.margins_EB, router.input_sum_C, *of_token))
+            kernel = milliseconds(lambda: count_margins(logits_TE, bias_E, ids_TK, router.margins_EB, "sigmoid"))
+            routing = milliseconds(lambda: route_tokens(logits_TE, bias_E, *how))
+            print(
+                f"{flavor} {name}: counting {1e3 * counting:.0f} us a layer, of which margins {1e3 * kernel:.0f}; "
+                f"routing {1e3 * routing:.0f}; {len(layers)} layers {len(layers) * counting:.2f} ms a step"
+            )
+        balancer = build_optimizers(model, arm, 1e-4).load_balancer
+
+        def hooks():
+            balancer()
+            balancer.follow_gates()
+
+        print(f"{flavor}: hooks {milliseconds(hooks):.2f} ms a step", flush=True)
+        del model, layers, router, balancer
+
+
 # ---- all runs ------------------------------------------------------------------------------------
 
 
@@ -546,7 +597,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help="measure what sampling alone leaves of MaxVio")
     parser.add_argument("--floor_rounds", type=int, default=8)
     parser.add_argument("--no_compile", dest="compile", action="store_false")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--time_rule", action="store_true", help="time the rule quantile alone, and train nothing")
+    parser.add_argument("--out", type=Path, default=Path("balance.json"), help="JSON file")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "momoe_titan_balance_text")
     parser.add_argument("--text_mb", type=float, default=400, help="text to read at most")
     parser.add_argument(
@@ -561,6 +613,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, start = parse_options(arguments), time.time()
+    if options.time_rule:
+        time_rule()
+        return
     jobs = jobs_of(options)
     gpus = torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import decode, gpu, router
+from momoe_titan.kernels import decode, gpu, quantile, router
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.hopper import launch as hopper
@@ -108,6 +108,8 @@ def main(arch: str, shapes: list[str]) -> None:
                 _, ids64 = router._route(logits, bias, chosen, func, True, 1.0)
                 router._route_backward(scores, logits, ids64, func, True, 1.0)
                 router._bfloat16_parts(logits, False)
+                histogram = new(experts, quantile.NUM_BINS, dtype=torch.int32)
+                quantile._count_margins(logits, bias, ids64, histogram, "sigmoid" if func == "sigmoid" else "softmax")
             if dtype == torch.bfloat16:
                 for few in (1, 2):  # one token has kernels of its own on sm_90
                     decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
