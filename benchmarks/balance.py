@@ -456,49 +456,42 @@ def rounded(values: torch.Tensor) -> list[float]:
 # ---- what the rule costs -------------------------------------------------------------------------
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 50) -> float:
+def milliseconds(call: Callable[..., object], *args, repeats: int = 50) -> float:
     for _ in range(5):
-        call()
+        call(*args)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
-        call()
+        call(*args)
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / repeats
 
 
-def time_rule() -> None:
+def time_rule(flavor: str) -> None:
     """Print what counting costs a layer, for tokens that differ and for a layer that has collapsed,
-    and what the optimizer hooks cost a step. With launches: a job that waits for its GPU hides these."""
-    for flavor in ("500M", "1.4B"):
-        arm = DEFAULTS | {"rule": "quantile"}
-        model = build_model(flavor, arm, JOBS[flavor], 0, torch.device("cuda"), compiled=False)
-        layers, (batch, length) = moe_layers(model), (JOBS[flavor]["batch"], JOBS[flavor]["seq_len"])
-        router = layers[0].router
-        x_TD = torch.randn(batch * length, router.gate.in_features, device="cuda", dtype=torch.bfloat16)
-        for name, spread in (("spread", 1.0), ("collapsed", 0.01)):
-            noise_TE = torch.randn(len(x_TD), router.num_experts, device="cuda")
-            logits_TE = spread * noise_TE + torch.randn(router.num_experts, device="cuda")
-            bias_E = layers[0].expert_bias
-            how = router.top_k, router.score_func, True, 1.0
-            _, ids_TK = route_tokens(logits_TE, bias_E, *how)
-            of_token = x_TD, logits_TE, bias_E, ids_TK, router.score_func
-            counting = milliseconds(lambda: accumulate_margins(router.margins_EB, router.input_sum_C, *of_token))
-            kernel = milliseconds(lambda: count_margins(logits_TE, bias_E, ids_TK, router.margins_EB, "sigmoid"))
-            routing = milliseconds(lambda: route_tokens(logits_TE, bias_E, *how))
-            print(
-                f"{flavor} {name}: counting {1e3 * counting:.0f} us a layer, of which margins {1e3 * kernel:.0f}; "
-                f"routing {1e3 * routing:.0f}; {len(layers)} layers {len(layers) * counting:.2f} ms a step"
-            )
-        balancer = build_optimizers(model, arm, 1e-4).load_balancer
-
-        def hooks():
-            balancer()
-            balancer.follow_gates()
-
-        print(f"{flavor}: hooks {milliseconds(hooks):.2f} ms a step", flush=True)
-        del model, layers, router, balancer
+    and what the optimizer hooks cost a step. Launches included, which a job hides behind its GPU."""
+    arm, job = DEFAULTS | {"rule": "quantile"}, JOBS[flavor]
+    model = build_model(flavor, arm, job, 0, torch.device("cuda"), compiled=False)
+    layers, num_tokens = moe_layers(model), job["batch"] * job["seq_len"]
+    router, bias_E = layers[0].router, layers[0].expert_bias
+    x_TD = torch.randn(num_tokens, router.gate.in_features, device="cuda", dtype=torch.bfloat16)
+    for name, spread in (("spread", 1.0), ("collapsed", 0.01)):
+        logits_TE = spread * torch.randn(num_tokens, router.num_experts, device="cuda")
+        logits_TE += torch.randn(router.num_experts, device="cuda")
+        route = logits_TE, bias_E, router.top_k, router.score_func, True, 1.0
+        _, ids_TK = route_tokens(*route)
+        of_token = x_TD, logits_TE, bias_E, ids_TK, router.score_func
+        counting = milliseconds(accumulate_margins, router.margins_EB, router.input_sum_C, *of_token)
+        margins = milliseconds(count_margins, logits_TE, bias_E, ids_TK, router.margins_EB, router.score_func)
+        routing = milliseconds(route_tokens, *route)
+        print(
+            f"{flavor} {name}: counting {1e3 * counting:.0f} us a layer, of which margins {1e3 * margins:.0f}; "
+            f"routing {1e3 * routing:.0f}; {len(layers)} layers {len(layers) * counting:.2f} ms a step"
+        )
+    balancer = build_optimizers(model, arm, 1e-4).load_balancer
+    hooks = milliseconds(lambda: (balancer(), balancer.follow_gates()))
+    print(f"{flavor}: hooks {hooks:.2f} ms a step", flush=True)
 
 
 # ---- all runs ------------------------------------------------------------------------------------
@@ -614,7 +607,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, start = parse_options(arguments), time.time()
     if options.time_rule:
-        time_rule()
+        for flavor in ("500M", "1.4B"):
+            time_rule(flavor)
         return
     jobs = jobs_of(options)
     gpus = torch.cuda.device_count()
