@@ -212,11 +212,10 @@ def prepare_text(folder: Path, vocab_size: int, limit_mb: float, processes: int)
 class Batches:
     """Windows of a token file in an order that the seed alone decides."""
 
-    def __init__(self, file: Path, batch: int, seq_len: int, seed: int | None, device: torch.device):
+    def __init__(self, file: Path, batch: int, seq_len: int, seed: int, device: torch.device):
         self.tokens = np.memmap(file, dtype=np.uint16, mode="r")
         self.windows = (len(self.tokens) - 1) // seq_len
-        order = np.arange(self.windows)
-        self.order = order if seed is None else np.random.default_rng(seed).permutation(order)
+        self.order = np.random.default_rng(seed).permutation(self.windows)
         self.batch, self.seq_len, self.device = batch, seq_len, device
         if self.windows < batch:
             raise ValueError(f"{file} has {self.windows} windows of {seq_len} tokens, fewer than a batch of {batch}")
@@ -323,7 +322,8 @@ class Run:
         self.warmup = job["warmup"] if warmup < 0 else warmup
         shape = self.job["batch"], self.job["seq_len"]
         self.train_batches = Batches(options.data / "train.bin", *shape, seed, device)
-        self.val_batches = Batches(options.data / "val.bin", *shape, None, device)
+        # Shuffled, so that both halves of `_floor` and all batches are of the same mix of files.
+        self.val_batches = Batches(options.data / "val.bin", *shape, 0, device)
         wanted = max(1, round(options.val_tokens / (shape[0] * shape[1])))
         self.num_val = min(wanted, self.val_batches.windows // shape[0])
         self.model = build_model(options.flavor, self.arm, self.job, seed, device, options.compile)

@@ -89,7 +89,8 @@ class ExpertLoadBalancer:
             for group in self.groups:
                 torch.distributed.all_reduce(counts_LE, group=group)
             if self.balanced and self.rule != QUANTILE:
-                delta_LE = bias_delta(counts_LE[self.balanced], self.rate, self.rule)
+                balanced_LE = torch.stack([counts_LE[i] for i in self.balanced])  # an index list would wait for the device
+                delta_LE = bias_delta(balanced_LE, self.rate, self.rule)
                 _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
         # no public name; the routers of `solved` have their margins
         torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType] - as above
