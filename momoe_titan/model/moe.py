@@ -41,7 +41,7 @@ class BalancedMoE(Float32Buffers, MoE):
         expert_bias: (E) float32, whatever dtype the module is cast to.
         tokens_per_expert: (E) int64, tokens that chose each expert in training forwards since the
             last optimizer step. Not counted: evaluation, forwards under no_grad, and forwards that
-            activation checkpointing recomputes (use_reentrant=False).
+            activation checkpointing recomputes.
     """
 
     float32_buffers = ("expert_bias",)

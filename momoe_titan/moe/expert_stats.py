@@ -1,15 +1,18 @@
 """Tokens per expert, and the router's entropy, summed over the microbatches of an optimizer step.
 
 Load balancing needs each token counted once per step. A forward that activation checkpointing
-recomputes runs inside the backward and must not count again. Evaluation must not count at all.
+recomputes runs inside the backward and must not count again, unless the first one had no gradients.
+Evaluation must not count at all.
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from momoe_titan.kernels.quantile import count_margins
 
@@ -20,6 +23,24 @@ _paused = False
 def inside_backward() -> bool:
     """True while autograd runs a backward on this thread, hence in every recomputed forward."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_first_forward() -> bool:
+    """Whether the forward that runs on this thread is the first that checkpointing lets count.
+
+    False in a recomputation, except in that of a checkpoint with use_reentrant=True: its first forward runs
+    without gradients, like an evaluation, and is not counted.
+    """
+    if not inside_backward():
+        return True
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return True
+        if frame.f_code.co_name == "recompute_fn":  # of a checkpoint with use_reentrant=False, inside the other
+            return False
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -42,9 +63,8 @@ def count_experts(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
 def feeds_balancing(module: nn.Module) -> bool:
     """True when training counts a forward of `module`: in training mode with gradients on.
 
-    A recomputed forward passes this test too; the ops below drop it. Checkpointing with
-    use_reentrant=True runs its first forward without gradients, so that nothing would be counted:
-    use use_reentrant=False, as TorchTitan does.
+    A recomputed forward passes this test too; the ops below drop it where the first one was counted
+    (see `is_first_forward`).
     """
     return module.training and torch.is_grad_enabled()
 
@@ -59,8 +79,8 @@ def record_counts(module: nn.Module, total_E: torch.Tensor, counts_E: torch.Tens
 # it: one compiled graph serves the forward and its recomputation.
 @torch.library.custom_op("momoe_titan::accumulate_counts", mutates_args=("total_E",))
 def accumulate_counts(total_E: torch.Tensor, counts_E: torch.Tensor) -> None:
-    """Add counts_E (E,) to total_E (E,) in place, except inside a backward or while paused."""
-    if not (_paused or inside_backward()):
+    """Add counts_E (E,) to total_E (E,) in place, except in a recomputation or while paused."""
+    if not _paused and is_first_forward():
         total_E.add_(counts_E)
 
 
@@ -80,12 +100,12 @@ def accumulate_margins(
     ids_TK: torch.Tensor,
     score_func: str,
 ) -> None:
-    """Count what quantile balancing needs of a forward, in place, except inside a backward or while paused.
+    """Count what quantile balancing needs of a forward, in place, except in a recomputation or while paused.
 
     Adds the tokens' margins to histogram_EB (see `kernels.quantile`). Where there is an input_sum_C,
     adds the sum of x_TD to its first D entries and the number of tokens to its last.
     """
-    if _paused or inside_backward():
+    if _paused or not is_first_forward():
         return
     count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
     if input_sum_C is not None and x_TD is not None:
@@ -117,11 +137,11 @@ def records_entropy(module: nn.Module) -> bool:
 def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
     """Add the sum of the tokens' entropies and the number of tokens to total_2, in place.
 
-    Does nothing where the entropy is not wanted, inside a backward, or while paused. The entropy of a token is
+    Does nothing where the entropy is not wanted, in a recomputation, or while paused. The entropy of a token is
     that of its scores, divided by their sum, in units of ln E: 1 where all experts score alike, 0
     where one expert has everything.
     """
-    if not _entropy_wanted or _paused or inside_backward():
+    if not _entropy_wanted or _paused or not is_first_forward():
         return
     tokens, num_experts = scores_TE.shape
     tiny = torch.finfo(scores_TE.dtype).tiny

@@ -204,6 +204,10 @@ class TopKRouter(nn.Module):
     probabilities of the chosen experts, divided by their sum. Shared experts have a softmax of their
     own: a token's scores sum to 1 over its shared experts and to 1 over its others.
 
+    Where K - Ks is 1, the score of the one chosen expert is its softmax probability, undivided, as in
+    the Switch Transformer (arXiv 2101.03961): divided by itself it would always be 1, and the router
+    would get no gradient.
+
     The matrix product, the softmax and the choice are computed in float32, also under autocast. Of
     equal experts the lowest id is chosen. Infinite logits count as the largest finite numbers. A NaN
     makes the scores of its own token NaN, and that token still chooses K experts.
@@ -212,7 +216,8 @@ class TopKRouter(nn.Module):
         embedding_dim: D.
         num_experts: N, shared ones included.
         num_chosen_experts: K, shared ones included.
-        num_shared_experts: Ks, 0 to K.
+        num_shared_experts: Ks, 0 to K (default 0). They are among both the N and the K experts: N = 9, K = 3 and
+            Ks = 1 gives each token the shared expert and two of the eight others.
         Wg_DN: (D, N) weight to train in place, or None for normal values times 1/D.
         device, dtype: of a new weight, as in `MoMoE`.
 
@@ -225,7 +230,7 @@ class TopKRouter(nn.Module):
         embedding_dim: int,
         num_experts: int,
         num_chosen_experts: int,
-        num_shared_experts: int,
+        num_shared_experts: int = 0,
         Wg_DN: torch.Tensor | None = None,
         *,
         device: torch.device | str | None = None,
@@ -285,7 +290,9 @@ class TopKRouter(nn.Module):
         logits_TE = float32_product(x_BSD.reshape(-1, self.D), self.Wg_DN.t())
         routed, split = self.N - self.Ks, self.K - self.Ks
         bias_E = biases_N[:routed].detach().float()
-        scores_TK, ids_TK = route_tokens(logits_TE[:, :routed], bias_E, split, "softmax_of_chosen")
+        # Of one expert it is the probability itself: a share of one is 1 whatever the logit.
+        score_func = "softmax" if split == 1 else "softmax_of_chosen"
+        scores_TK, ids_TK = route_tokens(logits_TE[:, :routed], bias_E, split, score_func)
         if margins_EB is not None:
             accumulate_margins(margins_EB, None, None, logits_TE[:, :routed].detach(), bias_E, ids_TK, "softmax")
         if not self.Ks:
@@ -308,11 +315,13 @@ class MoE(Float32Buffers):
         handle = moe.register_bias_update(optimizer)     # or call moe.update_biases()
 
     Tokens per expert are counted in training mode with gradients enabled. Not counted: evaluation,
-    forwards under no_grad, and forwards that activation checkpointing recomputes
-    (use_reentrant=False).
+    forwards under no_grad, and forwards that activation checkpointing recomputes. (With
+    use_reentrant=True the recomputed forward is counted in place of the first, which has no gradients.)
 
     Args:
-        bias_update_rate: u >= 0, how far a bias moves per step; 0 leaves it as it is.
+        bias_update_rate: u >= 0, how far a bias moves per step; 0 leaves it as it is. The default,
+            1e-4, is a tenth of the TOML's load_balance_rate: this layer's softmax scores are about 1/N,
+            where the sigmoid scores of the flavors are about a half.
         bias_update_rule: "sign" or "proportional" (see `moe.balancing.bias_delta`), or "quantile",
             which solves for the bias and reads of the rate whether it is 0 (see `quantile_delta`).
         the others: as in `MoMoE` and `TopKRouter`.
@@ -338,7 +347,7 @@ class MoE(Float32Buffers):
         intermediate_dim: int,
         num_experts: int,
         num_chosen_experts: int,
-        num_shared_experts: int,
+        num_shared_experts: int = 0,
         save_percent: float = 0,
         bias_update_rate: float = 1e-4,
         Wg_DN: torch.Tensor | None = None,

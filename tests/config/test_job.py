@@ -31,6 +31,7 @@ def test_the_trainer_s_call_logs_nothing_again(job, logged):
     # as TorchTitan's trainer does, and what completes the last checkpoint
     trained = flavors["debugmodel"]
     trained.update_from_config(job)
+    assert logged("not started by momoe_titan.train") == 0
     assert trained == args == configured_args(job)
     assert logged("momoe.save_percent has no effect") == 1
     assert logged("training.seq_len is 200000, longer than the model's own maximum, 131072") == 1
@@ -42,6 +43,7 @@ def test_the_trainer_s_call_checks_a_job_that_nobody_has_checked(job, logged):
         flavors["debugmodel"].update_from_config(job)
     job.training.steps = 1
     flavors["debugmodel"].update_from_config(job)
+    assert logged("not started by momoe_titan.train, which takes the same options. It lacks: checks of folders") == 2
     assert logged("momoe.save_percent has no effect") == 1
 
 
@@ -68,3 +70,38 @@ def test_another_model_or_machine_is_checked_again(job):
         check_job(job)
     with checking_for(Machine(5, has_gpu=True)), pytest.raises(ValueError, match="number of processes, 5"):
         flavors["debugmodel"].update_from_config(job)
+
+
+def test_triton_kernels_need_a_gpu(job, monkeypatch):
+    job.momoe.backend = "triton"
+    check_job(job)  # in Triton's interpreter
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    with (
+        checking_for(Machine(1, has_gpu=False)),
+        pytest.raises(ValueError, match="momoe.backend is 'triton', but this"),
+    ):
+        check_job(job)
+    with checking_for(Machine(1, has_gpu=True)):
+        check_job(job)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+@pytest.mark.parametrize("shard, world, warns", [(1, 2, 1), (-1, 2, 1), (-1, 4, 0), (1, None, 1), (-1, None, 0)])
+def test_float32_in_place_of_mixed_precision_is_loud(job, logged, kind, shard, world, warns):
+    setattr(job.parallelism, f"{kind}_parallel_degree", 2)
+    job.parallelism.data_parallel_shard_degree = shard
+    with checking_for(Machine(world, has_gpu=True)):
+        check_job(job)
+        assert logged("training.mixed_precision_param = 'bfloat16' HAS NO EFFECT: the job computes in float32") == warns
+        job.training.mixed_precision_param = "float32"
+        check_job(job)
+    assert logged("HAS NO EFFECT") == warns
+
+
+def test_one_expert_with_a_normalised_score_is_refused(job):
+    args = flavors["debugmodel"]
+    args.moe_args.top_k = 1
+    with pytest.raises(ValueError, match="moe_args.route_norm is True, must be False where moe_args.top_k is 1"):
+        args.update_from_config(job)
+    args.moe_args.route_norm = False
+    args.update_from_config(job)

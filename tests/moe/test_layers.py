@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from momoe_titan.moe.layers import MoE, MoMoE, TopKRouter
 
@@ -292,10 +292,28 @@ def test_shared_experts_are_the_last_and_chosen_by_every_token(shared, chosen):
     assert mask_NM.dtype == torch.int32
     assert (mask_NM.sum(0) == chosen).all() and (mask_NM[N - shared :] == 1).all()
     assert (s_NM[mask_NM == 0] == 0).all()
-    if chosen > shared:
+    if chosen > shared + 1:  # of one routed expert the score is its probability
         torch.testing.assert_close(s_NM[: N - shared].sum(0), torch.ones(10))
     if shared:
         torch.testing.assert_close(s_NM[N - shared :].sum(0), torch.ones(10))
+
+
+@pytest.mark.parametrize("chosen, shared", [(1, 0), (2, 1), (3, 2)])
+def test_router_of_one_routed_expert_learns(chosen, shared):
+    """Of one expert the score is its probability: divided by itself it would be 1, and its gradient 0."""
+    moe = MoE(D, H, 6, chosen, shared, backend="torch", device="cpu")
+    x_BSD = torch.randn(2, 8, D)
+    moe(x_BSD).square().sum().backward()
+    assert (moe.router.Wg_DN.grad[:, : 6 - shared].abs().sum(dim=0) > 0).all()
+    ids_TK, scores_TK = moe.router.route(x_BSD, moe.biases_N)
+    p_TE = (x_BSD.reshape(-1, D) @ moe.router.Wg_DN)[:, : 6 - shared].softmax(dim=1)
+    torch.testing.assert_close(scores_TK[:, 0], p_TE.amax(dim=1))
+    assert torch.equal(ids_TK[:, 0], p_TE.argmax(dim=1))
+
+
+def test_no_expert_is_shared_unless_it_is_said():
+    assert MoE(D, H, 6, 2, device="cpu").Ks == 0
+    assert TopKRouter(D, 6, 2, device="cpu").Ks == 0
 
 
 def test_mask_and_list_say_the_same():
@@ -427,6 +445,45 @@ def test_recomputation_does_not_count():
     checkpoint(moe, x_BSD, use_reentrant=False).square().sum().backward()
     assert torch.equal(moe.counts_N, plain[0]) and torch.equal(x_BSD.grad, plain[1])
     assert moe.counts_N.sum() == 8 * K
+
+
+def _plain(function, x):
+    return function(x)
+
+
+def _reentrant(function, x):
+    return checkpoint(function, x, use_reentrant=True)
+
+
+def _saved(function, x):
+    return checkpoint(function, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("outer", [_plain, _reentrant, _saved])
+@pytest.mark.parametrize("inner", [_plain, _reentrant, _saved])
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_every_kind_of_checkpointing_counts_once(outer, inner, rule):
+    """A checkpoint with use_reentrant=True has no gradients in its first forward, and none in an evaluation."""
+    moe = make_moe(bias_update_rule=rule)
+    x_BSD = torch.randn(1, 8, D, requires_grad=True)
+    outer(lambda x: inner(moe, x), x_BSD).square().sum().backward()
+    assert moe.counts_N.sum() == 8 * K
+    if rule == "quantile":
+        margins = moe.margins_EB.sum()
+        moe.margins_EB.zero_()
+        moe(x_BSD)
+        assert margins == moe.margins_EB.sum() > 0
+    moe.eval()
+    moe.counts_N.zero_()
+    outer(lambda x: inner(moe, x), x_BSD).square().sum().backward()
+    assert not moe.counts_N.any()
+
+
+def test_checkpointing_of_a_sequence_counts_once():
+    layers = torch.nn.Sequential(make_moe(), make_moe())
+    x_BSD = torch.randn(1, 8, D, requires_grad=True)
+    checkpoint_sequential(layers, 2, x_BSD, use_reentrant=True).sum().backward()
+    assert [int(moe.counts_N.sum()) for moe in layers] == [8 * K, 8 * K]
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import triton
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
@@ -24,6 +25,11 @@ from momoe_titan.config.model_args import ModelArgs
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.save_percent import AUTO
 
+MISSING_UNDER_TORCHTITAN = (
+    "This job was not started by momoe_titan.train, which takes the same options. It lacks: checks of folders, data "
+    "and tokenizer before anything is built; resuming from the last whole checkpoint, with the job's own learning "
+    "rate and a list of what has changed; training without a GPU; config.json and tokenizer beside Hugging Face weights"
+)
 _CHECKED = "_checked_by_momoe_titan"  # attribute of a job's configuration
 
 
@@ -73,6 +79,8 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
     if before == now:
         args.take_settings(job_config)
         return
+    if before is None:
+        logger.warning(MISSING_UNDER_TORCHTITAN)
     if before is None or before.settings != now.settings:
         check_fields(job_config)
     if not hasattr(job_config, "momoe"):
@@ -85,6 +93,7 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
     if args.max_seq_len > longest:
         logger.warning(f"training.seq_len is {args.max_seq_len}, longer than the model's own maximum, {longest}")
     check_model_args(args, section="momoe.")
+    check_backend(args, now.machine)
     check_save_percent(args, job_config)
     check_activation_checkpoint(args, job_config)
     check_converters_and_validation(job_config)
@@ -93,6 +102,12 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
     check_expert_parallel(args, job_config, now.machine)
     check_parallelism(args, job_config, now.machine)
     vars(job_config)[_CHECKED] = now
+
+
+def check_backend(args: ModelArgs, machine: Machine) -> None:
+    """Refuse Triton's kernels on a machine that cannot run them."""
+    if args.backend == "triton" and not machine.has_gpu and not triton.knobs.runtime.interpret:
+        raise ValueError("momoe.backend is 'triton', but this machine has no GPU; 'auto' and 'torch' work here")
 
 
 def check_save_percent(args: ModelArgs, job_config: JobConfig) -> None:

@@ -76,6 +76,11 @@ def _check_moe(moe: Any) -> None:
 
 
 def _check_experts(args: ModelArgs, section: str) -> None:
+    if moe.top_k == 1 < moe.num_experts and moe.route_norm:
+        raise ValueError(
+            "moe_args.route_norm is True, must be False where moe_args.top_k is 1: one score divided by itself is "
+            "always 1, and the router would get no gradient"
+        )
     """What a job sets in the section `[momoe]`."""
     layers = args.moe_layer_ids
     check_num_layers(args.save_percent, len(layers), f"{section}save_percent")

@@ -1,6 +1,7 @@
 """The data, tensor and context parallelism of `[parallelism]`, and how all degrees fit the number of processes."""
 
 from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
 
 from momoe_titan.config.checks.pipeline_parallel import check_pipeline_parallel
 from momoe_titan.config.compile import compiles_model
@@ -40,12 +41,28 @@ def _check_degrees(job_config: JobConfig, world_size: int | None) -> None:
         shard = world_size // others
     if shard != -1:
         _check_accumulation(job_config, replicate * shard)
+    if shard == cp == 1:
+        _warn_of_float32(job_config)
     if replicate > 1 and shard == cp == 1 and tp * pp > 1:
         raise ValueError(
             f"parallelism.data_parallel_replicate_degree is {replicate} with "
             f"data_parallel_shard_degree 1, tensor_parallel_degree {tp} and "
             f"pipeline_parallel_degree {pp}: DistributedDataParallel does not compose with these. "
             "Set data_parallel_shard_degree above 1 (HSDP), or shard in place of replicating"
+        )
+
+
+def _warn_of_float32(job_config: JobConfig) -> None:
+    """TorchTitan 0.2.2 leaves mixed precision to FSDP, and takes autocast only where there is no other parallelism."""
+    training = job_config.training
+    given = [f"{name}_degree {degree}" for name in ("tensor_parallel", "pipeline_parallel")
+             if (degree := getattr(job_config.parallelism, f"{name}_degree")) > 1]  # fmt: skip
+    if given and training.mixed_precision_param != training.dtype:
+        logger.warning(
+            f"training.mixed_precision_param = {training.mixed_precision_param!r} HAS NO EFFECT: the job computes in "
+            f"{training.dtype}, several times slower, because parallelism.{' and '.join(given)} stand without FSDP, "
+            "which alone mixes precision here. Set parallelism.data_parallel_shard_degree above 1, on more ranks or "
+            "in place of the others"
         )
 
 
