@@ -14,6 +14,7 @@ class ModelArgs(Protocol):
     n_kv_heads: int | None
     head_dim: int | None
     n_dense_layers: int
+    other_dense_layers: list[int]
     dense_hidden_dim: int
     moe_hidden_dim: int
     vocab_size: int
@@ -21,6 +22,8 @@ class ModelArgs(Protocol):
     norm_eps: float
     rope_theta: float
     rope_scaling_args: Any
+    yarn_args: Any
+    tie_word_embeddings: bool
     attn_type: str
     qk_norm: str
     moe_args: Any
@@ -34,12 +37,16 @@ class ModelArgs(Protocol):
     router_z_loss_weight: float
     load_balance_off_layers: list[int]
     check_ids: bool
+    hf_fields: dict[str, Any]
 
     @property
     def attention_head_dim(self) -> int: ...
 
     @property
-    def moe_layer_ids(self) -> range: ...
+    def moe_layer_ids(self) -> list[int]: ...
+
+    @property
+    def has_dense_layers(self) -> bool: ...
 
     def take_settings(self, job_config: JobConfig) -> None: ...
 

@@ -119,6 +119,7 @@ def load_model(path: str, args: MomoeLlamaArgs, device: torch.device | str, dtyp
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
+    model.tie_weights()
     with torch.device(device):
         model.freqs_cis = model._precompute_freqs_cis()
     for module in model.modules():

@@ -1,5 +1,6 @@
 """Arguments of the llama-MoE model, and what a job's configuration may ask of it."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,11 @@ from momoe_titan.config.hugging_face import folder_to_load
 from momoe_titan.model.hugging_face.config import (
     fields_from_hf_config,
     hf_format,
+    read_config,
     read_hf_fields,
+    rope_scaling_fields,
 )
+from momoe_titan.model.rope import YarnArgs
 from momoe_titan.save_percent import AUTO, parse_save_percent
 
 
@@ -25,13 +29,17 @@ class MomoeLlamaArgs(TransformerModelArgs):
     """A llama-3 transformer whose feed-forward blocks, after `n_dense_layers`, are MoE layers.
 
     Of the inherited fields, `multiple_of` and `ffn_dim_multiplier` have no effect: the hidden
-    widths are given as they are. RoPE is not rescaled unless `rope_scaling_args` says so.
+    widths are given as they are. RoPE is not rescaled unless `rope_scaling_args` (llama 3's rule) or `yarn_args`
+    says so.
 
     Args:
         head_dim: width of an attention head; None for dim // n_heads.
         qk_norm: RMSNorm of queries and keys before RoPE: "none", "per_head" (over each head, as
             in Qwen3) or "full" (over all heads together, as in OLMoE).
+        tie_word_embeddings: the output layer's weight is that of the embedding.
+        yarn_args: rescales RoPE by YaRN.
         n_dense_layers: how many of the first layers have a dense feed-forward.
+        other_dense_layers: ids of further layers that have one.
         dense_hidden_dim: hidden width of those.
         moe_hidden_dim: F, hidden width of one expert. Shared experts together are one
             feed-forward of width num_shared_experts * F.
@@ -47,12 +55,17 @@ class MomoeLlamaArgs(TransformerModelArgs):
         check_ids: debug flag of `momoe_mlp`.
         from_hf: take the shape from the config.json of the Hugging Face folder that the job loads
             (checkpoint.initial_load_path or model.hf_assets_path), in place of what stands here.
+        hf_fields: the config.json that the model's weights come with. An export keeps what of it this package
+            does not set.
     """
 
     rope_scaling_args: RoPEScalingArgs = field(default_factory=lambda: RoPEScalingArgs(scaling_factor=1.0))
     head_dim: int | None = None
     qk_norm: str = "none"
+    tie_word_embeddings: bool = False
+    yarn_args: YarnArgs | None = None
     n_dense_layers: int = 0
+    other_dense_layers: list[int] = field(default_factory=list)
     dense_hidden_dim: int = 0
     moe_hidden_dim: int = 256
     moe_args: MoEArgs = field(default_factory=lambda: MoEArgs(score_before_experts=False))
@@ -67,20 +80,25 @@ class MomoeLlamaArgs(TransformerModelArgs):
     load_balance_off_layers: list[int] = field(default_factory=list)
     check_ids: bool = False
     from_hf: bool = False
+    hf_fields: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def attention_head_dim(self) -> int:
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
-    def moe_layer_ids(self) -> range:
-        return range(self.n_dense_layers, self.n_layers)
+    def moe_layer_ids(self) -> list[int]:
+        return [i for i in range(self.n_dense_layers, self.n_layers) if i not in self.other_dense_layers]
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return len(self.moe_layer_ids) < self.n_layers
 
     def layer_save_percent(self, layer_id: int) -> float:
         """save_percent of the MoE layer with this id, among all layers."""
         if len(self.save_percent) == 1:
             return self.save_percent[0]
-        return self.save_percent[layer_id - self.n_dense_layers]
+        return self.save_percent[self.moe_layer_ids.index(layer_id)]
 
     def layer_load_balance_rate(self, layer_id: int) -> float:
         """How far a step moves the bias of this layer; 0 where balancing is off."""
@@ -106,6 +124,10 @@ class MomoeLlamaArgs(TransformerModelArgs):
         if self.from_hf:
             hf_args = read_hf_args(folder_to_load(job_config))
             self.__dict__.update(vars(hf_args), from_hf=True)
+        elif job_config.checkpoint.enable and job_config.checkpoint.initial_load_in_hf:
+            # A run that resumes needs the folder no more; `check_hugging_face` refuses a new one without it.
+            with contextlib.suppress(ValueError):
+                self.hf_fields = read_config(folder_to_load(job_config))
         self.max_seq_len = job_config.training.seq_len
         self.moe_args._debug_force_load_balance = job_config.debug.moe_force_load_balance
         momoe = getattr(job_config, "momoe", None)
@@ -185,13 +207,15 @@ def _computed(args: MomoeLlamaArgs) -> dict[str, Any]:
             "vocab_size",
             "norm_eps",
             "rope_theta",
-            "n_dense_layers",
+            "tie_word_embeddings",
             "moe_hidden_dim",
         )
     }
     fields["n_kv_heads"] = args.n_kv_heads or args.n_heads
     fields["head_dim"] = args.attention_head_dim
-    fields["dense_hidden_dim"] = args.dense_hidden_dim if args.n_dense_layers else 0
+    fields["dense layers"] = [i for i in range(args.n_layers) if i not in args.moe_layer_ids]
+    fields["dense_hidden_dim"] = args.dense_hidden_dim if args.has_dense_layers else 0
+    fields["rope_scaling"] = rope_scaling_fields(args)
     for name in (
         "num_experts",
         "top_k",

@@ -20,6 +20,7 @@ from torchtitan.protocols.model import AttentionMasksType
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
+from momoe_titan.model.rope import precompute_yarn_freqs_cis
 from momoe_titan.model.stock_moe import StockMoE
 
 
@@ -166,6 +167,8 @@ def build_moe(layer_id: int, model_args: MomoeLlamaArgs) -> BalancedMoE:
     moe.router.aux_loss_weight = model_args.aux_loss_weight
     moe.router.aux_loss_scope = model_args.aux_loss_scope
     moe.router.z_loss_weight = model_args.router_z_loss_weight
+    if model_args.aux_loss_weight and model_args.aux_loss_scope == "global":
+        moe.router.record_shares()
     return moe
 
 
@@ -184,6 +187,15 @@ class MomoeLlama(Transformer):
         self.n_layers = model_args.n_layers
         for layer_id in range(model_args.n_layers):
             self.layers[str(layer_id)] = MomoeBlock(layer_id, model_args)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Give the output layer the embedding's weight if the model has one for both.
+
+        To call again whenever the modules' parameters were replaced, as `to_empty` does.
+        """
+        if self.model_args.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -198,11 +210,20 @@ class MomoeLlama(Transformer):
         ends = [m for m in (self.tok_embeddings, self.norm, self.output) if m is not None]
         with whole_parameters(*ends):
             super().init_weights(buffer_device)
+            if self.model_args.tie_word_embeddings:
+                # the output's smaller values, as TorchTitan's Qwen3 does
+                self.tok_embeddings.weight.copy_(self.output.weight)
+        self.tie_weights()
         for module in self.modules():
             if isinstance(module, BalancedMoE):
                 module.reset_balance_state(buffer_device)
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
+        args = self.model_args
+        if args.yarn_args is not None:
+            return precompute_yarn_freqs_cis(
+                args.attention_head_dim, args.max_seq_len, args.rope_theta, args.yarn_args
+            )
         return precompute_freqs_cis(
             self.model_args.attention_head_dim,
             self.model_args.max_seq_len,

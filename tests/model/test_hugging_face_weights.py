@@ -26,7 +26,7 @@ from torchtitan.components.checkpoint import (
     ModelWrapper,
 )
 
-from momoe_titan.model import MomoeLlama, MomoeStateDictAdapter, flavors
+from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import args_from_hf_config, read_hf_args
 from momoe_titan.model.hugging_face.config import (
     BIAS_FILE,
@@ -34,7 +34,7 @@ from momoe_titan.model.hugging_face.config import (
     hf_format,
     write_hf_config,
 )
-from tests.support.tiny import VOCAB, build, job_config, moes, tiny_args
+from tests.support.tiny import VOCAB, batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "momoe_titan/assets/tokenizer"
@@ -50,6 +50,17 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+MIXTRAL = SHAPE | {"intermediate_size": 12, "num_local_experts": 5}
+# With contexts so short that every case of the rules occurs among a few columns and 16 positions
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64}
 QWEN = SHAPE | {"head_dim": 16, "moe_intermediate_size": 12, "num_experts": 5}
 OLMOE = SHAPE | {"intermediate_size": 12, "num_experts": 5}
 GLM = SHAPE | {
@@ -83,16 +94,41 @@ MODELS = {
         GLM | {"use_qk_norm": True, "norm_topk_prob": False, "first_k_dense_replace": 0},
     ),
     "glm4_moe, no shared experts": ("Glm4MoeConfig", GLM | {"n_shared_experts": 0}),
+    "mixtral, tied": ("MixtralConfig", MIXTRAL | {"tie_word_embeddings": True}),
+    "mixtral, llama3": ("MixtralConfig", MIXTRAL | {"rope_parameters": LLAMA3}),
+    "olmoe, yarn": ("OlmoeConfig", OLMOE | {"rope_parameters": YARN}),
+    "qwen3_moe, yarn, tied, every other layer dense": (
+        "Qwen3MoeConfig",
+        QWEN
+        | {
+            "num_hidden_layers": 5,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "intermediate_size": 20,
+            "tie_word_embeddings": True,
+            "rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 4.0, "truncate": False},
+        },
+    ),
+    "glm4_moe, yarn": (
+        "Glm4MoeConfig",
+        GLM
+        | {
+            "use_qk_norm": True,
+            "rope_parameters": YARN | {"attention_factor": 1.3, "partial_rotary_factor": 1.0},
+        },
+    ),
 }
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Norms, routers and biases that matter, in a model of transformers' or ours."""
+    """Norms, attention, routers and biases that matter, in a model of transformers' or ours."""
     generator = torch.Generator().manual_seed(seed)
     bias_counts = getattr(getattr(model, "model_args", None), "moe_args", None)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "norm" in name:
             nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "wq.weight", "wk.weight")):
+            nn.init.normal_(tensor, std=0.5, generator=generator)  # so that positions matter
         elif name.endswith("gate.weight"):
             nn.init.normal_(tensor, generator=generator)
         elif name.endswith("e_score_correction_bias") or (
@@ -162,9 +198,57 @@ def test_logits_are_equal_both_ways(name, backend, tmp_path):
     back = from_pretrained(tmp_path / "ours")
     assert type(back) is type(theirs)
     torch.testing.assert_close(logits(back), logits(ours), rtol=0, atol=1e-4)
-    assert hf_config(read_hf_args(tmp_path / "ours")) == hf_config(args)
+    written = json.loads((tmp_path / "ours/config.json").read_text())
+    assert hf_config(read_hf_args(tmp_path / "ours")) == written
+    assert read_hf_args(tmp_path / "ours").differences_from_hf(tmp_path / "theirs") == []
     # the names that transformers itself writes
     assert saved(tmp_path / "ours").keys() == saved(tmp_path / "theirs").keys()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "llama3" in name or "yarn" in name])
+def test_rescaled_rope_is_not_plain_rope(name, tmp_path):
+    """That the logits are compared where the rescaling shows."""
+    theirs = hf_model(name)
+    theirs.save_pretrained(tmp_path)
+    args = read_hf_args(tmp_path)
+    plain = replace(args, yarn_args=None, rope_scaling_args=MomoeLlamaArgs().rope_scaling_args)
+    model = build(plain).eval()
+    load_hf(model, plain, tmp_path)
+    assert (logits(model) - logits(theirs)).abs().max() > 1e-2
+    assert [field for field, *_ in plain.differences_from_hf(tmp_path)] == ["rope_scaling"]
+
+
+@pytest.mark.parametrize("name", ["mixtral, llama3", "olmoe, yarn"])
+def test_rope_scaling_in_the_spelling_of_transformers_4(name):
+    config_class, fields = MODELS[name]
+    config = getattr(transformers, config_class)(**fields).to_dict()
+    expected = args_from_hf_config(config)
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope | {"type": rope.pop("rope_type")}}
+    assert args_from_hf_config(config) == expected
+    # no original context: the model's own maximum
+    del config["rope_scaling"]["original_max_position_embeddings"]
+    args = args_from_hf_config(config | {"max_position_embeddings": 64})
+    assert hf_config(args)["rope_scaling"] == hf_config(expected)["rope_scaling"]
+
+
+def test_tied_embeddings_are_one_weight_in_training(tmp_path):
+    args = tiny_args(tie_word_embeddings=True, dim=32, moe_hidden_dim=12)
+    model = build(args)
+    assert model.output.weight is model.tok_embeddings.weight
+    assert model.output.weight.std() < 0.3  # the output layer's small values
+    tokens, labels = batch(0)
+    loss_of(model, tokens, labels).backward()
+    optimizers_for(model).step()
+    save_hf(model, args, tmp_path)
+    assert "lm_head.weight" not in saved(tmp_path)
+    back = from_pretrained(tmp_path)
+    assert back.lm_head.weight is back.model.embed_tokens.weight
+    torch.testing.assert_close(logits(back), logits(model.eval()), rtol=0, atol=1e-4)
+    job = job_config()
+    job.parallelism.pipeline_parallel_degree = 2
+    with pytest.raises(ValueError, match="pipeline_parallel_degree is 2, must be 1 with tie_word_embeddings"):
+        args.update_from_config(job)
 
 
 def test_pipeline_stages_convert_alone():
@@ -248,11 +332,10 @@ def test_a_model_that_no_format_holds_is_refused(moe, fields, reason):
         ("mixtral", "model_type", "llama"),
         ("mixtral", "sliding_window", 64),
         ("mixtral", "hidden_act", "gelu"),
-        ("mixtral", "tie_word_embeddings", True),
-        ("mixtral", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        ("mixtral", "quantization_config", {"quant_method": "fp8"}),
+        ("mixtral", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
         ("qwen3_moe", "attention_bias", True),
-        ("qwen3_moe", "mlp_only_layers", [1]),
-        ("qwen3_moe", "decoder_sparse_step", 2),
+        ("mixtral", "model_type", "qwen2_moe"),
         ("olmoe", "clip_qkv", 8.0),
         ("glm4_moe", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("glm4_moe", "n_group", 5),
@@ -264,7 +347,9 @@ def test_a_configuration_that_we_do_not_compute_is_refused(name, field, value, t
     args_from_hf_config(config)
     with pytest.raises(ValueError) as refused:
         args_from_hf_config({**config, field: value})
-    assert "rope type" if isinstance(value, dict) else field in str(refused.value)
+    if field == "rope_parameters":
+        field = "rope type" if "rope_type" in value else "partial_rotary_factor"
+    assert field in str(refused.value)
     if name == "mixtral":
         del config["num_local_experts"]
         with pytest.raises(ValueError, match="num_local_experts"):

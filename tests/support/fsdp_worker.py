@@ -57,9 +57,11 @@ def run(settings) -> dict:
     config.activation_checkpoint.selective_ac_option = "op"
     dist_utils.set_determinism(dims, torch.device("cpu"), config.debug, ["pp"])
     # 5 experts on 2 or 4 ranks: shards of different size, and an empty one on 4
-    rule = {"load_balance_rule": settings.get("rule", "sign")}
+    rule = {"load_balance_rule": settings.get("rule", "sign"), "tie_word_embeddings": settings.get("tied", False)}
     args = tiny_args(backend=settings["backend"], load_balance_off_layers=[2], **rule)
     model = build(args, 0, lambda m: parallelize_momoe_llama(m, dims, config))
+    if settings.get("tied"):
+        assert model.output.weight is model.tok_embeddings.weight
     init = {
         name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): whole(p).clone()
         for name, p in model.named_parameters()

@@ -36,7 +36,12 @@ def _check_sizes(args: ModelArgs) -> None:
     _check_count("moe_args.num_shared_experts", args.moe_args.num_shared_experts, 0)
     if args.n_dense_layers > args.n_layers:
         raise ValueError(f"n_dense_layers is {args.n_dense_layers}, more than n_layers, {args.n_layers}")
-    if args.n_dense_layers:
+    if others := [i for i in args.other_dense_layers if i not in range(args.n_dense_layers, args.n_layers)]:
+        raise ValueError(
+            f"other_dense_layers names {others}, must name layers from n_dense_layers, {args.n_dense_layers}, "
+            f"to {args.n_layers - 1}"
+        )
+    if args.has_dense_layers:
         _check_count("dense_hidden_dim", args.dense_hidden_dim, 1)
 
 
@@ -52,6 +57,11 @@ def _check_attention(args: ModelArgs) -> None:
     # RoPE turns pairs of columns.
     if args.attention_head_dim < 2 or args.attention_head_dim % 2:
         raise ValueError(f"head_dim is {args.attention_head_dim}, must be even and positive")
+    if args.yarn_args is not None and args.rope_scaling_args.scaling_factor != 1:
+        raise ValueError(
+            f"yarn_args is given and rope_scaling_args.scaling_factor is {args.rope_scaling_args.scaling_factor}: "
+            "RoPE is rescaled by one rule"
+        )
     if args.qk_norm not in QK_NORMS:
         raise ValueError(f"qk_norm is {args.qk_norm!r}, must be one of {QK_NORMS}")
     if args.qk_norm != "none" and args.attn_type != "sdpa":
@@ -66,6 +76,11 @@ def _check_moe(moe: Any) -> None:
         raise ValueError(f"moe_args.top_k is {moe.top_k}, more than moe_args.num_experts, {moe.num_experts}")
     if moe.score_func not in SCORE_FUNCS:
         raise ValueError(f"moe_args.score_func is {moe.score_func!r}, must be one of {SCORE_FUNCS}")
+    if moe.top_k == 1 < moe.num_experts and moe.route_norm:
+        raise ValueError(
+            "moe_args.route_norm is True, must be False where moe_args.top_k is 1: one score divided by itself is "
+            "always 1, and the router would get no gradient"
+        )
     if moe.score_before_experts:
         raise ValueError("moe_args.score_before_experts is True, must be False: scores multiply the experts' outputs")
     if moe.num_expert_groups is not None:
@@ -76,11 +91,6 @@ def _check_moe(moe: Any) -> None:
 
 
 def _check_experts(args: ModelArgs, section: str) -> None:
-    if moe.top_k == 1 < moe.num_experts and moe.route_norm:
-        raise ValueError(
-            "moe_args.route_norm is True, must be False where moe_args.top_k is 1: one score divided by itself is "
-            "always 1, and the router would get no gradient"
-        )
     """What a job sets in the section `[momoe]`."""
     layers = args.moe_layer_ids
     check_num_layers(args.save_percent, len(layers), f"{section}save_percent")
@@ -93,7 +103,7 @@ def _check_experts(args: ModelArgs, section: str) -> None:
     if type(rate) not in (int, float) or not 0 <= rate < float("inf"):
         raise ValueError(f"{section}load_balance_rate is {rate!r}, must be finite and at least 0")
     if others := [i for i in args.load_balance_off_layers if i not in layers]:
-        raise ValueError(f"{section}load_balance_off_layers names {others}, but the MoE layers are {list(layers)}")
+        raise ValueError(f"{section}load_balance_off_layers names {others}, but the MoE layers are {layers}")
 
 
 def _check_count(name: str, value: Any, minimum: int) -> None:

@@ -93,7 +93,7 @@ def _check_tensor_parallel(args: ModelArgs, job_config: JobConfig) -> None:
     widths = {"n_heads": args.n_heads, "n_kv_heads": kv_heads}
     if args.moe_layer_ids:
         widths["moe_hidden_dim"] = args.moe_hidden_dim
-    if args.n_dense_layers:
+    if args.has_dense_layers:
         widths["dense_hidden_dim"] = args.dense_hidden_dim
     for name, width in widths.items():
         if width % tp:

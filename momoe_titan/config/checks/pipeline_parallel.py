@@ -28,6 +28,11 @@ def check_pipeline_parallel(args: ModelArgs, job_config: JobConfig) -> None:
         schedule = get_schedule_class(parallelism.pipeline_parallel_schedule)
     except ValueError as e:
         raise ValueError(f"parallelism.pipeline_parallel_schedule: {e}") from e
+    if args.tie_word_embeddings:
+        raise ValueError(
+            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, must be 1 with "
+            "tie_word_embeddings: the embedding and the output layer, which share a weight, would be in two stages"
+        )
     size, batch = parallelism.pipeline_parallel_microbatch_size, job_config.training.local_batch_size
     if size < 1 or batch % size:
         raise ValueError(

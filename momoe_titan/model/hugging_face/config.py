@@ -11,6 +11,7 @@ and its normalisation of queries and keys:
                                             llama's attention
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,9 +20,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.moe import MoEArgs
 
+from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS
 from momoe_titan.config.model_args import ModelArgs
+from momoe_titan.model.rope import YarnArgs, yarn_attention_factor
 
 ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
@@ -29,6 +33,28 @@ ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
 }
+# Formats that are often asked for, and what of them this package does not compute
+NEAR_FORMATS = {
+    "qwen2_moe": "its attention has biases, and its shared expert a gate of its own",
+    "deepseek_v3": "its attention is compressed (MLA)",
+    "deepseek_v2": "its attention is compressed (MLA)",
+    "gpt_oss": "its experts have biases and another activation, and its attention has sinks",
+    "llama": "it has no experts",
+}
+ROPE_TYPES = ("default", "llama3", "yarn")
+# Fields of an imported config.json that an export does not keep: other names of what it writes itself, and what tells
+# of the imported files.
+NOT_KEPT = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "dtype",
+    "transformers_version",
+    "momoe_titan",
+    "_name_or_path",
+)
 BIAS_FILE = "expert_bias.safetensors"  # beside the weights, of a model whose format has no place for the bias
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,11 +89,8 @@ def hf_format(args: ModelArgs) -> str:
 
 def _reasons_against(name: str, args: ModelArgs) -> list[tuple[bool, str]]:
     """(whether it applies, why this format does not hold the model)."""
-    moe, factor = args.moe_args, args.rope_scaling_args.scaling_factor
-    any_format = [
-        (moe.gate_bias, "moe_args.gate_bias is True: its routers have no bias"),
-        (factor != 1, f"rope_scaling_args.scaling_factor is {factor}, must be 1"),
-    ]
+    moe = args.moe_args
+    any_format = [(moe.gate_bias, "moe_args.gate_bias is True: its routers have no bias")]
     softmax = [
         (
             moe.num_shared_experts > 0,
@@ -75,7 +98,11 @@ def _reasons_against(name: str, args: ModelArgs) -> list[tuple[bool, str]]:
         ),
         (moe.route_scale != 1, f"moe_args.route_scale is {moe.route_scale}: with softmax scores it is 1"),
     ]
-    all_moe = (args.n_dense_layers > 0, f"n_dense_layers is {args.n_dense_layers}: all its layers are MoE layers")
+    others = args.other_dense_layers
+    all_moe = (
+        args.has_dense_layers,
+        f"n_dense_layers is {args.n_dense_layers} and other_dense_layers {others}: all its layers are MoE layers",
+    )
     one_format = {
         "mixtral": [
             *softmax,
@@ -94,6 +121,7 @@ def _reasons_against(name: str, args: ModelArgs) -> list[tuple[bool, str]]:
         "glm4_moe": [
             (args.qk_norm == "full", "qk_norm is 'full': with sigmoid scores it has 'none' or 'per_head'"),
             (moe.num_experts < 2, "moe_args.num_experts is 1, must be at least 2"),
+            (bool(others), f"other_dense_layers is {others}: its dense layers are the first ones"),
         ],
     }
     return any_format + one_format[name]
@@ -102,11 +130,17 @@ def _reasons_against(name: str, args: ModelArgs) -> list[tuple[bool, str]]:
 def hf_config(args: ModelArgs) -> dict[str, Any]:
     """config.json of the model, for transformers 4 and 5.
 
+    Keeps the fields of the config.json that the model came with, except those that this package sets.
+
     Raises:
         ValueError: no format holds the model.
     """
     name = hf_format(args)
-    return {
+    imported = args.hf_fields if args.hf_fields.get("model_type") == name else {}
+    kept = {field: value for field, value in imported.items() if field not in NOT_KEPT}
+    # The classes' own defaults are ids of their tokenizers.
+    no_tokens: dict[str, Any] = {f"{token}_token_id": None for token in ("bos", "eos", "pad")}
+    return no_tokens | kept | {
         "architectures": [ARCHITECTURES[name]],
         "model_type": name,
         "vocab_size": args.vocab_size,
@@ -115,18 +149,27 @@ def hf_config(args: ModelArgs) -> dict[str, Any]:
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_kv_heads or args.n_heads,
         "head_dim": args.attention_head_dim,
-        "max_position_embeddings": args.max_seq_len,
+        # of a model that is trained on shorter sequences than it was made for, the longer
+        "max_position_embeddings": max(args.max_seq_len, imported.get("max_position_embeddings", 0)),
         "rms_norm_eps": args.norm_eps,
         "rope_theta": float(args.rope_theta),
+        "rope_scaling": rope_scaling_fields(args),
         "num_experts_per_tok": args.moe_args.top_k,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        # The classes' own defaults are ids of their tokenizers.
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        "tie_word_embeddings": args.tie_word_embeddings,
         **FORMAT_FIELDS[name](args),
     }
+
+
+def rope_scaling_fields(args: ModelArgs) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json, which transformers 5 reads as well as 4; None where RoPE is not rescaled."""
+    yarn, llama3 = args.yarn_args, args.rope_scaling_args
+    if yarn is not None:
+        return {"rope_type": "yarn", **dataclasses.asdict(yarn)}
+    if llama3.scaling_factor == 1:
+        return None
+    fields = dataclasses.asdict(llama3)
+    return {"rope_type": "llama3", "factor": fields.pop("scaling_factor"), **fields}
 
 
 def _mixtral_fields(args: ModelArgs) -> dict[str, Any]:
@@ -143,7 +186,7 @@ def _qwen3_moe_fields(args: ModelArgs) -> dict[str, Any]:
         "moe_intermediate_size": args.moe_hidden_dim,
         "num_experts": args.moe_args.num_experts,
         "norm_topk_prob": args.moe_args.route_norm,
-        "mlp_only_layers": list(range(args.n_dense_layers)),
+        "mlp_only_layers": [i for i in range(args.n_layers) if i not in args.moe_layer_ids],
         "decoder_sparse_step": 1,
         "attention_bias": False,
     }
@@ -199,8 +242,9 @@ def fields_from_hf_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     name = config.get("model_type")
     if name not in ARCHITECTURES:
-        raise ValueError(f"model_type is {name!r}, must be one of {tuple(ARCHITECTURES)}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        why = f": {NEAR_FORMATS[name]}" if name in NEAR_FORMATS else ""
+        raise ValueError(f"model_type is {name!r}, must be one of {tuple(ARCHITECTURES)}{why}")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5 does
     _check_computed(name, config, rope)
     try:
         shape, moe = FORMAT_SHAPES[name](config)
@@ -222,7 +266,10 @@ def fields_from_hf_config(config: dict[str, Any]) -> dict[str, Any]:
             "max_seq_len": config["max_position_embeddings"],
             "norm_eps": config["rms_norm_eps"],
             "rope_theta": rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"],
+            **_rope_scaling(config, rope),
+            "tie_word_embeddings": config.get("tie_word_embeddings", False),
             "moe_args": MoEArgs(**moe),
+            "hf_fields": config,
             **shape,
         }
     except KeyError as e:
@@ -231,25 +278,53 @@ def fields_from_hf_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_computed(name: str, config: dict[str, Any], rope: dict[str, Any]) -> None:
     """Refuse a config.json with something that this package does not compute."""
-    dense_layers = config.get("mlp_only_layers") or []
     windowed = config.get("use_sliding_window", name == "mixtral")
     rotary = 1.0
     if name == "glm4_moe":  # 0.5 is what transformers takes where none is given
         rotary = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
-    for field, value, computed in (
+    for field, value, *computed in (
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("attention_bias", config.get("attention_bias", False), False),
-        ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
-        ("rope type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("quantization_config", config.get("quantization_config"), None),
+        ("rope type", _rope_type(rope), *ROPE_TYPES),
         ("sliding_window", config.get("sliding_window") if windowed else None, None),
         ("clip_qkv", config.get("clip_qkv"), None),
-        ("decoder_sparse_step", config.get("decoder_sparse_step", 1), 1),
-        ("mlp_only_layers", dense_layers, list(range(len(dense_layers)))),
         ("n_group", config.get("n_group", 1), 1),
         ("partial_rotary_factor", rotary, 1.0),
     ):
-        if value != computed:
-            raise ValueError(f"{field} of this {name} model is {value!r}, must be {computed!r}")
+        if value not in computed:
+            must = f"{computed[0]!r}" if len(computed) == 1 else f"one of {tuple(computed)}"
+            raise ValueError(f"{field} of this {name} model is {value!r}, must be {must}")
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `MomoeLlamaArgs` that rescale RoPE."""
+    kind = _rope_type(rope)
+    if kind == "default":
+        return {}
+    longest = config["max_position_embeddings"]
+    context = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", longest)
+    if kind == "llama3":
+        scaling = RoPEScalingArgs(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], context)
+        return {"rope_scaling_args": scaling}
+    factor = rope["factor"] or longest / context
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
+    return {
+        "yarn_args": YarnArgs(
+            factor=factor,
+            original_max_position_embeddings=context,
+            attention_factor=attention_factor,
+            beta_fast=rope.get("beta_fast") or 32.0,
+            beta_slow=rope.get("beta_slow") or 1.0,
+            truncate=rope.get("truncate", True),
+        )
+    }
 
 
 def _mixtral_shape(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -257,10 +332,15 @@ def _mixtral_shape(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _qwen3_moe_shape(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    named, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    n_layers = config["num_hidden_layers"]
+    dense = [i for i in range(n_layers) if i in named or (i + 1) % every]
+    first = next((i for i in range(n_layers) if i not in dense), n_layers)
     shape = {
         "qk_norm": "per_head",
         "moe_hidden_dim": config["moe_intermediate_size"],
-        "n_dense_layers": len(config.get("mlp_only_layers") or []),
+        "n_dense_layers": first,
+        "other_dense_layers": dense[first:],
         "dense_hidden_dim": config["intermediate_size"],
     }
     # transformers 5 writes the second name
@@ -296,18 +376,43 @@ FORMAT_SHAPES = {
 }
 
 
+def read_config(folder: str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        ValueError: there is none that can be read; names the file.
+    """
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            config = json.load(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: no JSON object")
+    return config
+
+
 def read_hf_fields(folder: str) -> dict[str, Any]:
     """Fields of `MomoeLlamaArgs` of the model in a Hugging Face folder.
 
     Raises:
         ValueError: no readable config.json, or another kind of model; names the file.
     """
-    path = os.path.join(folder, "config.json")
+    config = read_config(folder)
     try:
-        with open(path, encoding="utf-8") as f:
-            return fields_from_hf_config(json.load(f))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: {e}") from e
+        return fields_from_hf_config(config)
+    except ValueError as e:
+        raise ValueError(f"{os.path.join(folder, 'config.json')}: {e}") from e
+
+
+def holds_no_bias(folder: str) -> str | None:
+    """The format of a Hugging Face folder if it has no place for the balancing bias; None otherwise, or if unknown."""
+    try:
+        name = read_config(folder).get("model_type")
+    except ValueError:
+        return None
+    return name if name in ARCHITECTURES and name not in FORMATS_WITH_BIAS else None
 
 
 def saved_dtype(folder: str) -> torch.dtype:
@@ -333,8 +438,11 @@ def write_hf_config(folder: str, args: ModelArgs, assets: str, dtype: torch.dtyp
     """
     config = hf_config(args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     tokenizer = HuggingFaceTokenizer(assets)
-    for name in ("bos", "eos"):
-        config[f"{name}_token_id"] = getattr(tokenizer, f"{name}_id")
+    for name, own in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        imported = config[f"{name}_token_id"]
+        among = isinstance(imported, list) and own in imported  # several tokens that end a text
+        if own is not None and not among:
+            config[f"{name}_token_id"] = own
     if bias_file:
         config["momoe_titan"] = {
             "expert_bias": BIAS_FILE,

@@ -110,7 +110,8 @@ class MomoeStateDictAdapter(StateDictAdapter):
         hf_state_dict, lost = {}, []
         for key, value in state_dict.items():
             if key in TOP_NAMES:
-                hf_state_dict[TOP_NAMES[key]] = value
+                if key != "output.weight" or not self.model_args.tie_word_embeddings:
+                    hf_state_dict[TOP_NAMES[key]] = value
                 continue
             layer, part = _split_layer(key)
             if part == "moe.tokens_per_expert":
@@ -149,6 +150,8 @@ class MomoeStateDictAdapter(StateDictAdapter):
         for hf_key, value in hf_state_dict.items():
             if hf_key in top:
                 state_dict[top[hf_key]] = value
+                if hf_key == "model.embed_tokens.weight" and self.model_args.tie_word_embeddings:
+                    state_dict["output.weight"] = value
                 continue
             layer, hf_part = _split_layer(self._plain_key(name, hf_key))
             if match := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)\.weight", hf_part):
