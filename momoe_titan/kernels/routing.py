@@ -345,11 +345,10 @@ def build_routing(
     routing = unpack_routing(packed, *shape)
     few = num_tokens * num_chosen <= _FEW_SLOTS
     kind = (ids_TK.device, ids_TK.dtype, scores_TK is None or scores_TK.dtype, num_chosen, num_experts, tile_rows)
-    if kind not in _ready and num_tokens:
+    if kind not in _ready and num_tokens and not gpu.interpreting() and gpu.planned() is None:
         # the other way once, for its compiled kernels: another number of tokens must not compile any
         _ready.add(kind)
-        if not gpu.interpreting():
-            _sort(ids_TK, scores_TK, routing, counts_E, not few)
+        _sort(ids_TK, scores_TK, routing, counts_E, not few)
     _sort(ids_TK, scores_TK, routing, counts_E, few)
     return packed, counts_E
 

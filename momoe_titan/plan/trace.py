@@ -51,6 +51,7 @@ class _Block:
     part: str
     z_layer: str | None = None  # the MoE layer whose z this is
     layer: str | None = None  # in which it is made
+    position: int | None = None  # among the allocations of the step's backwards
 
 
 @dataclass
@@ -95,8 +96,8 @@ class MemoryTrace(TorchDispatchMode):
         self._blocks: dict[int, _Block] = {}
         self._watched: dict[int, weakref.ref] = {}
         self._number = 0
-        self._first_number = 0
-        self._gradients: set[int] = set()
+        self._backward_position = 0
+        self._gradients: set[int | None] = set()
         self._base = 0
         self._parts: dict[str, int] = defaultdict(int)
         self._z: dict[str, int] = {}
@@ -110,13 +111,11 @@ class MemoryTrace(TorchDispatchMode):
     def begin_step(self) -> None:
         """Forget the moments so far.
 
-        Gradients are told from other temporaries by their position among the allocations of a step: those that
-        were relabelled at the end of the step before.
+        Gradients are told from other temporaries by their position among the allocations that the backwards of a
+        step make: those that were relabelled at the end of the step before.
         """
-        self._gradients = {
-            block.number - self._first_number for block in self._blocks.values() if block.part == GRADIENTS
-        }
-        self._first_number = self._number
+        self._gradients = {block.position for block in self._blocks.values() if block.part == GRADIENTS}
+        self._backward_position = 0
         self.moments.clear()
 
     def relabel(self, tensor: torch.Tensor, part: str) -> None:
@@ -258,11 +257,12 @@ class MemoryTrace(TorchDispatchMode):
         key = storage._cdata
         if key in self._blocks or tensor.device.type == "meta":
             return
-        part = self._places[-1].part
+        part, position = self._places[-1].part, None
         if in_backward():
-            is_gradient = self._number - self._first_number in self._gradients
-            part = GRADIENTS if is_gradient else BACKWARD
-        self._blocks[key] = _Block(self._number, 0, part, layer=self._places[-1].layer)
+            position = self._backward_position
+            part = GRADIENTS if position in self._gradients else BACKWARD
+            self._backward_position += 1
+        self._blocks[key] = _Block(self._number, 0, part, layer=self._places[-1].layer, position=position)
         self._number += 1
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._resize(key, storage.nbytes())

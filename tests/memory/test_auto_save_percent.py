@@ -233,8 +233,11 @@ def test_what_auto_cannot_do_is_refused():
     config.parallelism.pipeline_parallel_degree = 2
     with pytest.raises(ValueError, match="momoe.save_percent is 'auto', which knows no pipeline stages"):
         MomoeLlamaArgs().update_from_config(config)
-    for budget in (0, -1.0, float("inf"), float("nan"), True, "0.5"):
-        with pytest.raises(ValueError, match="momoe.memory_budget must be above 0"):
+    for budget, wanted in [
+        *((budget, "above 0") for budget in (0, -1.0, float("inf"), float("nan"))),
+        *((budget, "of type float") for budget in (True, "0.5")),
+    ]:
+        with pytest.raises(ValueError, match=f"momoe.memory_budget is {budget!r}, must be {wanted}"):
             Momoe(memory_budget=budget)
     assert Momoe(save_percent="auto").save_percent == "auto"
     with pytest.raises(ValueError, match="momoe.save_percent"):

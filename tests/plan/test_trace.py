@@ -135,13 +135,17 @@ def test_dw2_waits_for_dz_where_act_is_smaller(save_percent, monkeypatch):
     assert layer_plan(save_percent, None, experts).peak(0, "backward") - last == dw2 - act > 0
 
 
-def test_gradients_are_known_by_their_place_in_the_step_before():
+@pytest.mark.parametrize("made_once", [0, 1, 3])
+def test_gradients_are_known_by_their_place_in_the_step_before(made_once):
+    """Whatever the forward of the first step allocates that no later one does."""
     with FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
         weight = torch.empty(1000, 1000, requires_grad=True)
-        for _ in range(2):
+        for step in range(2):
             trace.begin_step()
             weight.grad = None
+            once = [torch.empty(10) for _ in range(made_once if step == 0 else 0)]
             (torch.empty(10, 1000) @ weight).sum().backward()
             trace.relabel(weight.grad, "gradients")
+            del once
     highest = max(trace.moments.values(), key=lambda m: m.base)
     assert highest.parts["gradients"] == block_bytes(4_000_000)
