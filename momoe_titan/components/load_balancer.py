@@ -89,13 +89,15 @@ class ExpertLoadBalancer:
             for group in self.groups:
                 torch.distributed.all_reduce(counts_LE, group=group)
             if self.balanced and self.rule != QUANTILE:
-                balanced_LE = torch.stack([counts_LE[i] for i in self.balanced])  # an index list would wait for the device
+                balanced_LE = torch.stack(
+                    [counts_LE[i] for i in self.balanced]
+                )  # an index list would wait for the device
                 delta_LE = bias_delta(balanced_LE, self.rate, self.rule)
                 _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
         # no public name; the routers of `solved` have their margins
         torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType] - as above
         self.counts_LE = counts_LE
-        if any(layer.router.aux_loss_weight for layer in self.layers):
+        if any(layer.router.last_shares_E is not None for layer in self.layers):
             shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
             for layer, shares_E in zip(self.layers, shares_LE, strict=True):
                 layer.router.last_shares_E.copy_(shares_E)

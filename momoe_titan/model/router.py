@@ -37,7 +37,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
             the last optimizer step (see `expert_stats.accumulate_margins`), after which they are
             0. None unless `count_margins` was called.
         last_shares_E: (E) float32, the share of the last optimizer step's choices that fell on each
-            expert, for an auxiliary loss over the "global" batch.
+            expert, for an auxiliary loss over the "global" batch. None unless `record_shares` was
+            called.
 
     Attributes:
         aux_loss_weight, aux_loss_scope, z_loss_weight: see `moe.router_losses`; 0 leaves a loss out.
@@ -47,8 +48,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
     """
 
     gate: Float32Linear
-    last_shares_E: torch.Tensor
     entropy_and_tokens: torch.Tensor
+    last_shares_E: torch.Tensor | None
     margins_EB: torch.Tensor | None
     input_sum_C: torch.Tensor | None
 
@@ -67,11 +68,11 @@ class MomoeRouter(TokenChoiceTopKRouter):
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
         self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
-        self.register_buffer("last_shares_E", torch.zeros(moe_args.num_experts), persistent=False)
         self.aux_loss_weight = self.z_loss_weight = 0.0
         self.aux_loss_scope = "global"
         self.tokens_per_step: float | None = None
         self.sequence_mesh: DeviceMesh | None = None
+        self.register_buffer("last_shares_E", None, persistent=False)
         self.register_buffer("margins_EB", None, persistent=False)
         self.register_buffer("input_sum_C", None, persistent=False)
 
@@ -80,10 +81,15 @@ class MomoeRouter(TokenChoiceTopKRouter):
         self.margins_EB = torch.zeros(self.num_experts, NUM_BINS, dtype=torch.int32)
         self.input_sum_C = torch.zeros(self.gate.in_features + 1)
 
+    def record_shares(self) -> None:
+        """Make room for what an auxiliary loss over the "global" batch needs; the load balancer fills it."""
+        self.last_shares_E = torch.zeros(self.num_experts)
+
     def reset_statistics(self, device: torch.device) -> None:
         """Set all buffers to zero, on this device."""
         self.entropy_and_tokens = torch.zeros(2, device=device)
-        self.last_shares_E = torch.zeros(self.num_experts, device=device)
+        if self.last_shares_E is not None:
+            self.last_shares_E = torch.zeros_like(self.last_shares_E, device=device)
         if self.margins_EB is not None and self.input_sum_C is not None:
             self.margins_EB = torch.zeros_like(self.margins_EB, device=device)
             self.input_sum_C = torch.zeros_like(self.input_sum_C, device=device)
@@ -121,16 +127,18 @@ class MomoeRouter(TokenChoiceTopKRouter):
     def _add_losses(
         self, scores_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, num_sequences: int
     ) -> torch.Tensor:
-        shares_SE = self.last_shares_E[None]
-        if self.aux_loss_scope != "global":
-            shares_SE = expert_shares(
-                ids_TK, self.num_experts, num_sequences if self.aux_loss_scope == "sequence" else 1
-            )
-            if self.sequence_mesh is not None:
-                shares_SE = funcol.all_reduce(shares_SE, "avg", self.sequence_mesh)
+        shares_SE = self._shares(ids_TK, num_sequences) if self.aux_loss_weight else None
         per_token = 1 / (self.tokens_per_step or max(1, len(logits_TE)))
         weights = self.aux_loss_weight * per_token, self.z_loss_weight * per_token
         return add_router_losses(scores_TK, logits_TE, shares_SE, self.score_func, *weights)
+
+    def _shares(self, ids_TK: torch.Tensor, num_sequences: int) -> torch.Tensor:
+        if self.last_shares_E is not None:
+            return self.last_shares_E[None]
+        shares_SE = expert_shares(ids_TK, self.num_experts, num_sequences if self.aux_loss_scope == "sequence" else 1)
+        if self.sequence_mesh is not None:
+            shares_SE = funcol.all_reduce(shares_SE, "avg", self.sequence_mesh)
+        return shares_SE
 
     def init_weights(self, init_std: float) -> None:
         super().init_weights(init_std)

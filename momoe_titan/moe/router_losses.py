@@ -38,14 +38,14 @@ class _AddGradient(torch.autograd.Function):
 
 
 def add_router_losses(
-    scores_TK: Tensor, logits_TE: Tensor, shares_SE: Tensor, score_func: str, aux_weight: float, z_weight: float
+    scores_TK: Tensor, logits_TE: Tensor, shares_SE: Tensor | None, score_func: str, aux_weight: float, z_weight: float
 ) -> Tensor:
     """scores_TK, whose backward adds the gradient of the losses to that of logits_TE.
 
     Args:
         scores_TK: the scores of the chosen experts, as the layer goes on with them.
         logits_TE: float32, of the same tokens.
-        shares_SE: see `expert_shares`; one row per sequence, or one for all tokens.
+        shares_SE: see `expert_shares`; one row per sequence, or one for all tokens. None where aux_weight is 0.
         score_func: "sigmoid" or "softmax".
         aux_weight, z_weight: of the sums over tokens: divide by the tokens of an optimizer step.
     """
@@ -53,12 +53,12 @@ def add_router_losses(
 
 
 def router_loss_gradient(
-    logits_TE: Tensor, shares_SE: Tensor, score_func: str, aux_weight: float, z_weight: float
+    logits_TE: Tensor, shares_SE: Tensor | None, score_func: str, aux_weight: float, z_weight: float
 ) -> Tensor:
     """With respect to the logits, (T, E); see `add_router_losses`."""
     num_tokens, num_experts = logits_TE.shape
     grad_TE = torch.zeros_like(logits_TE)
-    if aux_weight:
+    if aux_weight and shares_SE is not None:
         scores_TE = expert_scores(logits_TE, score_func)
         sum_T1 = scores_TE.sum(dim=1, keepdim=True)
         p_TE = scores_TE / sum_T1

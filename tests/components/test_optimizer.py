@@ -320,3 +320,14 @@ class TestQuantile:
         counts_LE = optimizers.load_balancer.counts_LE
         for moe, counts_E in zip(moes(model), counts_LE, strict=True):
             torch.testing.assert_close(moe.router.last_shares_E, counts_E / counts_E.sum())
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"router_z_loss_weight": 0.01}, {"aux_loss_weight": 0.01, "aux_loss_scope": "sequence"}],
+    )
+    def test_without_a_loss_over_the_global_batch_no_shares_are_recorded(self, settings):
+        model = build(self.args(**settings))
+        optimizers = optimizers_for(model)
+        loss_of(model, *batch(0)).backward()
+        optimizers.step()
+        assert all(moe.router.last_shares_E is None for moe in moes(model))
