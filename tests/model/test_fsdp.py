@@ -51,6 +51,9 @@ def two(tmp_path_factory):
             "ddp": {"replicate": 2, "shard": 1},
             "fsdp, quantile": {"rule": "quantile"},
             "fsdp, full, quantile": {"rule": "quantile", "mode": "full"},
+            "fsdp, tied": {"tied": True},
+            "fsdp, full, tied": {"tied": True, "mode": "full"},
+            "ddp, tied": {"tied": True, "replicate": 2, "shard": 1},
             "ddp, quantile": {"rule": "quantile", "replicate": 2, "shard": 1},
         },
     )
@@ -76,6 +79,12 @@ def test_fsdp_is_the_single_process_run(one, two):
 @pytest.mark.parametrize("name", ["fsdp, stock", "ddp"])
 def test_stock_moe_and_ddp_too(one, two, name):
     assert_same_run(two[name], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, full", "ddp"])
+def test_tied_embeddings_get_both_gradients(two, name):
+    want = train(build(tiny_args(tie_word_embeddings=True, load_balance_off_layers=[2])))
+    assert_same_run(two[f"{name}, tied"], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

@@ -45,6 +45,7 @@ SIX_EXPERTS = {"model.flavor": "6 experts"}
 EIGHT_EXPERTS = {"model.flavor": "8 experts"}
 RECOMPUTED = {"activation_checkpoint.mode": "full"}
 QK_NORM = {"model.flavor": "normalised"}
+TIED = {"model.flavor": "tied"}
 # the first stage has no MoE layer
 DENSE_STAGE = {
     "parallelism.module_fqns_per_model_part": [
@@ -71,6 +72,7 @@ ONE_PROCESS = {
     "one, 6 experts": mesh() | SIX_EXPERTS,
     "one, 8 experts": mesh() | EIGHT_EXPERTS,
     "one, QK-norm": mesh() | QK_NORM,
+    "one, tied": mesh() | TIED,
     "one, quantile": mesh() | QUANTILE,
 }
 TWO_PROCESSES = {
@@ -80,6 +82,7 @@ TWO_PROCESSES = {
     "tp, stock": mesh(tp=2) | STOCK,
     "tp, compiled": mesh(tp=2) | COMPILED,
     "tp, QK-norm": mesh(tp=2) | QK_NORM,
+    "tp, tied": mesh(tp=2) | TIED,
     "tp, whole logits, accumulated, recomputed": mesh(tp=2) | LOCAL_LOSS,
     "pp, a stage without MoE, accumulated": mesh(pp=2) | DENSE_STAGE,
     "pp, interleaved": mesh(pp=2) | INTERLEAVED,
@@ -90,6 +93,7 @@ TWO_PROCESSES = {
 FOUR_PROCESSES = {
     "hsdp": mesh(replicate=2, shard=2),
     "tp + fsdp": mesh(tp=2, shard=2),
+    "tp + fsdp, tied": mesh(tp=2, shard=2) | TIED,
     "pp + fsdp": mesh(pp=2, shard=2),
     "pp + tp": mesh(pp=2, tp=2),
     "cp + fsdp": mesh(cp=2, shard=2),

@@ -195,6 +195,7 @@ def main(folder: str, runs: str) -> None:
             "6 experts": tiny_args(moe={"num_experts": 6}),
             "8 experts": tiny_args(moe={"num_experts": 8}),
             "normalised": tiny_args(qk_norm="per_head"),
+            "tied": tiny_args(tie_word_embeddings=True),
         }
         spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
         for index, (world, settings) in enumerate(json.loads(runs)):

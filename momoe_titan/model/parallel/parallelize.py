@@ -1,13 +1,14 @@
 """Applies parallelism, activation checkpointing and torch.compile to a model, with TorchTitan's functions."""
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import apply_compile as compile_whole_blocks
-from torchtitan.models.llama3.infra.parallelize import apply_ddp
+from torchtitan.models.llama3.infra.parallelize import apply_ddp, disable_fsdp_gradient_division
 from torchtitan.models.llama4.infra.parallelize import apply_compile, apply_fsdp
 from torchtitan.tools.logging import logger
 
@@ -30,6 +31,7 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
         apply_expert_parallel(model, parallel_dims)
     if parallel_dims.tp_enabled:
         apply_tp(model, parallel_dims, not job_config.parallelism.disable_loss_parallel)
+        model.tie_weights()  # of which it has made two
         maybe_enable_async_tp(job_config, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
         apply_cp_to_attention_module(
@@ -49,27 +51,51 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
         _compile(model, job_config, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:
-        replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
-        mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
-        apply_fsdp(
-            model,
-            mesh,
-            param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
-            pp_enabled=parallel_dims.pp_enabled,
-            cpu_offload=job_config.training.enable_cpu_offload,
-            reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
-            ep_degree=parallel_dims.ep,
-            edp_mesh=parallel_dims.get_optional_mesh([*replicate, "efsdp"]),
-            gradient_divide_factor=parallel_dims.fsdp_gradient_divide_factor,
-        )
-        if mesh.device_type == "cpu":
-            _reduce_by_sums(model)
-        _warn_of_ranks_without_experts(model, parallel_dims)
-        logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
+        _shard(model, parallel_dims, job_config)
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
+
+
+def _shard(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
+    """Apply FSDP or HSDP."""
+    training = job_config.training
+    replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
+    dtypes = {
+        "param_dtype": TORCH_DTYPE_MAP[training.mixed_precision_param],
+        "reduce_dtype": TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+    }
+    ends: dict[str, nn.Module] = {}
+    if model.model_args.tie_word_embeddings:
+        # A weight that two modules share must be in one FSDP group, and TorchTitan makes two: it does not see these.
+        ends = {name: model.get_submodule(name) for name in ("tok_embeddings", "norm", "output")}
+        offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
+        policy = MixedPrecisionPolicy(**dtypes)
+        # The group's modules begin and end the forward: there is nothing to free in between.
+        fully_shard(
+            list(ends.values()), mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
+        )
+        for name in ends:
+            setattr(model, name, None)
+    apply_fsdp(
+        model,
+        mesh,
+        **dtypes,
+        pp_enabled=parallel_dims.pp_enabled,
+        cpu_offload=training.enable_cpu_offload,
+        reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
+        ep_degree=parallel_dims.ep,
+        edp_mesh=parallel_dims.get_optional_mesh([*replicate, "efsdp"]),
+        gradient_divide_factor=parallel_dims.fsdp_gradient_divide_factor,
+    )
+    for name, module in ends.items():
+        setattr(model, name, module)
+    disable_fsdp_gradient_division(model)  # also in the group that TorchTitan did not see
+    if mesh.device_type == "cpu":
+        _reduce_by_sums(model)
+    _warn_of_ranks_without_experts(model, parallel_dims)
+    logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
 
 
 def _warn_of_ranks_without_experts(model: MomoeLlama, parallel_dims: ParallelDims) -> None:
