@@ -23,6 +23,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from momoe_titan.components.resumed_settings import apply_job_settings, log_differences, save_job
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.data.loader import TextDataloader
 from momoe_titan.model.moe import BalancedMoE
@@ -124,6 +125,7 @@ class CheckpointManager(titan.CheckpointManager):
     """
 
     @torch.no_grad()
+    - Keeps the job's configuration in the checkpoint; a resumed job's own settings hold, see `resumed_settings`.
     def load(self, step: int = -1) -> bool:
         """As TorchTitan's.
 
@@ -137,9 +139,67 @@ class CheckpointManager(titan.CheckpointManager):
             return super().load(step)
         if os.path.exists(self.folder):
             step = self._find_load_step()
-            if step != -1:
-                return super().load(step)
-        return self._load_new_run()
+        if step == -1:
+            return self._load_new_run()
+        loaded = super().load(step)
+        if step > 0:  # a seed holds weights alone
+            self._settle(self._create_checkpoint_id(step))
+        return loaded
+
+    def _settle(self, path: str) -> None:
+        """After all of a checkpoint was loaded: let the job's own settings hold, and say which are new."""
+        apply_job_settings(self.states[OPTIMIZER], self.states[LR_SCHEDULER])
+        job_config = getattr(self.states.get(TRAIN_STATE), "job_config", None)
+        if job_config is not None and _rank() == 0:
+            log_differences(path, job_config)
+
+    def _save_job(self, path: str) -> None:
+        """Keep the job's configuration beside its tensors."""
+        job_config = getattr(self.states.get(TRAIN_STATE), "job_config", None)
+        if job_config is None:
+            return
+        try:
+            save_job(path, job_config)
+        except OSError as e:  # raised here, it would leave the other ranks in the planning of the save
+            logger.warning(f"the configuration could not be written to {path!r}: {e}")
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """As TorchTitan's.
+
+        Raises:
+            SaveError: this checkpoint, or the asynchronous one before it, could not be written.
+        """
+        begin = time.monotonic()
+        self.written = ""
+        try:
+            super().save(curr_step, last_step)
+        except Exception as e:  # whatever torch raises of a full disk, on this rank or on another
+            raise SaveError(_what_failed(self.folder, e)) from e
+        if self.written:
+            verb = "Saved" if last_step or self.async_mode == titan.AsyncMode.DISABLED else "Saving"
+            logger.info(f"{verb} the checkpoint {self.written} ({time.monotonic() - begin:.1f} s)")
+
+    def save_now(self, step: int) -> None:
+        """Save this step, due or not, unless that was done already; return when all is on the disk.
+
+        Raises:
+            SaveError: as `save`.
+        """
+        if not self.enable or self.load_only:
+            return
+        interval, async_mode = self.interval, self.async_mode
+        try:
+            if self.save_future is not None:
+                self.save_future.result()
+                self.save_future = None
+        except Exception as e:
+            raise SaveError(_what_failed(self.folder, e)) from e
+        if os.path.isfile(os.path.join(self._create_checkpoint_id(step), ".metadata")) and self.saved_step == step:
+            return
+        self.interval, self.async_mode = 1, titan.AsyncMode.DISABLED
+        self.save(step)
+        self.interval, self.async_mode = interval, async_mode
 
     def _check_step(self, step: int) -> None:
         if not os.path.exists(self.folder):
@@ -183,6 +243,8 @@ class CheckpointManager(titan.CheckpointManager):
         """The folder of Hugging Face weights that initial_load_in_hf means: this one, or else the tokenizer's."""
         if not self.initial_load_model_only:
             raise CheckpointError(
+        if not model_only:
+            self._settle(path)
                 "checkpoint.initial_load_model_only is false, must be true with checkpoint.initial_load_in_hf"
             )
         field = "checkpoint.initial_load_path" if path else "model.hf_assets_path"
@@ -219,6 +281,8 @@ class CheckpointManager(titan.CheckpointManager):
             # The save reads on a stream of its own, which does not wait for this one.
             torch.accelerator.current_stream().synchronize()
         return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
+            if not kwargs.get("to_hf"):
+                self._save_job(checkpoint_id)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         loader = state_dict.get(DATALOADER)
@@ -336,3 +400,13 @@ def allow_missing_balance_state(model: nn.Module, job_config: JobConfig) -> None
         for name in BALANCE_STATE:
             if prefix + name not in saved:
                 moe.omit_from_next_load(name)
+def resumed_checkpoint(job_config: JobConfig) -> str | None:
+    """The checkpoint that a job will go on from with all of its states, not with the weights alone."""
+    config = job_config.checkpoint
+    path = checkpoint_to_load(job_config)
+    if path is None or config.create_seed_checkpoint or os.path.basename(path) == "step-0":
+        return None
+    is_initial = config.initial_load_path is not None and path == config.initial_load_path
+    return None if is_initial and config.initial_load_model_only else path
+
+

@@ -7,9 +7,11 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components import checkpoint as titan
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.config import JobConfig
+from torchtitan.config import ConfigManager, JobConfig
 
-from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager
+from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, resumed_checkpoint
+from momoe_titan.components.resumed_settings import keep_balance_rule, save_job
+from momoe_titan.config.command_line import SECTION_OPTION
 from momoe_titan.register import prepare_and_parallelize
 from tests.support.tiny import (
     ONE_PROCESS,
@@ -43,24 +45,26 @@ def config_for(folder) -> JobConfig:
     config.job.dump_folder = str(folder)
     config.checkpoint.enable = True
     config.checkpoint.interval = 1
+    config.training.steps = 100
     return config
 
 
 class Job:
     """Model, optimizer and checkpointer, built in the trainer's order."""
 
-    def __init__(self, config, args=None, seed=0):
+    def __init__(self, config, args=None, seed=0, optimizer=None):
         def parallelize(model):
             return prepare_and_parallelize(model, ONE_PROCESS, config)
 
         self.model = build(args or tiny_args(), seed, parallelize)
-        self.optimizers = optimizers_for(self.model)
+        self.optimizers = optimizers_for(self.model, **(optimizer or {}))
+        self.schedulers = build_lr_schedulers(self.optimizers, config.lr_scheduler, config.training.steps)
         self.state = Step()
         self.checkpointer = CheckpointManager(
             dataloader=SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None),
             model_parts=[self.model],
             optimizers=self.optimizers,
-            lr_schedulers=build_lr_schedulers(self.optimizers, config.lr_scheduler, 100),
+            lr_schedulers=self.schedulers,
             states={"train_state": self.state},
             checkpoint_config=config.checkpoint,
             sd_adapter=None,
@@ -324,3 +328,97 @@ def test_a_save_under_way_does_not_see_the_next_forward(tmp_path, monkeypatch):
     counts = next(value for key, value in staged.items() if key.endswith("moe.tokens_per_expert"))
     loss_of(job.model, *batch(2))
     assert moe.tokens_per_expert.any() and not counts.any()
+
+
+@pytest.fixture
+def saved_after_3(tmp_path):
+    """A folder with a checkpoint of step 3, in the middle of the warm-up."""
+    job, _ = job_with(tmp_path, lr=1e-2, weight_decay=0.1)
+    job.train(3)
+    for _ in range(3):
+        job.schedulers.step()
+    job.checkpointer.save(3)
+    return tmp_path
+
+
+def job_with(folder, steps=100, warmup=8, **optimizer):
+    config = config_for(folder)
+    config.training.steps, config.lr_scheduler.warmup_steps = steps, warmup
+    config.optimizer.implementation = "for-loop"
+    for name, value in optimizer.items():
+        setattr(config.optimizer, name, value)
+    job = Job(config, optimizer=optimizer)
+    job.state.job_config = config
+    return job, config
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+@pytest.mark.parametrize("implementation", ["for-loop", "fused"])
+def test_settings_of_the_resumed_job_hold(saved_after_3, name, implementation, caplog):
+    other = dict(lr=2e-3, weight_decay=0.0, beta1=0.5, beta2=0.75, eps=1e-6, name=name, implementation=implementation)
+    job, _ = job_with(saved_after_3, steps=50, warmup=4, **other)
+    assert job.checkpointer.load()
+    (optimizer,) = job.optimizers
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.75), 0.0, 1e-6)
+        assert group["fused"] == (implementation == "fused")
+        assert group["decoupled_weight_decay"] == (name == "AdamW")
+        assert group["initial_lr"] == 2e-3 and group["lr"] == 2e-3 * 4 / 4
+    (scheduler,) = job.schedulers
+    assert scheduler.get_last_lr() == [2e-3]  # step 3 of a warm-up of 4
+    assert job.optimizers.state_dict()["state.output.weight.step"] == 3
+    job.train(1)
+    job.schedulers.step()
+    assert scheduler.get_last_lr() == [pytest.approx(2e-3)]
+    lines = [line.strip() for line in caplog.text.splitlines() if "; holds: " in line]
+    assert "optimizer.lr: 0.01 -> 0.002; holds: the job's, on the checkpoint's moments" in lines
+    assert "lr_scheduler.warmup_steps: 8 -> 4; holds: the job's: the rate is that of its schedule at this step" in lines
+    assert "training.steps: 100 -> 50; holds: the job's: the rate is that of its schedule at this step" in lines
+    assert {line.partition(":")[0] for line in lines} >= {f"optimizer.{name}" for name in other if name != "name"} - {
+        "optimizer.implementation" if implementation == "for-loop" else ""
+    }
+    assert caplog.text.count("settings are not those of the checkpoint") == 1
+
+
+def test_nothing_is_listed_where_nothing_has_changed(saved_after_3, caplog):
+    job, _ = job_with(saved_after_3, lr=1e-2, weight_decay=0.1)
+    assert job.checkpointer.load()
+    assert "settings are not those" not in caplog.text and "holds" not in caplog.text
+    (group,) = next(iter(job.optimizers)).param_groups
+    assert group["lr"] == 1e-2 * 4 / 8
+
+
+def test_a_checkpoint_without_its_configuration_loads_with_one_line(saved_after_3, caplog):
+    (saved_after_3 / "checkpoint/step-3/job_config.json").unlink()
+    job, _ = job_with(saved_after_3, lr=3e-3)
+    assert job.checkpointer.load()
+    assert caplog.text.count("has no readable job_config.json, so that what has changed since cannot be listed") == 1
+    (group,) = next(iter(job.optimizers)).param_groups
+    assert group["lr"] == 3e-3 * 4 / 8
+
+
+def test_weights_alone_bring_no_settings(saved_after_3, tmp_path_factory, caplog):
+    folder = tmp_path_factory.mktemp("new")
+    job, config = job_with(folder, lr=3e-3)
+    job.checkpointer.initial_load_path = str(saved_after_3 / "checkpoint/step-3")
+    assert job.checkpointer.load()
+    assert job.state.step == 0 and "settings are not those" not in caplog.text
+    assert resumed_checkpoint(config) is None
+    config.checkpoint.initial_load_path = job.checkpointer.initial_load_path
+    assert resumed_checkpoint(config) is None
+    config.checkpoint.initial_load_model_only = False
+    assert resumed_checkpoint(config) == config.checkpoint.initial_load_path
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_resumed_job_keeps_the_balancing_rule(tmp_path, given, caplog):
+    config = ConfigManager().parse_args([SECTION_OPTION, "--momoe.load_balance_rule=quantile"])
+    save_job(str(tmp_path), config)
+    config = ConfigManager().parse_args([SECTION_OPTION, "--momoe.load_balance_rule=sign"])
+    keep_balance_rule(config, ["--momoe.load_balance_rule=sign"] if given else [], str(tmp_path))
+    assert config.momoe.load_balance_rule == ("sign" if given else "quantile")
+    said = "is 'sign' from here on; the checkpoint" if given else "stays 'quantile', as in the checkpoint"
+    assert caplog.text.count("momoe.load_balance_rule " + said) == 1
+    keep_balance_rule(config, [], None)
+    keep_balance_rule(config, [], str(tmp_path / "none"))
+    assert caplog.text.count("load_balance_rule") == 1

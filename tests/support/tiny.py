@@ -18,6 +18,9 @@ ONE_PROCESS = SimpleNamespace(
     cp_enabled=False,
     ep_enabled=False,
     pp_enabled=False,
+    dp_replicate=1,
+    dp_shard=1,
+    tp=1,
     get_optional_mesh=lambda name: None,
 )
 
