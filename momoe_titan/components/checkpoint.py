@@ -42,6 +42,10 @@ class CheckpointError(ValueError):
     """
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written. The message names the folder, the reason, and what is left on the disk."""
+
+
 def read_metadata(path: str) -> Metadata:
     """The metadata of a torch.distributed.checkpoint folder that holds all that was to be saved.
 
@@ -121,11 +125,14 @@ class CheckpointManager(titan.CheckpointManager):
     - Makes a folder incomplete before it writes the folder again.
     - Keeps the latest k whole checkpoints, besides the one that is being written.
     - Shares out the position in the data anew where the number of data-parallel ranks has changed.
+    - Keeps the job's configuration in the checkpoint; a resumed job's own settings hold, see `resumed_settings`.
     - Keeps the dtype of the balancing bias and counts in an export to another dtype.
     """
 
+    written = ""  # the folder of the save under way, or empty
+    saved_step = -1  # of the last save
+
     @torch.no_grad()
-    - Keeps the job's configuration in the checkpoint; a resumed job's own settings hold, see `resumed_settings`.
     def load(self, step: int = -1) -> bool:
         """As TorchTitan's.
 
@@ -136,8 +143,7 @@ class CheckpointManager(titan.CheckpointManager):
             return super().load(step)
         if step != -1:
             self._check_step(step)
-            return super().load(step)
-        if os.path.exists(self.folder):
+        elif os.path.exists(self.folder):
             step = self._find_load_step()
         if step == -1:
             return self._load_new_run()
@@ -237,14 +243,14 @@ class CheckpointManager(titan.CheckpointManager):
         self.dcp_load(self._states_to_load(model_only), path, from_hf, self.initial_load_in_hf_quantized)
         GarbageCollection.collect("GC collection for checkpoint loading.")
         logger.info(f"Finished loading the checkpoint in {time.monotonic() - begin:.2f} seconds.")
+        if not model_only:
+            self._settle(path)
         return True
 
     def _hf_folder(self, path: str) -> str:
         """The folder of Hugging Face weights that initial_load_in_hf means: this one, or else the tokenizer's."""
         if not self.initial_load_model_only:
             raise CheckpointError(
-        if not model_only:
-            self._settle(path)
                 "checkpoint.initial_load_model_only is false, must be true with checkpoint.initial_load_in_hf"
             )
         field = "checkpoint.initial_load_path" if path else "model.hf_assets_path"
@@ -270,9 +276,13 @@ class CheckpointManager(titan.CheckpointManager):
 
     @torch.no_grad()
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args, **kwargs) -> Any:
+        self.written = checkpoint_id
+        self.saved_step = self.states[TRAIN_STATE].step if TRAIN_STATE in self.states else -1
         # No rank writes a file before this one has joined the planning of the save.
         if _rank() == 0:
             _empty(checkpoint_id)
+            if not kwargs.get("to_hf"):
+                self._save_job(checkpoint_id)
         # An export to another dtype has cast the balancing state too: take it from the model again. As copies, because
         # the next forward changes the counts, while a save through pinned memory ends before the next optimizer step.
         whole = self.states[MODEL].state_dict()
@@ -281,8 +291,6 @@ class CheckpointManager(titan.CheckpointManager):
             # The save reads on a stream of its own, which does not wait for this one.
             torch.accelerator.current_stream().synchronize()
         return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
-            if not kwargs.get("to_hf"):
-                self._save_job(checkpoint_id)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         loader = state_dict.get(DATALOADER)
@@ -337,6 +345,30 @@ def _check(field: str, path: str, fault: str | None, advice: str) -> None:
         )
 
 
+def _what_failed(folder: str, error: BaseException) -> str:
+    """One sentence on a checkpoint that could not be written, and one on what is left."""
+    reasons: list[str] = []
+    seen: list[BaseException | None] = [error]
+    while seen:
+        cause = seen.pop()
+        if cause is None or len(reasons) > 20:
+            continue
+        # torch collects what the ranks have raised, each with its traceback, in the failures of one exception
+        failures: dict[int, Any] = getattr(cause, "failures", {})
+        seen += [cause.__cause__, cause.__context__, *(failure[0] for failure in failures.values())]
+        if not failures:
+            reasons.append(f"{type(cause).__name__}: {cause}".splitlines()[0])
+    system = [reason for reason in reasons if reason.startswith(("OSError", "PermissionError", "FileNotFoundError"))]
+    step, _ = find_step(folder, [])
+    left = f"{step_folder(folder, step)} is whole" if step >= 0 else "there is no whole checkpoint"
+    try:
+        usage = shutil.disk_usage(folder)
+        space = f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB are free there"
+    except OSError as e:
+        space = str(e)
+    return f"a checkpoint could not be written to {folder!r}: {(system or reasons)[0]} ({space}). On the disk: {left}"
+
+
 def _empty(folder: str) -> None:
     """Remove what an earlier save left in a folder: first .metadata, which marks the checkpoint as complete."""
     if not os.path.isdir(folder):
@@ -366,6 +398,16 @@ def checkpoint_to_load(job_config: JobConfig) -> str | None:
             skipped = step > 0 and MODEL in config.exclude_from_loading
             return None if skipped else step_folder(folder, step)
     return config.initial_load_path if not config.initial_load_in_hf else None
+
+
+def resumed_checkpoint(job_config: JobConfig) -> str | None:
+    """The checkpoint that a job will go on from with all of its states, not with the weights alone."""
+    config = job_config.checkpoint
+    path = checkpoint_to_load(job_config)
+    if path is None or config.create_seed_checkpoint or os.path.basename(path) == "step-0":
+        return None
+    is_initial = config.initial_load_path is not None and path == config.initial_load_path
+    return None if is_initial and config.initial_load_model_only else path
 
 
 def allow_missing_balance_state(model: nn.Module, job_config: JobConfig) -> None:
@@ -400,13 +442,3 @@ def allow_missing_balance_state(model: nn.Module, job_config: JobConfig) -> None
         for name in BALANCE_STATE:
             if prefix + name not in saved:
                 moe.omit_from_next_load(name)
-def resumed_checkpoint(job_config: JobConfig) -> str | None:
-    """The checkpoint that a job will go on from with all of its states, not with the weights alone."""
-    config = job_config.checkpoint
-    path = checkpoint_to_load(job_config)
-    if path is None or config.create_seed_checkpoint or os.path.basename(path) == "step-0":
-        return None
-    is_initial = config.initial_load_path is not None and path == config.initial_load_path
-    return None if is_initial and config.initial_load_model_only else path
-
-
