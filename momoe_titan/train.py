@@ -8,8 +8,12 @@ before anything is built. On the CPU it also supplies what TorchTitan 0.2.2 take
 for granted from a GPU: see `describe_cpu` and `components.trainer.prepare_cpu_job`. Without torchrun
 it is a job of one process.
 
+--log_level debug shows all that TorchTitan says, of all processes; warning and
+error show less than the default, info.
+
 Exit status: 0 after training, 2 for a configuration that cannot be used (with a
-message that names the field), another one when training fails.
+message that names the field), 130 and 143 where Ctrl-C or SIGTERM stopped it, 1
+when training fails.
 """
 
 import atexit
@@ -30,7 +34,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch.distributed.constants import default_pg_timeout
 
-from momoe_titan.config.command_line import missing_section_option
+from momoe_titan.config.command_line import missing_section_option, take_log_level
+
+USAGE = """usage: python -m momoe_titan.train --job.config_file FILE [--SECTION.FIELD VALUE ...]
+
+A first run, on any machine: --job.config_file train_configs/debug_model.toml
+--help lists every field with its default; a field on the command line overrides the one in the file."""
+SAMPLE_TOKENS = 60  # of the text at the end of a run
 
 # TorchTitan reads the device type once, where it is first imported (many of its
 # modules bind the value), so it must not be imported above `describe_cpu`.
@@ -131,18 +141,37 @@ def set_single_process_defaults() -> None:
         os.environ[name] = value
 
 
-def main() -> None:
+def sample_text(model: Any, tokenizer: Any) -> str:
+    """A short text by a model that has just been trained, for the end of a run that someone watches."""
+    from momoe_titan.inference.sampling import generate, stream_text
+
+    prompt = tokenizer.encode("", add_bos=True, add_eos=False) or [tokenizer.eos_id]
+    length = min(SAMPLE_TOKENS, model.freqs_cis.shape[0] - len(prompt))
+    tokens = generate(model.eval(), prompt, length, temperature=0.8, seed=0)
+    return "".join(stream_text(tokenizer, tokens))
+
+
+def main() -> int:
+    """Train. Returns the exit status, or ends the process with status 2 where the job cannot be used."""
+    if not sys.argv[1:]:
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
     set_single_process_defaults()
+    try:
+        log_level = take_log_level(sys.argv)
+    except ValueError as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
     # Without it there would be no section [momoe], and none of it in --help.
     sys.argv += missing_section_option(sys.argv[1:])
     with nullcontext() if torch.cuda.is_available() else describe_cpu():
         from momoe_titan.components.trainer import train
 
-        train(sys.argv[1:])
+        return train(sys.argv[1:], log_level, sample_text)
 
 
-def end_process() -> NoReturn:
-    """End with status 0, after all that Python does at its end except the end of the interpreter.
+def end_process(status: int = 0) -> NoReturn:
+    """End with this status, after all that Python does at its end except the end of the interpreter.
 
     DTensor's caches keep device meshes alive after destroy_process_group, and so the threads of gloo. Such a thread
     that then frees a tensor of the last collective asks for the GIL. Python before 3.14 ends the thread for that, in
@@ -152,10 +181,11 @@ def end_process() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    exit_status = main()
     if not torch.cuda.is_available():
-        end_process()
+        end_process(exit_status)
+    sys.exit(exit_status)

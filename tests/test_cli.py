@@ -129,7 +129,7 @@ def test_values_that_only_the_types_forbid_are_accepted(read):
 
 def test_a_seed_checkpoint_needs_checkpoints_and_one_process(read, monkeypatch):
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, but checkpoint.enable is false"):
-        trainer.check_config(read("--checkpoint.create_seed_checkpoint"))
+        trainer.check_config(read("--checkpoint.no-enable", "--checkpoint.create_seed_checkpoint"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="create_seed_checkpoint is true, which takes one process, but there are 2"):
         trainer.check_config(read("--checkpoint.enable", "--checkpoint.create_seed_checkpoint"))
@@ -157,7 +157,7 @@ def test_dump_folder_that_is_a_file_is_refused(read, tmp_path):
 def test_checkpoints_that_could_not_be_written_are_refused(read, option):
     with pytest.raises(ValueError, match=option[2:].partition("=")[0]):
         trainer.check_config(read("--checkpoint.enable", option))
-    trainer.check_config(read(option))
+    trainer.check_config(read("--checkpoint.no-enable", option))
 
 
 def test_pinned_memory_is_refused_on_the_cpu(read):
@@ -251,11 +251,20 @@ def test_one_process_without_torchrun(monkeypatch):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")
 
 
-def test_help_without_a_file_shows_the_section():
-    shown = launch("--help")
-    assert shown.returncode == 0
-    assert "--momoe.save-percent" in shown.stdout
-    assert "keep for the backward" in shown.stdout
+def test_help_shows_the_section_always(tmp_path):
+    (tmp_path / "job.toml").write_text("[training]\nsteps = 3\n")
+    for options in (["--help"], ["--job.config_file", str(tmp_path / "job.toml"), "-h"]):
+        shown = launch(*options)
+        assert shown.returncode == 0
+        assert "--momoe.save-percent" in shown.stdout
+        assert "keep for the backward" in shown.stdout
+
+
+def test_no_arguments_give_usage():
+    shown = launch()
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("usage: python -m momoe_titan.train --job.config_file FILE")
+    assert len(shown.stderr.splitlines()) < 8
 
 
 def test_message_without_traceback_and_exit_status(tmp_path):
@@ -272,6 +281,7 @@ def test_missing_configuration_file_is_named():
     refused = launch("--job.config_file", "no/such/job.toml")
     assert refused.returncode == 2
     assert "no/such/job.toml" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stdout + refused.stderr
 
 
 def test_corrupt_dataset_file_stops_the_job_before_the_first_step(tmp_path):

@@ -23,6 +23,7 @@ class RankState(NamedTuple, Generic[T]):
         experts_saved_at_100: what that would be at save_percent 100.
         skipped_steps: optimizer steps not taken, the same on all ranks; a tensor on the device or a number.
         experts_evicted: the part of experts_saved that the last forward had no room to save.
+        loss: of the log step; below 0 on pipeline stages that do not know it.
     """
 
     in_use: T
@@ -35,6 +36,7 @@ class RankState(NamedTuple, Generic[T]):
     experts_saved_at_100: T
     skipped_steps: T
     experts_evicted: T
+    loss: T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,30 @@ def gather(
         save_percent_L=rows_LC[:, 3] / sharers_L1[:, 0],
         ranks=RankState(*rows_WC.T),
     )
+
+
+def sum_counts(
+    counts: Mapping[int, torch.Tensor], layer_ids: Sequence[int], num_experts: int, device: torch.device
+) -> np.ndarray:
+    """Counts per layer and expert of all pipeline stages; a collective over all ranks, where there are several.
+
+    Args:
+        counts: this rank's, by layer; equal on ranks that share a layer.
+        layer_ids: the MoE layers of all pipeline stages.
+
+    Returns:
+        (L, E), without the layers that nobody has.
+    """
+    table_LC = torch.zeros(len(layer_ids), 1 + num_experts, dtype=torch.float64, device=device)
+    for row, layer_id in enumerate(layer_ids):
+        if layer_id in counts:
+            table_LC[row, 0] = 1
+            table_LC[row, 1:] = counts[layer_id]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(table_LC)
+    rows_LC = np.array(table_LC.tolist()).reshape(table_LC.shape)
+    rows_LC = rows_LC[rows_LC[:, 0] > 0]
+    return rows_LC[:, 1:] / rows_LC[:, :1]
 
 
 def _layer_table(

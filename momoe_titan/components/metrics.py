@@ -20,14 +20,17 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from momoe_titan.components.balance import CollapseWatch, ValidationCounts, maxvio, worst_rank_load
 from momoe_titan.components.job_state import JobState, RankState, gather
 from momoe_titan.components.process_memory import GIB, ProcessMemoryMonitor, ProcessMemStats
+from momoe_titan.components.summary import Totals
 from momoe_titan.dashboard import tags
 from momoe_titan.dashboard.console import Progress, TimeLeft
-from momoe_titan.dashboard.tensorboard import RunRecorder, custom_scalars_layout, tensorboard_writer
+from momoe_titan.dashboard.tensorboard import FaultyDiskLogger, RunRecorder, custom_scalars_layout, tensorboard_writer
 from momoe_titan.kernels.compile_count import compile_count
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
+from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import want_entropy
 from momoe_titan.save_percent import num_saved_rows
 
@@ -39,6 +42,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         moe/..., moe_maxvio/...  balance of the last optimizer step, in all pipeline stages
         moe/kernel_compiles      Triton kernels compiled since the start, on the rank with most
         memory/worst_rank...     memory of the rank that uses most
+        validation_metrics/...   perplexity, and the balance over all tokens of a validation
         health/...               out of memory, allocation retries, non-finite values, skipped steps, resumes
         time_metrics/step(s)     mean over the steps since the last log step or validation
     and the experts' load as tensors and images (see `RunRecorder`). On the CPU, memory/process_rss and
@@ -68,6 +72,13 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         steps = job_config.training.steps
         self.time_left = TimeLeft(steps)
         self.recorder = RunRecorder(tensorboard_writer(self.logger), steps // job_config.metrics.log_freq + 1)
+        self.logger = FaultyDiskLogger(self.logger, self.recorder)
+        self.totals = Totals(memory_name="memory" if self.on_gpu else "process memory")
+        self.validation_counts: ValidationCounts | None = None
+        self.collapse: CollapseWatch | None = None
+        if model_args is not None and model_args.moe_layer_ids:
+            moe = model_args.moe_args
+            self.collapse = CollapseWatch(moe.num_experts, moe.top_k, balance_advice(model_args))
         self.first_step: int | None = None
         self.resumes = 0
         self.described = False
@@ -90,9 +101,9 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         self._restart_interval()
 
     def should_log(self, step: int) -> bool:
-        """Whether this step is logged; the trainer asks once after every step."""
+        """Whether this step is logged, as the last one is; the trainer asks once after every step."""
         self.steps_since_last_log += 1
-        logs = super().should_log(step)
+        logs = self._is_log_step(step)
         if self.first_step is None:
             self.first_step = step
             self.resumes = self._count_resumes()
@@ -100,8 +111,11 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
                 # The routers have recorded this step, whose number was not known.
                 self._restart_entropy()
         # Routers record the steps that will be logged; `log` reads and clears the record.
-        want_entropy(super().should_log(step + 1))
+        want_entropy(self._is_log_step(step + 1))
         return logs
+
+    def _is_log_step(self, step: int) -> bool:
+        return super().should_log(step) or step == self.job_config.training.steps
 
     def log(
         self,
@@ -117,7 +131,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         seconds = now - self.time_last_log
         tps = self._tokens_per_second(seconds)
         memory = self.device_memory_monitor.get_peak_stats()
-        state = self._gather(memory)
+        state = self._gather(memory, global_avg_loss)
+        loss = state.ranks.loss.max()  # pipeline stages other than the last have one of -1
         if not self.described:
             self._describe_run(state)
             self.described = True
@@ -140,7 +155,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         progress = Progress(
             step=step,
             total_steps=self.job_config.training.steps,
-            loss=global_avg_loss,
+            loss=loss,
             grad_norm=grad_norm,
             tps=tps,
             memory_gib=state.ranks.peak[worst],
@@ -151,6 +166,18 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             seconds_left=self.time_left.after(step, now),
         )
         logger.info(progress.line(self.color))
+        self._add_to_totals(progress, state)
+        if self.collapse is not None and state.layer_ids:
+            line = self.collapse.look(step, state.layer_ids, state.maxvio_L)
+            if line:
+                logger.warning(line)
+
+    def _add_to_totals(self, progress: Progress, state: JobState) -> None:
+        totals = self.totals
+        totals.loss, totals.maxvio = progress.loss, progress.maxvio
+        totals.tps.append(progress.tps)
+        totals.peak_gib = max(totals.peak_gib, progress.memory_gib)
+        totals.dead_experts = int((state.counts_LE == 0).sum())
 
     def _count_faults(self, state: JobState, loss: float, grad_norm: float) -> None:
         """Count a non-finite log step, and warn of optimizer steps that were skipped since the last one."""
@@ -182,6 +209,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         self.steps_since_last_log = 0
         # TorchTitan 0.2.2 adds up the mean losses of the context-parallel ranks.
         loss /= self.parallel_dims.cp
+        self.totals.validation_loss = loss if loss >= 0 else None
+        extra_metrics = {**self._validation_metrics(loss), **(extra_metrics or {})}
         if self.on_gpu:
             super().log_validation(loss, step, extra_metrics)
             return
@@ -193,7 +222,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
                 tags.VALIDATION_LOSS: loss,
                 tags.VALIDATION_TOKENS_PER_SECOND: tps,
                 **{f"{tags.VALIDATION}/{tag}": value for tag, value in memory.metrics().items()},
-                **(extra_metrics or {}),
+                **extra_metrics,
             },
             step,
         )
@@ -205,6 +234,40 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         )
         self._restart_interval()
 
+    @contextmanager
+    def counting_validation(self) -> Iterator[None]:
+        """While open, tokens per expert are counted in evaluation mode, for `log_validation`."""
+        self.validation_counts = ValidationCounts(self._layers())
+        try:
+            yield
+        finally:
+            self.validation_counts.end()
+            self.validation_counts = None
+
+    def _validation_metrics(self, loss: float) -> dict[str, float]:
+        metrics = {tags.VALIDATION_PERPLEXITY: math.exp(min(loss, 100.0))} if loss >= 0 else {}
+        if self.validation_counts is None:
+            return metrics
+        device = torch.device("cuda" if self.on_gpu else "cpu")
+        balancer = getattr(self.optimizers, "load_balancer", None)
+        counts_LE = self.validation_counts.sum(balancer, *self._all_layers(), device)
+        if counts_LE.size:
+            maxvio_L = maxvio(counts_LE)
+            self.totals.validation_maxvio = float(maxvio_L.max())
+            metrics |= {
+                tags.MAXVIO_GLOBAL_MEAN: float(maxvio_L.mean()),
+                tags.MAXVIO_GLOBAL_MAX: float(maxvio_L.max()),
+                tags.VALIDATION_DEAD_EXPERTS: float((counts_LE == 0).sum()),
+            }
+        return metrics
+
+    def _all_layers(self) -> tuple[list[int], int]:
+        """The MoE layers of all pipeline stages, as far as they are known, and their number of experts."""
+        if self.model_args is not None:
+            return self.model_args.moe_layer_ids, self.model_args.moe_args.num_experts
+        layers = self._layers()
+        return sorted(layers), next(iter(layers.values())).expert_bias.numel() if layers else 1
+
     def _layers(self) -> dict[int, BalancedMoE]:
         """This rank's MoE layers by their index in the model."""
         return {
@@ -215,7 +278,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             if isinstance(module, BalancedMoE)
         }
 
-    def _gather(self, memory: titan.DeviceMemStats | ProcessMemStats) -> JobState:
+    def _gather(self, memory: titan.DeviceMemStats | ProcessMemStats, loss: float) -> JobState:
         """What all ranks know of the job, for one reduction; then starts the record of the entropy anew."""
         layers = self._layers()
         balancer = getattr(self.optimizers, "load_balancer", None)
@@ -223,13 +286,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         if balancer is not None and balancer.counts_LE is not None:
             counts = {id(layer): counts_E for layer, counts_E in zip(balancer.layers, balancer.counts_LE, strict=True)}
             counted = {i: (layer, counts[id(layer)]) for i, layer in layers.items()}
-        if self.model_args is None:
-            layer_ids = sorted(layers)
-            num_experts = next(iter(layers.values())).expert_bias.numel() if layers else 1
-        else:
-            layer_ids = self.model_args.moe_layer_ids
-            num_experts = self.model_args.moe_args.num_experts
-        here = self._rank_state(memory, list(layers.values()))
+        layer_ids, num_experts = self._all_layers()
+        here = self._rank_state(memory, list(layers.values()), loss)
         device = torch.device("cuda" if self.on_gpu else "cpu")
         state = gather(counted, layer_ids, num_experts, here, device)
         self._restart_entropy()
@@ -240,7 +298,9 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             totals = [layer.router.entropy_and_tokens for layer in layers.values()]
             torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage]  one launch for all layers
 
-    def _rank_state(self, memory: titan.DeviceMemStats | ProcessMemStats, layers: list[BalancedMoE]) -> RankState:
+    def _rank_state(
+        self, memory: titan.DeviceMemStats | ProcessMemStats, layers: list[BalancedMoE], loss: float
+    ) -> RankState:
         if isinstance(memory, ProcessMemStats):
             in_use, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
         else:
@@ -260,6 +320,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             experts_saved_at_100=sum(self._saved_gib(layer, 100) for layer in ours),
             skipped_steps=0 if guard is None else guard.skipped_steps,
             experts_evicted=sum(budget.evicted_bytes for budget in budgets) / GIB,
+            loss=loss,
         )
 
     def _saved_gib(self, layer: MomoeMoE, save_percent: float) -> float:
@@ -306,6 +367,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
                 tags.ENTROPY_MIN: entropy_L.min(),
                 **{tags.maxvio_layer(i): maxvio for i, maxvio in zip(state.layer_ids, maxvio_L, strict=True)},
             }
+            if (ranks_of_experts := getattr(self.parallel_dims, "ep", 1)) > 1:
+                scalars[tags.WORST_RANK_LOAD] = worst_rank_load(state.counts_LE, ranks_of_experts)
         return {tag: float(value) for tag, value in scalars.items()}
 
     def _count_resumes(self) -> int:
@@ -339,7 +402,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             description["num_experts"] = args.moe_args.num_experts
             description["top_k"] = args.moe_args.top_k
         assert self.first_step is not None  # should_log has seen it
-        layout = custom_scalars_layout(state.layer_ids, self.on_gpu)
+        layout = custom_scalars_layout(state.layer_ids, self.on_gpu, getattr(self.parallel_dims, "ep", 1))
         self.recorder.start(description, layout, self.first_step)
 
     def _tokens_per_second(self, seconds: float) -> float:
@@ -349,6 +412,17 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
     def _restart_interval(self) -> None:
         self.ntokens_since_last_log = 0
         self.time_last_log = time.perf_counter()
+
+
+def balance_advice(args: MomoeLlamaArgs) -> str:
+    """What to do about collapsed layers, for the settings that the model has."""
+    if not args.load_balance_rate:
+        return "Balancing is off: set momoe.load_balance_rate above 0 (docs/balancing.md)"
+    steps = ["lower optimizer.lr or lengthen lr_scheduler.warmup_steps"]
+    if args.load_balance_rule != QUANTILE:
+        rate = f"raise momoe.load_balance_rate (now {args.load_balance_rate:g})"
+        steps = [f'set momoe.load_balance_rule = "{QUANTILE}" (now "{args.load_balance_rule}")', rate, *steps]
+    return f"What helps, in this order: {'; '.join(steps)} (docs/balancing.md)"
 
 
 def build_momoe_metrics_processor(

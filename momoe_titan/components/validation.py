@@ -1,8 +1,9 @@
 """Validation on our loader."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch import nn
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.components.loss import LossFunction
 from torchtitan.components.metrics import MetricsProcessor
@@ -11,6 +12,7 @@ from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from momoe_titan.components.metrics import MomoeMetricsProcessor
 from momoe_titan.data.loader import build_validation_dataloader
 
 
@@ -47,6 +49,17 @@ class TextValidator(Validator):
         self.validation_dataloader = build_validation_dataloader(
             dp_world_size, dp_rank, tokenizer, job_config, infinite=job_config.validation.steps != -1
         )
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """As TorchTitan's, with the experts' load over all of its tokens where our metrics processor logs it."""
+        processor = self.metrics_processor
+        counting = processor.counting_validation() if isinstance(processor, MomoeMetricsProcessor) else nullcontext()
+        with counting:
+            super().validate(model_parts, step)
+
+    def should_validate(self, step: int) -> bool:
+        """Also after the last step, whatever validation.freq is."""
+        return super().should_validate(step) or step == self.job_config.training.steps
 
 
 def build_validator(**kwargs: Any) -> Validator:

@@ -22,6 +22,7 @@ GPU_ALLOC_RETRIES = "memory/num_alloc_retries"
 GPU_OOMS = "memory/num_ooms"
 VALIDATION = "validation_metrics"  # what stands before the tags of memory
 VALIDATION_LOSS = f"{VALIDATION}/loss"
+VALIDATION_PERPLEXITY = f"{VALIDATION}/perplexity"
 VALIDATION_TOKENS_PER_SECOND = f"{VALIDATION}/throughput(tps)"
 
 # Time and memory. The worst rank is the one that uses most memory.
@@ -53,6 +54,10 @@ MAXVIO_MEAN = "moe/maxvio_batch_mean"
 MAXVIO_MAX = "moe/maxvio_batch_max"
 MAXVIO_LAYER = "moe_maxvio/layer_"  # two digits follow at least, see `maxvio_layer`
 DEAD_EXPERTS = "moe/dead_experts"
+WORST_RANK_LOAD = "moe/worst_ep_rank_load"  # tokens of the expert-parallel rank with most, over an even share
+MAXVIO_GLOBAL_MEAN = f"{VALIDATION}/maxvio_global_mean"  # over all tokens of a validation: mean of the layers
+MAXVIO_GLOBAL_MAX = f"{VALIDATION}/maxvio_global_max"
+VALIDATION_DEAD_EXPERTS = f"{VALIDATION}/dead_experts"
 BIAS_MIN = "moe/bias_min"
 BIAS_MAX = "moe/bias_max"
 DROPPED_TOKENS = "moe/dropped_tokens"

@@ -4,7 +4,7 @@ tensors, and a description of the run. `page_data` reads the tensors and the des
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto  # pyrigh
 from tensorboard.compat.proto.types_pb2 import DataType  # pyright: ignore[reportAttributeAccessIssue]  protobuf makes it at run time
 from torch.utils.tensorboard import SummaryWriter
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, TensorBoardLogger
+from torchtitan.tools.logging import logger
 
 from momoe_titan.dashboard import tags
 
@@ -21,31 +22,38 @@ from momoe_titan.dashboard import tags
 MAX_FRAMES = 200
 
 
-def custom_scalars_layout(layer_ids: Sequence[int], on_gpu: bool) -> dict[str, dict[str, list]]:
+def custom_scalars_layout(layer_ids: Sequence[int], on_gpu: bool, expert_ranks: int = 1) -> dict[str, dict[str, list]]:
     """TensorBoard's custom-scalars page: charts of this run's scalars in groups, for
     `SummaryWriter.add_custom_scalars`."""
+    load = {"tokens of the worst expert-parallel rank (1: an even share)": _lines(tags.WORST_RANK_LOAD)}
+    ranks_of_experts = load if expert_ranks > 1 else {}
     return {
+        "loss": {
+            "training: mean and worst rank": _lines(tags.LOSS, tags.WORST_LOSS),
+            "validation": _lines(tags.VALIDATION_LOSS),
+            "validation perplexity": _lines(tags.VALIDATION_PERPLEXITY),
+            "gradient norm": _lines(tags.GRAD_NORM),
+            "learning rate": _lines(tags.LEARNING_RATE),
+        },
+        "balance": {
+            "MaxVio: mean and maximum over layers": _lines(tags.MAXVIO_MEAN, tags.MAXVIO_MAX),
+            "MaxVio over a validation: mean and maximum over layers": _lines(
+                tags.MAXVIO_GLOBAL_MEAN, tags.MAXVIO_GLOBAL_MAX
+            ),
+            "MaxVio per layer": _lines(*map(tags.maxvio_layer, layer_ids)),
+            "dead experts, in a step and in a validation": _lines(tags.DEAD_EXPERTS, tags.VALIDATION_DEAD_EXPERTS),
+            **ranks_of_experts,
+            "router entropy (1: undecided)": _lines(tags.ENTROPY_MEAN, tags.ENTROPY_MIN),
+            "balancing bias": _lines(tags.BIAS_MIN, tags.BIAS_MAX),
+        },
+        "throughput": _throughput_charts(on_gpu),
+        "memory": _memory_charts(on_gpu),
         "health": {
             "out of memory, allocation retries": _lines(tags.OOMS, tags.ALLOC_RETRIES),
             "non-finite losses or gradients": _lines(tags.NON_FINITE),
             "dropped tokens": _lines(tags.DROPPED_TOKENS),
             "kernels compiled": _lines(tags.KERNEL_COMPILES),
             "resumes": _lines(tags.RESUMES),
-        },
-        "loss": {
-            "training: mean and worst rank": _lines(tags.LOSS, tags.WORST_LOSS),
-            "validation": _lines(tags.VALIDATION_LOSS),
-            "gradient norm": _lines(tags.GRAD_NORM),
-            "learning rate": _lines(tags.LEARNING_RATE),
-        },
-        "throughput": _throughput_charts(on_gpu),
-        "memory": _memory_charts(on_gpu),
-        "balance": {
-            "MaxVio: mean and maximum over layers": _lines(tags.MAXVIO_MEAN, tags.MAXVIO_MAX),
-            "MaxVio per layer": _lines(*map(tags.maxvio_layer, layer_ids)),
-            "dead experts": _lines(tags.DEAD_EXPERTS),
-            "router entropy (1: undecided)": _lines(tags.ENTROPY_MEAN, tags.ENTROPY_MIN),
-            "balancing bias": _lines(tags.BIAS_MIN, tags.BIAS_MAX),
         },
     }
 
@@ -117,6 +125,34 @@ def tensorboard_writer(logger: BaseLogger) -> SummaryWriter | None:
     return next((x.writer for x in loggers if isinstance(x, TensorBoardLogger)), None)
 
 
+class FaultyDiskLogger(BaseLogger):
+    """A logger whose disk may fill up or turn read-only: one warning, and training goes on without its files.
+
+    Args:
+        logger: TorchTitan's.
+        recorder: writes to the same files, and stops with it.
+    """
+
+    def __init__(self, logger: BaseLogger, recorder: "RunRecorder"):
+        self.inner = logger
+        self.recorder = recorder
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        """As the logger's."""
+        self._try(lambda: self.inner.log(metrics, step))
+
+    def close(self) -> None:
+        """As the logger's."""
+        self._try(self.inner.close)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as e:
+            self.inner, self.recorder.writer = BaseLogger(), None
+            logger.warning(f"METRICS ARE NO LONGER WRITTEN, to TensorBoard or elsewhere; training goes on: {e}")
+
+
 class RunRecorder:
     """Writes a run's description and layout once, and the experts' load at a bounded rate.
 
@@ -149,6 +185,9 @@ class RunRecorder:
         self.seen += 1
         if self.writer is None or not due or not load_LE.size:
             return
-        # float16 ends at 65504; the load of one expert is at most E
-        self.writer._get_file_writer().add_summary(load_summary(load_LE), step)
-        self.writer.add_image(tags.LOAD_IMAGE, load_image(load_LE), step, dataformats="HWC")
+        try:
+            # float16 ends at 65504; the load of one expert is at most E
+            self.writer._get_file_writer().add_summary(load_summary(load_LE), step)
+            self.writer.add_image(tags.LOAD_IMAGE, load_image(load_LE), step, dataformats="HWC")
+        except OSError:
+            self.writer = None  # `FaultyDiskLogger` warns: it writes to the same files

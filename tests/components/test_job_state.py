@@ -16,7 +16,7 @@ def test_stages_and_shared_layers(monkeypatch):
         moe.expert_bias += 0.1 * i
     counts = torch.arange(20).reshape(4, 5) + 2**40  # exact beyond float32
     entropies = [{1: (3.0, 4.0), 2: (1.0, 4.0)}, {2: (7.0, 4.0), 4: (0.0, 2.0)}]
-    ranks = [RankState(1, 3, 80, 0, 1, 5, 0.5, 2, 0, 0), RankState(2, 2, 70, 4, 0, 6, 0.25, 1, 0, 0)]
+    ranks = [RankState(1, 3, 80, 0, 1, 5, 0.5, 2, 0, 0, -1), RankState(2, 2, 70, 4, 0, 6, 0.25, 1, 0, 0, 2.5)]
     sent, total = [], None
 
     def all_reduce(flat):
@@ -51,7 +51,7 @@ def test_stages_and_shared_layers(monkeypatch):
 
 def test_stock_layers_have_no_save_percent():
     (layer, _) = moes(build(tiny_args(backend="torchtitan")))
-    here = RankState(*range(10))
+    here = RankState(*range(11))
     state = gather({1: (layer, torch.ones(5))}, [1], 5, here, torch.device("cpu"))
     assert not state.ours and state.maxvio_L.tolist() == [0] and np.isnan(state.entropy_L[0])
     assert state.ranks == pytest.approx(here)

@@ -1,5 +1,6 @@
 """What a training step logs, where, and for how many copies from the device."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -296,7 +297,10 @@ def test_what_a_run_writes(tmp_path, monkeypatch, wandb):
         processor.optimizers.step()
         processor.should_log(step)
         processor.log(step, 2.0, 3.0, 0.5)
-    processor.log_validation(1.5, 3)
+    with processor.counting_validation():
+        with torch.no_grad():
+            loss_of(model.eval(), *batch(3))
+        processor.log_validation(1.5, 3)
     processor.close()
     want_entropy(False)
 
@@ -307,13 +311,9 @@ def test_what_a_run_writes(tmp_path, monkeypatch, wandb):
     assert written["moe_maxvio/layer_01"] >= 0 and written["memory/process_rss(GiB)"] > 0
 
     layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == [
-        "health",
-        "loss",
-        "throughput",
-        "memory",
-        "balance",
-    ]
+    # what a run is looked at for comes first
+    titles = [category.title for category in layout.category]
+    assert titles == ["loss", "balance", "throughput", "memory", "health"]
     charted = [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]
     for tag in charted:
         assert any(re.search(tag, name) for name in tags["scalars"]) or tag == "^lr$", tag
@@ -360,3 +360,61 @@ assert not counting.install() and counting.compile_count() == 0
 @pytest.mark.parametrize("code", [COUNT_IN_A_FRESH_PROCESS, COUNT_WITHOUT_TRITON])
 def test_kernel_compiles_are_counted(code):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchtitan"])
+def test_a_validation_has_the_balance_of_all_its_tokens(processor, backend):
+    """Over all batches of the validation; training's counts and bias stay as they are."""
+    model = with_model(processor, backend=backend)
+    loss_of(model, *batch(0)).backward()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    ids = []
+
+    def note(router, args, result):
+        ids.append(result[1])
+
+    hooks = [moe.router.register_forward_hook(note) for moe in moes(model)]
+    with processor.counting_validation(), torch.no_grad():
+        for seed in (1, 2):
+            loss_of(model.eval(), *batch(seed))
+        processor.log_validation(1.5, 7)
+    for hook in hooks:
+        hook.remove()
+    per_layer = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(ids[:2], ids[2:], strict=True)]
+    counts = torch.stack([torch.bincount(layer, minlength=5) for layer in per_layer]).double()
+    expected = counts.amax(1) / counts.mean(1) - 1
+    values = processor.logger.steps[7]
+    assert values["validation_metrics/maxvio_global_mean"] == pytest.approx(expected.mean())
+    assert values["validation_metrics/maxvio_global_max"] == pytest.approx(expected.max())
+    assert values["validation_metrics/dead_experts"] == (counts == 0).sum()
+    assert values["validation_metrics/perplexity"] == pytest.approx(np.exp(1.5))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
+    # and none of it is counted once the validation is over
+    with torch.no_grad():
+        loss_of(model, *batch(3))
+    processor.log_validation(1.5, 8)
+    assert "validation_metrics/maxvio_global_mean" not in processor.logger.steps[8]
+
+
+def test_the_last_step_is_logged(processor):
+    processor.job_config.metrics.log_freq = 5
+    processor.job_config.training.steps = 8
+    assert [step for step in range(1, 9) if processor.should_log(step)] == [1, 5, 8]
+
+
+def test_the_loss_is_that_of_the_last_pipeline_stage(processor, monkeypatch, caplog):
+    """Other stages, rank 0 among them, have a loss of -1; the line on the console is rank 0's."""
+    gather = metrics.gather
+
+    def with_another_rank(*args):
+        state = gather(*args)
+        ranks = state.ranks._replace(loss=np.array([-1.0, 2.75]))
+        return dataclasses.replace(state, ranks=ranks)
+
+    monkeypatch.setattr(metrics, "gather", with_another_rank)
+    with caplog.at_level("INFO"):
+        processor.should_log(1)
+        processor.log(1, -1.0, -1.0, 0.5)
+    assert "loss:  2.75000" in caplog.text
+    assert processor.totals.loss == 2.75

@@ -54,8 +54,7 @@ def run_job(job: dict) -> None:
         sys.argv[1:] = job["args"]
         # bound when TorchTitan was imported
         ConfigManager.parse_args.__defaults__ = (job["args"],)
-        train.main()
-        status = 0
+        status = train.main()
     except SystemExit as e:
         status = e.code
     except BaseException:
