@@ -158,8 +158,8 @@ class StepCost:
         if group is not None:
             group = dist.ProcessGroup.unbox(group)
         else:
-            name: Any = next(a for a in reversed(args) if isinstance(a, str))
-            group = _resolve_process_group(name)
+            group_name: Any = next(a for a in reversed(args) if isinstance(a, str))
+            group = _resolve_process_group(group_name)
         ranks = dist.get_process_group_ranks(group)
         tensors = _tensors([out if index is None else args[index]])
         between = len({rank // self.node_size for rank in ranks}) > 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp
@@ -18,6 +19,7 @@ from momoe_titan.plan.cost import (
 )
 from momoe_titan.plan.on_gpu import as_on_gpu
 from momoe_titan.plan.trace import MemoryTrace
+from tests.support.forks import in_forks
 
 GPU = Gpu(
     matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0
@@ -90,3 +92,30 @@ def test_work_of_ops(dtype, suffix):
     }
     assert c.work[False, "float32 matmul"] == Work(flops=2 * d**3, count=1)
     assert c.work[False, "optimizer"] == Work(num_bytes=2 * d * d * 4, count=1)
+
+
+def _collectives_are_named_by_what_they_do() -> None:
+    dist.init_process_group("fake", rank=0, world_size=4)
+    name = dist.group.WORLD.group_name
+    functional, rows, even = torch.ops._c10d_functional, torch.empty(8, 16), [2] * 4
+    c, num_bytes = StepCost(2), 8 * 16 * 4
+    for func, args in (
+        (functional.all_reduce.default, (rows, "sum", name)),
+        (functional.reduce_scatter_tensor.default, (rows, "sum", 4, name)),
+        (functional.all_gather_into_tensor.default, (rows[:2], 4, name)),
+        (functional.all_to_all_single.default, (rows, even, even, name)),
+        (torch.ops.momoe_titan.send_rows.default, (rows, even, even, name)),
+    ):
+        c(func, args, {}, rows, "forward")
+    sent = {
+        "all-reduce": Work(num_bytes=2 * num_bytes * 3 / 4, count=1),
+        "reduce-scatter": Work(num_bytes=num_bytes * 3 / 4, count=1),
+        "all-gather": Work(num_bytes=num_bytes * 3 / 4, count=1),
+        "all-to-all": Work(num_bytes=2 * num_bytes * 3 / 4, count=2),
+    }
+    assert c.sent == {(True, kind, False, True): work for kind, work in sent.items()}
+
+
+def test_collectives_are_named_by_what_they_do():
+    """Not by the name of their group, which is among their arguments."""
+    assert in_forks(1, lambda rank: _collectives_are_named_by_what_they_do())
