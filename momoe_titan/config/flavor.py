@@ -7,6 +7,8 @@ from typing import Any
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
+from momoe_titan.config.suggestions import did_you_mean
+
 MODEL_NAME = "momoe_llama"  # `model.name` of a job with this package's own model
 
 
@@ -33,10 +35,17 @@ def flavor_args(job_config: JobConfig) -> Any:
     try:
         spec = get_train_spec(job_config.model.name)
     except ValueError as e:
-        raise ValueError(f"model.name {job_config.model.name!r}: {e}") from e
-    if job_config.model.flavor not in spec.model_args:
-        raise ValueError(f"model.flavor {job_config.model.flavor!r} is none of {', '.join(map(repr, spec.model_args))}")
+        raise ValueError(f"model.name {job_config.model.name!r}: {e}{_how_to_register(job_config.model.name)}") from e
+    if (flavor := job_config.model.flavor) not in spec.model_args:
+        names = ", ".join(map(repr, spec.model_args))
+        raise ValueError(f"model.flavor {flavor!r} is none of {names}{did_you_mean(flavor, spec.model_args)}")
     return copy.deepcopy(spec.model_args[job_config.model.flavor])
+
+
+def _how_to_register(name: str) -> str:
+    if name == MODEL_NAME:
+        return '; set experimental.custom_import to "momoe_titan.register"'
+    return did_you_mean(name, [MODEL_NAME])
 
 
 def configured_args(job_config: JobConfig) -> Any:

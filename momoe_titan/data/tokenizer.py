@@ -20,8 +20,9 @@ def resolve_assets_path(path: str) -> str:
     packaged = Path(__file__).parents[2] / path
     if path.startswith("momoe_titan/") and packaged.is_dir():
         return str(packaged)
+    given = "is not set" if path == JobConfig().model.hf_assets_path else f"{path!r} is not a folder"
     raise DataError(
-        f"model.hf_assets_path {path!r} is not a folder; it must hold the tokenizer "
+        f"model.hf_assets_path {given}; it must hold the tokenizer "
         "(tokenizer.json). The one that comes with this package is "
         "'momoe_titan/assets/tokenizer'"
     )

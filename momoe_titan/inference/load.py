@@ -15,11 +15,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
-from torchtitan.config import ConfigManager
 
 from momoe_titan.components.checkpoint import CheckpointError, read_metadata, saved_steps, step_folder
 from momoe_titan.config.command_line import missing_section_option
 from momoe_titan.config.flavor import MODEL_NAME
+from momoe_titan.config.reading import read_job as read_configuration
+from momoe_titan.config.suggestions import did_you_mean
 from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import read_hf_args
@@ -57,7 +58,7 @@ def read_job(options: Sequence[str]) -> tuple[MomoeLlamaArgs, str]:
     Raises:
         ValueError: an unusable configuration; names the field.
     """
-    config = ConfigManager().parse_args([*options, *missing_section_option(options)])
+    config = read_configuration(options)
     if config.model.name != MODEL_NAME:
         raise ValueError(f"model.name is {config.model.name!r}, must be {MODEL_NAME!r}")
     if module := config.experimental.custom_import:  # which may add a flavor
@@ -69,7 +70,8 @@ def read_job(options: Sequence[str]) -> tuple[MomoeLlamaArgs, str]:
                 "folder: add it to PYTHONPATH"
             ) from e
     if config.model.flavor not in flavors:
-        raise ValueError(f"model.flavor {config.model.flavor!r} is none of {', '.join(flavors)}")
+        hint = did_you_mean(config.model.flavor, flavors)
+        raise ValueError(f"model.flavor {config.model.flavor!r} is none of {', '.join(flavors)}{hint}")
     # The model's own settings only: how the job trains, on how many ranks, and what it saves, does not matter here.
     args = copy.deepcopy(flavors[config.model.flavor])
     args.take_settings(config)

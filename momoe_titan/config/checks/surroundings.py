@@ -6,6 +6,8 @@ import tempfile
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from momoe_titan.config.suggestions import did_you_mean
+
 
 def check_folders(job_config: JobConfig) -> None:
     """Refuse a job that could not write its logs or checkpoints. Makes `job.dump_folder` where it is missing.
@@ -59,7 +61,8 @@ def check_datasets(job_config: JobConfig) -> None:
         datasets.append(("validation.dataset", job_config.validation.dataset))
     for field, name in datasets:
         if name.lower() not in DATASETS:
-            raise ValueError(f"{field} {name!r} is none of {', '.join(map(repr, DATASETS))}")
+            names = ", ".join(map(repr, DATASETS))
+            raise ValueError(f"{field} {name!r} is none of {names}{did_you_mean(name.lower(), DATASETS)}")
 
 
 def check_cpu(job_config: JobConfig) -> None:
