@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, SaveError, resumed_checkpoint
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
+from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
 from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
 from momoe_titan.components.summary import Totals, next_commands, results, resume_line
@@ -69,6 +70,7 @@ def check_config(config: JobConfig) -> None:
     config.model.hf_assets_path = resolve_assets_path(config.model.hf_assets_path)
     model_args = check_job(config)
     check_folders(config)
+    check_hf_weights(config, model_args)
     num_tokens = build_tokenizer(config).get_vocab_size()
     check_tokenizer(config, num_tokens, getattr(model_args, "vocab_size", num_tokens))
     check_datasets(config)
@@ -132,6 +134,7 @@ class Trainer(titan.Trainer):
             prepare_cpu_job(job_config, run.args)
         check_fields(job_config)
         keep_balance_rule(job_config, run.args, resumed_checkpoint(job_config))
+        keep_published_routing(job_config, run.args)
         check_config(job_config)
         run.config = job_config
         super().__init__(job_config)

@@ -15,7 +15,7 @@ from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS
 from momoe_titan.inference.load import saved_tensors
 from momoe_titan.model import MomoeLlamaArgs, MomoeStateDictAdapter
 from momoe_titan.model.hugging_face.config import BIAS_FILE, hf_format
-from momoe_titan.model.hugging_face.weights import INDEX_FILE
+from momoe_titan.model.hugging_face.names import INDEX_FILE
 
 
 def convert(

@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 
 from momoe_titan.components.checkpoint import CheckpointError, read_metadata, saved_steps, step_folder
-from momoe_titan.config.command_line import missing_section_option
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.reading import read_job as read_configuration
 from momoe_titan.config.suggestions import did_you_mean
 from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import read_hf_args
+from momoe_titan.model.hugging_face.files import check_hf_files
 from momoe_titan.model.moe import BalancedMoE
 
 
@@ -116,6 +116,9 @@ def load_model(path: str, args: MomoeLlamaArgs, device: torch.device | str, dtyp
     Raises:
         ValueError: the checkpoint is of another model.
     """
+    is_hf = find_checkpoint(path)[1]
+    if is_hf:
+        check_hf_files(path, args)
     with torch.device("meta"):
         model = MomoeLlama(args)
     for parameter in model.parameters():
@@ -128,7 +131,7 @@ def load_model(path: str, args: MomoeLlamaArgs, device: torch.device | str, dtyp
         if isinstance(module, BalancedMoE):
             module.reset_balance_state(torch.device(device))
     state_dict: dict[str, Any] = model.state_dict()
-    if find_checkpoint(path)[1]:
+    if is_hf:
         adapter = MomoeStateDictAdapter(args, None)
         hf_state_dict = adapter.to_hf(state_dict)
         reader = adapter.get_hf_storage_reader(path)

@@ -221,9 +221,7 @@ class MomoeLlama(Transformer):
     def _precompute_freqs_cis(self) -> torch.Tensor:
         args = self.model_args
         if args.yarn_args is not None:
-            return precompute_yarn_freqs_cis(
-                args.attention_head_dim, args.max_seq_len, args.rope_theta, args.yarn_args
-            )
+            return precompute_yarn_freqs_cis(args.attention_head_dim, args.max_seq_len, args.rope_theta, args.yarn_args)
         return precompute_freqs_cis(
             self.model_args.attention_head_dim,
             self.model_args.max_seq_len,

@@ -26,6 +26,8 @@ from torchtitan.components.checkpoint import (
     ModelWrapper,
 )
 
+from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
+from momoe_titan.config.section import Momoe
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import args_from_hf_config, read_hf_args
 from momoe_titan.model.hugging_face.config import (
@@ -34,6 +36,8 @@ from momoe_titan.model.hugging_face.config import (
     hf_format,
     write_hf_config,
 )
+from momoe_titan.model.hugging_face.files import check_hf_files
+from momoe_titan.model.hugging_face.names import hf_shapes
 from tests.support.tiny import VOCAB, batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +255,89 @@ def test_tied_embeddings_are_one_weight_in_training(tmp_path):
         args.update_from_config(job)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_by_the_arguments_alone_are_those_of_the_model(name):
+    config_class, fields = MODELS[name]
+    args = args_from_hf_config(getattr(transformers, config_class)(**fields).to_dict())
+    with torch.device("meta"):
+        model = MomoeLlama(args)
+    converted = MomoeStateDictAdapter(args, None).to_hf(model.state_dict())
+    assert hf_shapes(args) == {key: tuple(weight.shape) for key, weight in converted.items()}
+
+
+def broken_folders():
+    """(how the folder is broken, what the message must name)."""
+
+    def change(folder, **tensors):
+        weights = safetensors_torch.load_file(folder / "model.safetensors")
+        for key, tensor in tensors.items():
+            if tensor is None:
+                del weights[key]
+            else:
+                weights[key] = tensor
+        safetensors_torch.save_file(weights, folder / "model.safetensors")
+
+    def fuse(folder):
+        weights = safetensors_torch.load_file(folder / "model.safetensors")
+        fused = {key: weight for key, weight in weights.items() if ".experts." not in key}
+        for layer in range(3):
+            fused[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.zeros(5, 24, 32)
+            fused[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.zeros(5, 32, 12)
+        safetensors_torch.save_file(fused, folder / "model.safetensors")
+
+    def lose_a_shard(folder):
+        weights = safetensors_torch.load_file(folder / "model.safetensors")
+        weight_map = {key: f"model-{1 + (key == 'model.norm.weight')}.safetensors" for key in weights}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+
+    def truncate(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-7])
+
+    q = "model.layers.1.self_attn.q_proj.weight"
+    file = "model.safetensors"
+    expert = r"model.layers.0.mlp.experts.0.gate_proj.weight of shape (12, 32)"
+    return {
+        "fused experts": (fuse, [file, "model.layers.0.mlp.experts.gate_up_proj, of shape (5, 24, 32)", expert]),
+        "a missing shard": (lose_a_shard, ["model-2.safetensors is missing", "model.norm.weight, of shape (32,)"]),
+        "another shape": (lambda f: change(f, **{q: torch.zeros(60, 32)}), [file, q, "(60, 32)", "(64, 32)"]),
+        "a missing tensor": (lambda f: change(f, **{q: None}), ["no file holds", q, "(64, 32)"]),
+        "quantized": (
+            lambda f: change(f, **{q: torch.zeros(64, 32, dtype=torch.float8_e4m3fn)}),
+            [file, q, "F8_E4M3"],
+        ),
+        "cut off": (truncate, [file, "bytes"]),
+        "no weights": (lambda f: (f / "model.safetensors").unlink(), ["holds no *.safetensors"]),
+        "no safetensors": (lambda f: (f / "model.safetensors").write_text("hello, world"), [file, "damaged"]),
+    }
+
+
+@pytest.mark.parametrize("case", broken_folders())
+def test_folders_without_the_weights_are_refused_before_anything_is_built(case, tmp_path):
+    theirs = hf_model("qwen3_moe")
+    theirs.save_pretrained(tmp_path)
+    args = read_hf_args(tmp_path)
+    check_hf_files(str(tmp_path), args)
+    breaks, named = broken_folders()[case]
+    breaks(tmp_path)
+    job = hf_job(tmp_path, initial_load_in_hf=True)
+    job.model.name = "momoe_llama"
+    with pytest.raises(ValueError) as refused:
+        check_hf_weights(job, args)
+    assert [name for name in ["checkpoint.initial_load_in_hf", *named] if name not in str(refused.value)] == []
+
+
+def test_tensors_beside_the_weights_are_named(tmp_path, caplog):
+    args = tiny_args()
+    save_hf(build(args), args, tmp_path)
+    check_hf_files(str(tmp_path), args)
+    assert "NOT PART" not in caplog.text
+    safetensors_torch.save_file({"model.layers.0.self_attn.q_proj.bias": torch.ones(2)}, tmp_path / "b.safetensors")
+    check_hf_files(str(tmp_path), args)
+    assert "1 TENSORS ARE NOT PART OF THIS MODEL AND ARE LEFT OUT: model.layers.0.self_attn.q_proj.bias" in caplog.text
+
+
 def test_pipeline_stages_convert_alone():
     args = tiny_args()
     model = build(args)
@@ -461,6 +548,38 @@ def test_jobs_that_the_formats_cannot_serve_are_refused(tmp_path):
     for job in (last, hf_job(tmp_path, initial_load_in_hf=True)):
         with pytest.raises(ValueError, match="_in_hf is true, but no Hugging Face format"):
             tiny_args(qk_norm="full").update_from_config(job)
+
+
+def test_published_routing_is_kept_unless_the_job_says_otherwise(tmp_path, caplog):
+    hf_model("mixtral").save_pretrained(tmp_path / "mixtral")
+    hf_model("glm4_moe").save_pretrained(tmp_path / "glm4_moe")
+    toml = tmp_path / "job.toml"
+    toml.write_text('[momoe]\nload_balance_rule = "sign"\n')
+
+    def rate_of(folder, *options, **checkpoint):
+        job = hf_job(tmp_path / folder, **{"initial_load_in_hf": True, **checkpoint})
+        job.model.name, job.momoe = "momoe_llama", Momoe()
+        caplog.clear()
+        keep_published_routing(job, options)
+        return job.momoe.load_balance_rate
+
+    assert rate_of("mixtral") == 0
+    assert "LOAD BALANCING BY A BIAS IS OFF, because 'mixtral'" in caplog.text
+    default = Momoe().load_balance_rate
+    for case in (
+        rate_of("mixtral", "--momoe.load_balance_rate=0.001"),
+        rate_of("mixtral", "--momoe.load_balance_rule", "quantile"),
+        rate_of("mixtral", f"--job.config_file={toml}"),
+        rate_of("mixtral", initial_load_in_hf=False),
+        rate_of("glm4_moe"),
+    ):
+        assert case == default > 0 and "IS OFF" not in caplog.text
+
+    args = read_hf_args(tmp_path / "mixtral")
+    for rate, warned in ((0.0, False), (1e-3, True)):
+        caplog.clear()
+        replace(args, load_balance_rate=rate).update_from_config(hf_job(tmp_path / "mixtral", initial_load_in_hf=True))
+        assert ("has no place: other programs will choose other experts" in caplog.text) == warned
 
 
 @pytest.mark.parametrize(

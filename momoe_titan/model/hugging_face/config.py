@@ -140,25 +140,29 @@ def hf_config(args: ModelArgs) -> dict[str, Any]:
     kept = {field: value for field, value in imported.items() if field not in NOT_KEPT}
     # The classes' own defaults are ids of their tokenizers.
     no_tokens: dict[str, Any] = {f"{token}_token_id": None for token in ("bos", "eos", "pad")}
-    return no_tokens | kept | {
-        "architectures": [ARCHITECTURES[name]],
-        "model_type": name,
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads or args.n_heads,
-        "head_dim": args.attention_head_dim,
-        # of a model that is trained on shorter sequences than it was made for, the longer
-        "max_position_embeddings": max(args.max_seq_len, imported.get("max_position_embeddings", 0)),
-        "rms_norm_eps": args.norm_eps,
-        "rope_theta": float(args.rope_theta),
-        "rope_scaling": rope_scaling_fields(args),
-        "num_experts_per_tok": args.moe_args.top_k,
-        "hidden_act": "silu",
-        "tie_word_embeddings": args.tie_word_embeddings,
-        **FORMAT_FIELDS[name](args),
-    }
+    return (
+        no_tokens
+        | kept
+        | {
+            "architectures": [ARCHITECTURES[name]],
+            "model_type": name,
+            "vocab_size": args.vocab_size,
+            "hidden_size": args.dim,
+            "num_hidden_layers": args.n_layers,
+            "num_attention_heads": args.n_heads,
+            "num_key_value_heads": args.n_kv_heads or args.n_heads,
+            "head_dim": args.attention_head_dim,
+            # of a model that is trained on shorter sequences than it was made for, the longer
+            "max_position_embeddings": max(args.max_seq_len, imported.get("max_position_embeddings", 0)),
+            "rms_norm_eps": args.norm_eps,
+            "rope_theta": float(args.rope_theta),
+            "rope_scaling": rope_scaling_fields(args),
+            "num_experts_per_tok": args.moe_args.top_k,
+            "hidden_act": "silu",
+            "tie_word_embeddings": args.tie_word_embeddings,
+            **FORMAT_FIELDS[name](args),
+        }
+    )
 
 
 def rope_scaling_fields(args: ModelArgs) -> dict[str, Any] | None:

@@ -27,42 +27,17 @@ from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.hugging_face.config import BIAS_FILE, hf_format
-from momoe_titan.model.model import MomoeLlama
-
-INDEX_FILE = "model.safetensors.index.json"
-TOP_NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention.q_norm.weight": "self_attn.q_norm.weight",
-    "attention.k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "moe.router.gate.weight": "mlp.gate.weight",
-    "moe.expert_bias": "mlp.gate.e_score_correction_bias",
-    "moe.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "moe.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-    "moe.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
-}
-ROTATED = tuple(f"attention.{name}.weight" for name in ("wq", "wk", "q_norm", "k_norm"))
-EXPERT_NAME = "mlp.experts.{}.{}.weight"
-# Mixtral's own names for the parts of a layer
-MIXTRAL_NAMES = (
-    ("mlp.gate.", "block_sparse_moe.gate."),
-    ("mlp.experts.", "block_sparse_moe.experts."),
-    (".gate_proj.", ".w1."),
-    (".down_proj.", ".w2."),
-    (".up_proj.", ".w3."),
+from momoe_titan.model.hugging_face.names import (
+    EXPERT_NAME,
+    INDEX_FILE,
+    LAYER_NAMES,
+    TOP_NAMES,
+    hf_key,
+    hf_shapes,
+    plain_key,
 )
+
+ROTATED = tuple(f"attention.{name}.weight" for name in ("wq", "wk", "q_norm", "k_norm"))
 # Parameters of our experts and of TorchTitan's, with the projections in them
 OUR_EXPERTS = {"w1": ("up_proj", "gate_proj"), "w2": ("down_proj",)}
 STOCK_EXPERTS = {"w1": ("gate_proj",), "w2": ("down_proj",), "w3": ("up_proj",)}
@@ -129,7 +104,7 @@ class MomoeStateDictAdapter(StateDictAdapter):
             if part == "moe.router.gate.weight" and name == "glm4_moe" and not n_shared:
                 new |= self._no_shared_experts(value)
             for part, value in new.items():
-                hf_state_dict[self._hf_key(name, layer, part)] = value
+                hf_state_dict[hf_key(name, layer, part)] = value
         if lost:
             logger.warning(
                 f"THE BALANCING BIAS IS NOT ZERO AND {name.upper()} CANNOT HOLD IT: without it the "
@@ -147,13 +122,13 @@ class MomoeStateDictAdapter(StateDictAdapter):
         top = {hf: key for key, hf in TOP_NAMES.items()}
         state_dict: dict[str, Any] = {}
         experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
-        for hf_key, value in hf_state_dict.items():
-            if hf_key in top:
-                state_dict[top[hf_key]] = value
-                if hf_key == "model.embed_tokens.weight" and self.model_args.tie_word_embeddings:
+        for theirs, value in hf_state_dict.items():
+            if theirs in top:
+                state_dict[top[theirs]] = value
+                if theirs == "model.embed_tokens.weight" and self.model_args.tie_word_embeddings:
                     state_dict["output.weight"] = value
                 continue
-            layer, hf_part = _split_layer(self._plain_key(name, hf_key))
+            layer, hf_part = _split_layer(plain_key(name, theirs))
             if match := re.fullmatch(r"mlp\.experts\.(\d+)\.(\w+)\.weight", hf_part):
                 expert, projection = int(match[1]), match[2]
                 experts.setdefault(layer, {}).setdefault(expert, {})[projection] = value
@@ -194,24 +169,9 @@ class MomoeStateDictAdapter(StateDictAdapter):
     def _all_hf_keys(self) -> set[str]:
         """Names of all weights, also of other pipeline stages; none where no format holds the model."""
         try:
-            hf_format(self.model_args)
+            return set(hf_shapes(self.model_args))
         except ValueError:
             return set()
-        with torch.device("meta"):
-            model = MomoeLlama(self.model_args)
-        return set(self.to_hf(model.state_dict()))
-
-    def _hf_key(self, name: str, layer: str, part: str) -> str:
-        if name == "mixtral" and part.startswith("mlp."):
-            for plain, mixtral in MIXTRAL_NAMES:
-                part = part.replace(plain, mixtral)
-        return f"model.layers.{layer}.{part}"
-
-    def _plain_key(self, name: str, hf_key: str) -> str:
-        if name == "mixtral" and ".block_sparse_moe." in hf_key:
-            for plain, mixtral in MIXTRAL_NAMES:
-                hf_key = hf_key.replace(mixtral, plain)
-        return hf_key.removeprefix("model.")
 
     def _matrices(self, parameter: str, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views (E, out, in) of the projections in a parameter of the experts."""
