@@ -60,20 +60,21 @@ class Momoe:
     load_balance_rate: float = 1e-3
     """
     How far one optimizer step moves the bias that steers tokens
-    toward experts with too few of them (u in arXiv 2408.15664). 0
-    turns balancing off.
+    toward experts with too few of them (u in arXiv 2408.15664). The
+    rule "quantile" has no rate. 0 turns balancing off, whatever the
+    rule.
     """
 
-    load_balance_rule: BalanceRule = "sign"
+    load_balance_rule: BalanceRule = "quantile"
     """
-    How the bias moves: "sign" by the rate in the direction that evens
+    How the bias moves: "quantile" solves, once per optimizer step,
+    for the bias that gives each expert its fair share of the step's
+    tokens. "sign" moves it by the rate in the direction that evens
     out the load, "proportional" by the rate times the relative error
-    of the load. "quantile" has no rate (0 still turns balancing off):
-    once per step it solves for the bias that gives each expert its
-    fair share of the step's tokens.
+    of the load. docs/balancing.md says when to choose which.
     """
 
-    load_balance_average: float = 1.0
+    load_balance_average: float = 0.5
     """
     For "quantile": the share of the way to the solved bias that one
     step goes, above 0 and up to 1. Below 1 the bias is an average

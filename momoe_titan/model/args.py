@@ -13,6 +13,7 @@ from torchtitan.models.utils import get_moe_model_nparams_and_flops
 from momoe_titan.config.checks.job import configure
 from momoe_titan.config.checks.model_args import check_model_args
 from momoe_titan.config.hugging_face import folder_to_load
+from momoe_titan.config.section import Momoe
 from momoe_titan.model.hugging_face.config import (
     fields_from_hf_config,
     hf_format,
@@ -71,9 +72,9 @@ class MomoeLlamaArgs(TransformerModelArgs):
     moe_args: MoEArgs = field(default_factory=lambda: MoEArgs(score_before_experts=False))
     save_percent: list[float] = field(default_factory=lambda: [0.0])
     backend: str = "auto"
-    load_balance_rate: float = 1e-3
-    load_balance_rule: str = "sign"
-    load_balance_average: float = 1.0
+    load_balance_rate: float = Momoe.load_balance_rate
+    load_balance_rule: str = Momoe.load_balance_rule
+    load_balance_average: float = Momoe.load_balance_average
     aux_loss_weight: float = 0.0
     aux_loss_scope: str = "global"
     router_z_loss_weight: float = 0.0

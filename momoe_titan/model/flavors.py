@@ -7,6 +7,9 @@ from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.model.args import MomoeLlamaArgs
 
+# Of flavors whose Hugging Face format has no place for a bias.
+AUX_LOSS_WEIGHT = 0.01
+
 
 class _Flavors(UserDict):
     """A dict that hands out copies: a job writes its settings into the arguments it gets."""
@@ -100,6 +103,8 @@ flavors = _Flavors(
             rope_theta=1000000,
             moe_hidden_dim=768,
             moe_args=_softmax_moe(num_experts=128, top_k=8),
+            load_balance_rate=0.0,
+            aux_loss_weight=AUX_LOSS_WEIGHT,
         ),
         "mixtral-8x7b": MomoeLlamaArgs(
             dim=4096,
@@ -110,6 +115,8 @@ flavors = _Flavors(
             rope_theta=1000000,
             moe_hidden_dim=14336,
             moe_args=_softmax_moe(num_experts=8, top_k=2),
+            load_balance_rate=0.0,
+            aux_loss_weight=AUX_LOSS_WEIGHT,
         ),
         # whatever the Hugging Face folder of the job holds
         "hf": MomoeLlamaArgs(from_hf=True),

@@ -10,6 +10,7 @@ from torch.distributed.tensor import Placement, Shard
 from torchtitan.models.moe import MoE, MoEArgs
 from torchtitan.tools.logging import logger
 
+from momoe_titan.config.section import Momoe
 from momoe_titan.model.experts import MomoeExperts, SharedExperts
 from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.parallel.dispatch import Dispatcher
@@ -61,8 +62,8 @@ class BalancedMoE(Float32Buffers, MoE):
         hidden_dim: int,
         *,
         load_balance_rate: float = 0.0,
-        load_balance_rule: str = "sign",
-        load_balance_average: float = 1.0,
+        load_balance_rule: str = Momoe.load_balance_rule,
+        load_balance_average: float = Momoe.load_balance_average,
     ):
         # The base class registers expert_bias only where it has a rate.
         super().__init__(dataclasses.replace(moe_args, load_balance_coeff=1.0), dim, hidden_dim)
@@ -130,8 +131,8 @@ class MomoeMoE(BalancedMoE):
         hidden_dim: int,
         *,
         load_balance_rate: float = 0.0,
-        load_balance_rule: str = "sign",
-        load_balance_average: float = 1.0,
+        load_balance_rule: str = Momoe.load_balance_rule,
+        load_balance_average: float = Momoe.load_balance_average,
         save_percent: float = 0.0,
         backend: str = "auto",
         check_ids: bool = False,

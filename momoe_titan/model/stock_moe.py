@@ -7,6 +7,7 @@ from torch.distributed.tensor import Shard
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import TokenReorderer
 
+from momoe_titan.config.section import Momoe
 from momoe_titan.kernels.gpu import has_capability
 from momoe_titan.model.moe import BalancedMoE
 from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
@@ -57,8 +58,8 @@ class StockMoE(BalancedMoE):
         hidden_dim: int,
         *,
         load_balance_rate: float = 0.0,
-        load_balance_rule: str = "sign",
-        load_balance_average: float = 1.0,
+        load_balance_rule: str = Momoe.load_balance_rule,
+        load_balance_average: float = Momoe.load_balance_average,
     ):
         grouped_mm = moe_args.use_grouped_mm and has_capability(9, 0)
         super().__init__(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from momoe_titan.config.section import Momoe
 from momoe_titan.kernels import BACKENDS, momoe_mlp
 from momoe_titan.kernels.quantile import NUM_BINS
 from momoe_titan.kernels.router import float32_product
@@ -18,6 +19,7 @@ from momoe_titan.moe.arguments import (
     int_at_least,
     narrower_dtype,
     new_or_given_weight,
+    refuse_torch_func,
     weight_device_dtype,
 )
 from momoe_titan.moe.balancing import BALANCE_RULES, QUANTILE, bias_delta, quantile_delta
@@ -85,6 +87,11 @@ class MoMoE(nn.Module):
         self.Wl1_ND2H = new_or_given_weight("Wl1_ND2H", Wl1_ND2H, (self.N, self.D, 2 * self.H), **place)
         self.Wl2_NHD = new_or_given_weight("Wl2_NHD", Wl2_NHD, (self.N, self.H, self.D), **place)
 
+    def reset_parameters(self) -> None:
+        """New values for all weights, as for a new layer; given ones are overwritten in place."""
+        for weight in (self.Wl1_ND2H, self.Wl2_NHD):
+            nn.init.normal_(weight, std=1 / self.D)
+
     def forward(
         self, x_BSD: torch.Tensor, mask_NM: torch.Tensor, s_NM: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +143,9 @@ class MoMoE(nn.Module):
 
         Raises:
             ValueError: shapes, dtypes or devices that do not fit together.
+            RuntimeError: under a transform of torch.func.
         """
+        refuse_torch_func(x_BSD, scores_TK, self.Wl1_ND2H, self.Wl2_NHD)
         T = self._check_input(x_BSD)
         if ids_TK.shape != scores_TK.shape or ids_TK.dim() != 2 or ids_TK.shape[0] != T:
             raise ValueError(
@@ -248,6 +257,10 @@ class TopKRouter(nn.Module):
         device, dtype = weight_device_dtype({"Wg_DN": Wg_DN}, device, dtype)
         self.Wg_DN = new_or_given_weight("Wg_DN", Wg_DN, (self.D, self.N), std=1 / self.D, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """New values for the weight, as for a new layer; a given one is overwritten in place."""
+        nn.init.normal_(self.Wg_DN, std=1 / self.D)
+
     def forward(self, x_BSD: torch.Tensor, biases_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The choice as a mask, for `MoMoE.forward`.
 
@@ -280,7 +293,9 @@ class TopKRouter(nn.Module):
 
         Raises:
             ValueError: x or biases have another shape or device than the weight asks for.
+            RuntimeError: under a transform of torch.func.
         """
+        refuse_torch_func(x_BSD, self.Wg_DN)
         if x_BSD.dim() not in (2, 3) or x_BSD.shape[-1] != self.D:
             raise ValueError(f"x_BSD has shape {tuple(x_BSD.shape)}, must be (B, S, {self.D}) or (M, {self.D})")
         if biases_N.shape != (self.N,):
@@ -319,11 +334,11 @@ class MoE(Float32Buffers):
     use_reentrant=True the recomputed forward is counted in place of the first, which has no gradients.)
 
     Args:
-        bias_update_rate: u >= 0, how far a bias moves per step; 0 leaves it as it is. The default,
-            1e-4, is a tenth of the TOML's load_balance_rate: this layer's softmax scores are about 1/N,
-            where the sigmoid scores of the flavors are about a half.
-        bias_update_rule: "sign" or "proportional" (see `moe.balancing.bias_delta`), or "quantile",
-            which solves for the bias and reads of the rate whether it is 0 (see `quantile_delta`).
+        bias_update_rate: u >= 0, how far a bias moves per step; 0 leaves it as it is. The rule "quantile"
+            reads of it only whether it is 0. The default, 1e-4, is a tenth of the TOML's load_balance_rate:
+            this layer's softmax scores are about 1/N, where the sigmoid scores of the flavors are about a half.
+        bias_update_rule: "quantile", which solves for the bias (see `moe.balancing.quantile_delta`), or
+            "sign" or "proportional" (see `bias_delta`).
         the others: as in `MoMoE` and `TopKRouter`.
 
     Buffers:
@@ -354,7 +369,7 @@ class MoE(Float32Buffers):
         Wl1_ND2H: torch.Tensor | None = None,
         Wl2_NHD: torch.Tensor | None = None,
         *,
-        bias_update_rule: str = "sign",
+        bias_update_rule: str = Momoe.load_balance_rule,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -403,6 +418,13 @@ class MoE(Float32Buffers):
             margins_EB = torch.zeros(routed, NUM_BINS, dtype=torch.int32, device=device)
         self.register_buffer("margins_EB", margins_EB, persistent=False)
 
+    def reset_parameters(self) -> None:
+        """New values for all weights; biases and counts start at 0. Makes a layer from `to_empty` usable."""
+        self.router.reset_parameters()
+        self.momoe.reset_parameters()
+        for buffer in self.buffers():
+            buffer.zero_()
+
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """x_BSD (B, S, D) or (M, D) -> y of the same shape. Does not wait for the device."""
         margins_EB = self.margins_EB if feeds_balancing(self) else None
@@ -413,7 +435,7 @@ class MoE(Float32Buffers):
 
     @torch.no_grad()
     def update_biases(self, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
-        """bias += u * sign(mean count - count), shared experts aside; then set the counts to 0.
+        """Move the biases by the rule, those of shared experts aside; then set the counts to 0.
 
         Args:
             process_group: the ranks to sum the counts over first, so that data-parallel replicas
@@ -427,7 +449,8 @@ class MoE(Float32Buffers):
             if process_group is not None:
                 torch.distributed.all_reduce(self.margins_EB, group=process_group)
             margins_LEB = self.margins_EB[None].long()
-            biases_E += quantile_delta(margins_LEB, biases_E[None], self.router.K - self.Ks)[0]
+            how = self.router.K - self.Ks, Momoe.load_balance_average
+            biases_E += quantile_delta(margins_LEB, biases_E[None], *how)[0]
             self.margins_EB.zero_()
         elif self.bias_update_rule != QUANTILE:
             biases_E += bias_delta(self.counts_N[: len(biases_E)], self.bias_update_rate, self.bias_update_rule)

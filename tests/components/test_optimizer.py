@@ -174,7 +174,7 @@ def test_optimizer_steps_in_backward():
 
 def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
     args = MoEArgs(num_experts=num_experts, top_k=1, score_before_experts=False)
-    moe = cls(args, 6, 5, **{"load_balance_rate": 0.5, **kwargs})
+    moe = cls(args, 6, 5, **{"load_balance_rate": 0.5, "load_balance_rule": "sign", **kwargs})
     with torch.no_grad():
         moe.init_weights(0.1, torch.device("cpu"))
     return moe

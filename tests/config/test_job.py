@@ -1,11 +1,15 @@
 """A job is checked once: what was checked before is neither checked nor logged again, unless something has changed."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from torchtitan.tools.logging import logger
 
 from momoe_titan.config.checks.job import check_job
 from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.machine import Machine, checking_for
+from momoe_titan.config.section import Momoe
 from momoe_titan.model import flavors
 from tests.support.tiny import job_config
 
@@ -105,3 +109,24 @@ def test_one_expert_with_a_normalised_score_is_refused(job):
         args.update_from_config(job)
     args.moe_args.route_norm = False
     args.update_from_config(job)
+
+
+@pytest.mark.parametrize("flavor", ["30B", "mixtral-8x7b"])
+def test_a_bias_that_the_hugging_face_format_cannot_hold_is_opt_in_and_warned_of(job, logged, flavor):
+    assert flavors[flavor].load_balance_rate == 0 < flavors[flavor].aux_loss_weight
+    job.model.flavor, job.momoe.load_balance_rule = flavor, "quantile"
+    check_job(job)
+    assert logged("momoe.load_balance_rule 'quantile' moves a bias of each expert") == 1
+    job.momoe.load_balance_rate = 0.0
+    check_job(job)
+    assert logged("moves a bias of each expert") == 1
+
+
+def test_shipped_jobs_balance_as_their_flavors_do():
+    files = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
+    assert files
+    for file in files:
+        job = tomllib.loads(file.read_text())
+        section, flavor = job["momoe"], job["model"]["flavor"]
+        for name in ("load_balance_rate", "load_balance_rule", "load_balance_average", "aux_loss_weight"):
+            assert section.get(name, getattr(Momoe, name)) == getattr(flavors[flavor], name), (file, name)

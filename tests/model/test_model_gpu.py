@@ -77,7 +77,7 @@ def test_torch_compile(plain, mode):
 
 def test_layer_and_hook_do_not_wait_for_the_device(monkeypatch):
     args = MoEArgs(num_experts=8, top_k=2, score_before_experts=False)
-    moe = MomoeMoE(args, 128, 64, load_balance_rate=0.1, save_percent=50).to(DEVICE)
+    moe = MomoeMoE(args, 128, 64, load_balance_rate=0.1, load_balance_rule="sign", save_percent=50).to(DEVICE)
     with torch.no_grad():
         moe.init_weights(0.1, torch.device(DEVICE))
     balancer = ExpertLoadBalancer([moe])

@@ -27,7 +27,9 @@ ARGS = dict(
 
 def layer(cls=MomoeMoE, moe=None, **kwargs):
     torch.manual_seed(0)
-    built = cls(MoEArgs(**{**ARGS, **(moe or {})}), D, FFN, load_balance_rate=0.01, **kwargs)
+    built = cls(
+        MoEArgs(**{**ARGS, **(moe or {})}), D, FFN, **{"load_balance_rate": 0.01, "load_balance_rule": "sign", **kwargs}
+    )
     with torch.no_grad():
         built.init_weights(0.3, torch.device("cpu"))
         # far from ties and from a softmax that is flat

@@ -129,7 +129,7 @@ def test_seed_layer_solves_for_its_biases(num_shared):
         moe.router.Wg_DN.mul_(16)
     x_MD = torch.randn(500, 16) + 1
     handle = moe.register_bias_update(torch.optim.SGD(moe.parameters(), lr=0.0))
-    for _ in range(8):
+    for _ in range(16):  # each goes half the way
         moe(x_MD)
         counts_E = moe.counts_N[:8].double()
         moe.update_biases()

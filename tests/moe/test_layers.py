@@ -30,7 +30,7 @@ def make_experts(**kwargs):
 
 
 def make_moe(**kwargs):
-    options = dict(bias_update_rate=0.1, device="cpu", dtype=torch.float32)
+    options = dict(bias_update_rate=0.1, bias_update_rule="sign", device="cpu", dtype=torch.float32)
     return MoE(D, H, N, K, KS, **(options | kwargs))
 
 
@@ -582,3 +582,50 @@ def test_reproducing_the_input_full_size(capsys):
     with capsys.disabled():
         print("\nloss every 10 steps:", [round(v, 4) for v in losses[::10]], losses[-1])
     assert_falls_steadily(losses)
+
+
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_a_layer_from_the_meta_device_is_usable_after_a_reset(rule):
+    """The weights have the scale of a new layer's, biases and counts start at 0, and the layer trains."""
+    moe = make_moe(device="meta", bias_update_rule=rule).to_empty(device="cpu")
+    for tensor in (*moe.parameters(), *moe.buffers()):
+        tensor.data.fill_(7)
+    moe.reset_parameters()
+    assert not any(buffer.any() for buffer in moe.buffers())
+    for weight in moe.parameters():
+        assert weight.std() * D == pytest.approx(1, abs=0.2) and abs(weight.mean()) < 0.02
+    x = torch.randn(40, D)
+    moe(x).square().sum().backward()
+    assert moe.counts_N.sum() == 40 * K and all(w.grad.any() for w in moe.parameters())
+
+
+def test_a_reset_leaves_given_weights_in_their_place():
+    experts = make_experts()
+    place, before = experts.Wl1_ND2H.data_ptr(), experts.Wl1_ND2H.detach().clone()
+    experts.reset_parameters()
+    assert experts.Wl1_ND2H.data_ptr() == place and not torch.equal(experts.Wl1_ND2H, before)
+
+
+@pytest.mark.parametrize("transform", ["grad of x", "grad of weights", "vmap", "jvp", "jacrev"])
+def test_torch_func_is_refused_by_name(transform):
+    moe = make_moe()
+    x, weights = torch.randn(3, 4, D), dict(moe.named_parameters())
+
+    def loss(weights, x):
+        return torch.func.functional_call(moe, weights, (x,)).square().mean()
+
+    def call():
+        if transform == "grad of x":
+            return torch.func.grad(loss, argnums=1)(weights, x)
+        if transform == "grad of weights":
+            return torch.func.grad(loss)(weights, x)
+        if transform == "vmap":
+            return torch.func.vmap(moe)(x)
+        if transform == "jvp":
+            return torch.func.jvp(moe, (x,), (x,))
+        return torch.func.jacrev(moe)(x)
+
+    with pytest.raises(RuntimeError, match="momoe_titan's layers do not work under torch.func"):
+        call()
+    # without a transform, functional_call works
+    assert loss(weights, x) == moe(x).square().mean()

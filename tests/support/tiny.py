@@ -49,6 +49,7 @@ def tiny_args(moe: dict | None = None, **fields) -> MomoeLlamaArgs:
         "dense_hidden_dim": 32,
         "moe_hidden_dim": 10,
         "load_balance_rate": 0.01,
+        "load_balance_rule": "sign",
         **fields,
     }
     return MomoeLlamaArgs(moe_args=MoEArgs(**moe), **fields)

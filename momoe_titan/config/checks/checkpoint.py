@@ -10,6 +10,7 @@ from torchtitan.components.checkpoint import (
     TRAIN_STATE,
 )
 from torchtitan.config import JobConfig
+from torchtitan.tools.logging import logger
 
 from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS, folder_to_load
 from momoe_titan.config.machine import Machine
@@ -104,6 +105,22 @@ def check_hugging_face(args: ModelArgs, job_config: JobConfig) -> None:
                 f"{folder!r} has {field} {theirs!r} and this one {ours!r}; "
                 'model.flavor "hf" takes all from there'
             )
+
+
+def warn_of_bias_without_place(args: ModelArgs) -> None:
+    """Log that balancing moves a bias for which the model's Hugging Face format has no place, if so."""
+    if not any(args.layer_load_balance_rate(i) for i in args.moe_layer_ids):
+        return
+    try:
+        name = args.hf_format()
+    except ValueError:
+        return
+    if name not in FORMATS_WITH_BIAS:
+        logger.warning(
+            f"momoe.load_balance_rule {args.load_balance_rule!r} moves a bias of each expert, for which Hugging Face's "
+            f"format {name!r} has no place: other programs will choose other experts than this run. "
+            "momoe.load_balance_rate = 0 with momoe.aux_loss_weight = 0.01 balances without a bias"
+        )
 
 
 def _hf_format(args: ModelArgs, field: str) -> str:

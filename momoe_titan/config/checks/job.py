@@ -14,7 +14,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 from momoe_titan.config.checks.activation_checkpoint import check_activation_checkpoint
-from momoe_titan.config.checks.checkpoint import check_checkpoint, check_hugging_face
+from momoe_titan.config.checks.checkpoint import check_checkpoint, check_hugging_face, warn_of_bias_without_place
 from momoe_titan.config.checks.expert_parallel import check_expert_parallel
 from momoe_titan.config.checks.fields import check_fields
 from momoe_titan.config.checks.model_args import check_model_args
@@ -99,6 +99,7 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
     check_converters_and_validation(job_config)
     check_checkpoint(job_config, now.machine)
     check_hugging_face(args, job_config)
+    warn_of_bias_without_place(args)
     check_expert_parallel(args, job_config, now.machine)
     check_parallelism(args, job_config, now.machine)
     vars(job_config)[_CHECKED] = now
