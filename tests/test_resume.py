@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -215,10 +216,91 @@ def test_killed_while_a_complete_checkpoint_is_written_again(jobs, whole, tmp_pa
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
 
 
+@pytest.mark.parametrize("signum, mode", [(signal.SIGINT, "disabled"), (signal.SIGTERM, "async")])
+def test_a_signal_ends_the_run_between_two_steps(jobs, whole, tmp_path, signum, mode):
+    """The step is finished and saved, though it was not due; the exit status and one line say what happened."""
+    option = f"--checkpoint.async_mode={mode}"
+    stopped = jobs.run(tmp_path, option, signal=[6, signum])
+    assert stopped.status == [128 + signum] and max(stopped.losses) == 6
+    name = signal.Signals(signum).name
+    said = [line for line in stopped.log.splitlines() if line.startswith(name)]
+    assert said[0] == f"{name}: stopping after this step. Ctrl-C ends the run at once"
+    assert said[1:] == [stopped.log.splitlines()[-1]] and "Traceback" not in stopped.log
+    last = f"{name}: stopped after step 6; checkpoint {step_folder(tmp_path, 6)}; resume: "
+    assert said[1].startswith(last) and "completed" not in stopped.log
+    _, _, options = said[1].partition("-m momoe_titan.train ")
+    assert shlex.split(options)[: len(jobs.options(tmp_path))] == jobs.options(tmp_path)
+    assert_goes_on(jobs.run(tmp_path, option), whole(), tmp_path, after=6)
+
+
+def test_a_signal_after_a_step_that_was_saved_anyway(jobs, tmp_path):
+    stopped = jobs.run(tmp_path, signal=[4, signal.SIGTERM])
+    assert stopped.status == [143] and stopped.log.count("Saved the checkpoint") == 1
+
+
+def test_a_signal_without_checkpoints(jobs, tmp_path):
+    stopped = jobs.run(tmp_path, "--checkpoint.no-enable", signal=[3, signal.SIGTERM])
+    assert stopped.status == [143] and sorted(stopped.losses) == [1, 2, 3]
+    assert stopped.log.splitlines()[-1].endswith("no checkpoint was kept (checkpoint.enable is false)")
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(jobs, whole, tmp_path):
+    stopped = jobs.run(tmp_path, ranks=2, signal=[6, signal.SIGTERM])
+    assert stopped.status == [143, 143], stopped.log[-3000:]
+    assert stopped.log.count("stopped after step 6;") == 1
+    assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=6)
+
+
+def test_resume_at_and_past_the_end_of_training(jobs, whole, tmp_path):
+    shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
+    done = jobs.run(tmp_path)
+    assert done.status == [0] and f"NOTHING TO TRAIN: the checkpoint is of step {STEPS}" in done.log
+    assert "Trained to step" not in done.log
+    past = jobs.run(tmp_path, "--training.steps=10")
+    assert past.status == [2] and not past.losses
+    assert f"error: training.steps is 10, but the checkpoint is of step {STEPS}" in past.log.splitlines()[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, which can fill up and turn read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_fills_up_or_turns_read_only(jobs, whole, small_disk, tmp_path, fault):
+    """The checkpoint before is whole, the message says what is wrong, and no traceback buries it."""
+    # the console's log is elsewhere
+    options = "--job.dump_folder", str(small_disk)
+    first = jobs.run(tmp_path, *options, "--training.steps=4")
+    assert first.status == [0], first.log[-3000:]
+    if fault == "full":
+        free = os.statvfs(small_disk)
+        (small_disk / "rest").write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - (200 << 10))))
+        failed = jobs.run(tmp_path, *options)
+        assert "GiB are free there" in failed.log
+    else:
+        # no file there may be open for writing
+        failed = jobs.run(tmp_path, *options, "--metrics.no-enable_tensorboard", read_only=[6, str(small_disk)])
+        assert "Read-only file system" in failed.log
+    assert failed.status == [1], failed.log[-3000:]
+    said = failed.log.splitlines()[-1]
+    assert f"a checkpoint could not be written to '{small_disk}/checkpoint'" in said
+    assert said.endswith(f"On the disk: {step_folder(small_disk, 4)} is whole") and "Traceback" not in failed.log
+    shutil.copytree(small_disk / "checkpoint", tmp_path / "checkpoint")
+    assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
+
+
 def test_full_disk_ends_the_run_and_loses_no_checkpoint(jobs, whole, tmp_path):
     assert jobs.run(tmp_path, "--training.steps=4").status == [0]
     full = jobs.run(tmp_path, ranks=1, max_file_bytes=1 << 20)
-    assert full.status == [1] and "File too large" in full.log
+    assert full.status == [1] and "a checkpoint could not be written" in full.log
+    assert f"On the disk: {step_folder(tmp_path, 4)} is whole" in full.log.splitlines()[-1]
     assert sorted(full.losses) == [5, 6, 7, 8]
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
 

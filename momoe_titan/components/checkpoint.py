@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.stateful import Stateful
@@ -32,6 +33,8 @@ from momoe_titan.model.stock_moe import StockMoE
 BALANCE_STATE = ("expert_bias", "tokens_per_expert")
 RANK_PREFIX = f"{DATALOADER}.dp_rank_"  # of the position of each data-parallel rank
 BESIDE_WEIGHTS = {OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE}
+# Whatever torch raises of a full disk; what another rank raises comes as a CheckpointException, which is no Exception.
+FAULTS_OF_A_SAVE = (Exception, CheckpointException)
 ONLY_WEIGHTS = "it holds only weights (checkpoint.last_save_model_only)"
 
 
@@ -180,7 +183,7 @@ class CheckpointManager(titan.CheckpointManager):
         self.written = ""
         try:
             super().save(curr_step, last_step)
-        except Exception as e:  # whatever torch raises of a full disk, on this rank or on another
+        except FAULTS_OF_A_SAVE as e:
             raise SaveError(_what_failed(self.folder, e)) from e
         if self.written:
             verb = "Saved" if last_step or self.async_mode == titan.AsyncMode.DISABLED else "Saving"
@@ -199,7 +202,7 @@ class CheckpointManager(titan.CheckpointManager):
             if self.save_future is not None:
                 self.save_future.result()
                 self.save_future = None
-        except Exception as e:
+        except FAULTS_OF_A_SAVE as e:
             raise SaveError(_what_failed(self.folder, e)) from e
         if os.path.isfile(os.path.join(self._create_checkpoint_id(step), ".metadata")) and self.saved_step == step:
             return

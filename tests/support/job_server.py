@@ -8,15 +8,19 @@ FAULT is nothing or one of
     "die": [step, file]     the process is killed, as by kill -9, with half a file of that step's
                             checkpoint on the disk: the first whose name starts with `file`
     "max_file_bytes": n     a file larger than that cannot be written
+    "signal": [step, n]     the process gets this signal in the middle of the step
+    "read_only": [step, d]  the file system of this folder is read-only from this step on
 """
 
 import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from momoe_titan import train
 
@@ -34,6 +38,19 @@ def die_in_save(step: int, name: str) -> None:
     os.fsync = fsync_or_die
 
 
+def do_in_step(step: int, fault: Callable[[], object]) -> None:
+    from torchtitan.train import Trainer
+
+    train_step = Trainer.train_step
+
+    def faulty(trainer, *args) -> None:
+        if trainer.step == step:
+            fault()
+        train_step(trainer, *args)
+
+    Trainer.train_step = faulty
+
+
 def run_job(job: dict) -> None:
     """Does not return."""
     from torchtitan.config import ConfigManager
@@ -47,6 +64,12 @@ def run_job(job: dict) -> None:
         os.environ.update(job["env"])
         if "die" in job:
             die_in_save(*job["die"])
+        if "signal" in job:
+            step, signum = job["signal"]
+            do_in_step(step, lambda: os.kill(os.getpid(), signum))
+        if "read_only" in job:
+            step, folder = job["read_only"]
+            do_in_step(step, lambda: subprocess.run(["mount", "-o", "remount,ro", folder], check=True))
         if limit := job.get("max_file_bytes"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         sleep = time.sleep
