@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - its stubs leave it out
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -14,6 +15,17 @@ def int_at_least(name: str, value: int, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name} is {value}, must be at least {minimum}")
     return value
+
+
+def refuse_torch_func(*tensors: torch.Tensor) -> None:
+    """RuntimeError if one of these comes from torch.func, whose transforms the kernels' derivatives do not know."""
+    if torch.compiler.is_compiling():
+        return
+    if any(_functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise RuntimeError(
+            "momoe_titan's layers do not work under torch.func (grad, vmap, jvp, jacrev and others): take first "
+            "derivatives by loss.backward() or torch.autograd.grad, and batches as a dimension of the tokens"
+        )
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
