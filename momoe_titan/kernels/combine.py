@@ -1,4 +1,4 @@
-"""Sums over the K rows of a token, always in the order of its slots."""
+"""Combine: sums the K expert outputs of each token, always in the order of its K choices."""
 
 import torch
 import triton
@@ -7,8 +7,9 @@ import triton.language as tl
 from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 from momoe_titan.kernels.routing import RoutingMetadata
 
-# Of a block, 16 bytes a thread for 16-bit rows. 256 columns fit every range of columns that the
-# layer is cut into, so that another number of tokens, and with it of ranges, compiles nothing.
+# Tile size: 1024 elements, i.e. 16 bytes for each of 128 threads when rows are 16-bit. 256 columns suit every
+# range of columns that the layer is computed in, so a new number of tokens, which may change the number of ranges,
+# compiles nothing.
 _BLOCK_D = 256
 _ELEMENTS = 1024
 
@@ -32,7 +33,7 @@ def _combine_kernel(
 
     A slot with row -1 adds nothing.
     """
-    num_d = tl.cdiv(D, BLOCK_D)  # the columns of a row at a time: it is read as it lies in memory
+    num_d = tl.cdiv(D, BLOCK_D)  # programs of one token block are neighbours, so a row is read contiguously
     tokens = (tl.program_id(0) // num_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
     live = tokens < num_tokens
@@ -56,7 +57,7 @@ def combine(
 ) -> None:
     """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside.
 
-    Either may be a range of the columns of a wider tensor.
+    rows_RD and out_TD may be column slices of wider tensors.
     """
     num_tokens, d_model = out_TD.shape
     block_d = min(next_power_of_2(d_model), _BLOCK_D)

@@ -278,7 +278,7 @@ def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
         return False
     if _functorch.is_legacy_batchedtensor(dout_TD):  # is_grads_batched: once for each of several gradients
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue] - no stub has it  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""What turns tokens into choices: the gate's product in float32, and the top K of its logits.
+"""The router's kernels for the GPU: logits in float32, the K best experts of each token, and the gradients of both.
 
-Used on the GPU; the routers have the same in plain torch for other devices.
+Other devices take the plain torch code in `momoe_titan/moe/router.py`.
 """
 
 import torch
@@ -32,13 +32,13 @@ _lib.define("bfloat16_parts(Tensor t, bool by_rows) -> Tensor")
 
 
 def runs_here(t: Tensor) -> bool:
-    """Whether the kernels of this file can take t, or a tensor like it."""
+    """Whether the kernels of this file can run on t, or on a tensor like it."""
     return gpu.has_gpu(t.device) and not gpu.interpreting()
 
 
 @triton.jit
 def _softmax(logits, live):
-    """Of the logits that are live, along a row; a NaN makes its row NaN."""
+    """Softmax along a row over the logits whose mask `live` is true; a NaN makes its whole row NaN."""
     lowest = tl.where(live, logits, float("-inf"))
     shifted = lowest - tl.max(lowest, axis=1)[:, None]
     exps = tl.where(live, tl.exp(shifted), 0.0)
@@ -78,8 +78,8 @@ def _route_kernel(
 ):
     """Grid (cdiv(T, BLOCK_T),). A program owns BLOCK_T tokens and all their logits.
 
-    K times the best that is left: the largest of 64-bit keys, the float's order above, the lowest id
-    below. scores (T, K) float32, ids (T, K) int64.
+    K rounds of max over 64-bit keys. High 32 bits: the value as an ordered integer. Low 32 bits:
+    E_POW2 - 1 - id, so that the lowest id wins a tie. scores (T, K) float32, ids (T, K) int64.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.arange(0, E_POW2)
@@ -93,7 +93,7 @@ def _route_kernel(
     choice = scores
     if BIASED:
         choice += tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
-    # ordered as integers: the sign moves the negative ones below the others, upside down
+    # Reinterpreted as int32, negative floats sort in reverse: flip their lower 31 bits to restore the order.
     bits = (choice + 0.0).to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     if FUNC == SOFTMAX_OF_CHOSEN:
@@ -270,18 +270,18 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Chooses K experts per token; differentiable in the logits.
 
-    The choice goes by score plus bias. Of equals the lowest id is chosen; infinite logits count as
+    Experts are chosen by score plus bias; among equals the lowest id wins. Infinite logits count as
     the largest finite ones.
 
     Args:
         logits_TE: float32, contiguous rows.
-        bias_E: float32, or None; for the choice alone.
+        bias_E: float32, or None; it steers the choice and is not part of the scores.
         top_k: K, at most E.
         score_func: "softmax" or "sigmoid" of the logits, in falling order of score plus bias, NaN
             first; or "softmax_of_chosen": chosen by their softmax over all, NaN last, scored by
             their softmax among each other, in rising order of the ids.
         normalize: divide by a token's sum of chosen scores (plus 1e-20).
-        scale: what scores are multiplied by in the end.
+        scale: the scores are multiplied by it at the end.
 
     Returns:
         scores_TK float32 and ids_TK int64.
@@ -349,12 +349,11 @@ def _bfloat16_parts_fake(t, by_rows):
 
 
 def bfloat16_parts(t: Tensor, by_rows: bool) -> Tensor:
-    """A float32 matrix as the sum of three bfloat16 ones: high, middle, high again and low, one below
-    the other if by_rows, else side by side.
+    """Splits a float32 matrix into bfloat16 parts whose sum it is exactly; products of parts are exact in float32.
 
-    Any number of 24 bits is the sum of its parts, and products of parts are exact in float32. The
-    first three belong together where high * (high + middle) + middle * high is wanted of another
-    matrix's parts, the last three where all of this one is.
+    The result has four blocks, one below the other if by_rows, else side by side: high, middle, high, low. High is
+    stored twice so that either triple is contiguous. Blocks 0 to 2 give the product of two split matrices without its
+    smallest terms; blocks 1 to 3 add up to the exact matrix.
     """
     return torch.ops.momoe_titan.bfloat16_parts(t, by_rows)
 
@@ -382,7 +381,7 @@ class _TensorCoreProduct(torch.autograd.Function):
         if ctx.dtype == torch.bfloat16:
             dx_TD = torch.mm(parts[:, : 2 * num_experts], torch.cat([w, w]))
         else:
-            # high * high + middle * high + high * middle: what is left out is far below a bfloat16 of dx
+            # high * high + middle * high + high * middle; the other terms are far below the rounding of dx to bfloat16
             high, middle = w[:num_experts], w[num_experts : 2 * num_experts]
             dx_TD = torch.mm(parts[:, : 3 * num_experts], torch.cat([high, high, middle]))
         dw = torch.mm(parts[:, num_experts:].t(), x_TD, out_dtype=torch.float32)

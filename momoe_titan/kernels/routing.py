@@ -1,9 +1,10 @@
-"""From the experts that each token chose to the expert-sorted order of rows.
+"""Routing: sorts the choices of all tokens by expert, so that each expert's rows are contiguous.
 
-A stable counting sort in three launches, with no atomics on global memory and no
-host synchronisation: a histogram per block of slots, a scan over the blocks, and
-the placement of every slot. Where there are few slots each block counts all of
-them for itself, and one launch does.
+A slot is one of a token's K choices; it is unused if its expert id is outside ``[0, E)``.
+The sort is a stable counting sort in three launches: a histogram per block of slots, a scan
+over the blocks, and the placement of every slot. With few slots each program counts all of
+them itself, and one launch suffices. There are no atomics on global memory, and the host
+never waits for the GPU.
 """
 
 import functools
@@ -18,10 +19,10 @@ from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 
 MAX_TILES = MAX_EXPERTS = 1 << 16  # 16 bits of a packed tile hold its number in its expert, 16 the expert
 _SLOTS = 128  # slots that one program of the sort owns, a thread for each
-_FEW_SLOTS = 8192  # that every program can afford to count
-_COUNTED = 1024  # at a time, of few
+_FEW_SLOTS = 8192  # up to this many slots, each program counts all slots itself and one launch suffices
+_COUNTED = 1024  # slots counted per loop iteration in that mode
 
-_ready = set()  # kinds of input that both ways of sorting have compiled kernels for
+_ready = set()  # kinds of input for which the kernels of both ways of sorting are compiled
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class RoutingMetadata:
 
     A flat slot is ``t * K + k``. Rows of one expert are contiguous and in the
     order of their flat slots. A slot whose expert id is outside ``[0, E)`` is
-    unused: it has no row. Of the R rows that there is room for, T * K unless the
-    caller knows better, those at ``offsets_E1[E]`` and above are unused too.
+    unused: it has no row. R rows are allocated (T * K unless ``num_rows`` is
+    given); rows from ``offsets_E1[E]`` on are padding.
 
     Example: T=3, K=2, E=3, ids = [[2, 0], [0, 1], [2, -1]], tile_rows=2::
 
@@ -45,8 +46,8 @@ class RoutingMetadata:
 
     counts_E: torch.Tensor  # int32: rows of each expert
     offsets_E1: torch.Tensor  # int32 (E + 1): first row of each expert; the last is the number of rows in use
-    token_R: torch.Tensor  # int32: token of each row; 0 for an unused row
-    score_R: torch.Tensor  # float32: score of each row's slot, if scores are known; 0 for an unused row
+    token_R: torch.Tensor  # int32: token of each row; 0 for a padding row
+    score_R: torch.Tensor  # float32: score of each row's slot, if scores are given; 0 for a padding row
     row_TK: torch.Tensor  # int32: row of each slot; -1 for an unused slot
     tiles: torch.Tensor  # int32: for each row tile, its number within its expert << 16 | expert
     num_tiles: torch.Tensor  # int32 (1): how many entries of tiles are in use
@@ -77,7 +78,7 @@ def packed_size(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: i
 
 @functools.lru_cache(maxsize=64)
 def _splits(num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int, num_rows: int | None) -> list[int]:
-    """Sizes of the sections of a packed buffer, each followed by what aligns the next one."""
+    """Sizes of the sections of a packed buffer, each followed by the padding that aligns the next one."""
     sections = _sections(num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     return [size for n in sections for size in (n, _align(n) - n)]
 
@@ -90,7 +91,7 @@ def unpack_routing(
     tile_rows: int,
     num_rows: int | None = None,
 ) -> RoutingMetadata:
-    """Views of a packed buffer as RoutingMetadata; num_rows as it was for build_routing."""
+    """Views of a packed buffer as RoutingMetadata; pass the num_rows that build_routing got."""
     views = packed.split_with_sizes(_splits(num_tokens, num_chosen, num_experts, tile_rows, num_rows))
     counts, offsets, token, score, row, tiles, num_tiles = views[::2]
     score = score.view(torch.float32)
@@ -186,7 +187,8 @@ def _place_slots(
     else:
         earlier = tl.load(hist_ptr + chosen.to(tl.int64) * num_blocks + block, mask=used, other=0)
         row = tl.gather(first, chosen, 0) + earlier
-    # plus earlier slots of the block that chose the same; dim 0, which Triton's default layout leaves to one thread
+    # Add the earlier slots of the block that chose the same expert. The sum is over dim 0: in Triton's default layout
+    # one thread owns a column, so the sum needs no shuffles.
     same = (slots[:, None] < slots[None, :]) & (ids[:, None] == ids[None, :])
     row += tl.sum(same.to(tl.int32), axis=0)
     tl.store(row_ptr + slots, tl.where(used, row, -1), mask=live)
@@ -194,7 +196,7 @@ def _place_slots(
     if SCORED:
         score = tl.load(scores_ptr + slots, mask=live & used, other=0.0).to(tl.float32)
         tl.store(score_ptr + row, score, mask=live & used)
-    # rows at and past the last offset belong to nobody: give them a valid token
+    # padding rows, from the last offset on: give them a valid token
     unused = (slots >= tl.sum(counts)) & (slots < num_rows)
     tl.store(token_ptr + slots, tl.zeros_like(slots), mask=unused)
     if SCORED:
@@ -216,7 +218,7 @@ def _list_tiles(
     TILES: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """Writes the row tiles of an expert and its offset; if FEW its count too; the last expert writes the totals."""
+    """Writes an expert's row tiles and offset, and if FEW its count; the last expert also writes the totals."""
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     first_tile = _count_before(tiles, experts, expert)
     my_tiles = _count_before(tiles, experts, expert + 1) - first_tile
@@ -332,7 +334,7 @@ def build_routing(
         scores_TK: any floating dtype, contiguous; without it score_R is undefined.
         num_experts: E.
         tile_rows: rows in a tile of the GEMMs that will use the result.
-        num_rows: R, at least the number of used slots and at most T * K, which it is if None.
+        num_rows: R, between the number of used slots and T * K; None means T * K.
 
     Returns:
         The packed int32 buffer (see :func:`unpack_routing`) and the tokens per
@@ -346,7 +348,7 @@ def build_routing(
     few = num_tokens * num_chosen <= _FEW_SLOTS
     kind = (ids_TK.device, ids_TK.dtype, scores_TK is None or scores_TK.dtype, num_chosen, num_experts, tile_rows)
     if kind not in _ready and num_tokens and not gpu.interpreting() and gpu.planned() is None:
-        # the other way once, for its compiled kernels: another number of tokens must not compile any
+        # Run the other way once, so that its kernels are compiled too: a new number of tokens must not compile any.
         _ready.add(kind)
         _sort(ids_TK, scores_TK, routing, counts_E, not few)
     _sort(ids_TK, scores_TK, routing, counts_E, few)
@@ -390,7 +392,7 @@ def _sort(ids_TK, scores_TK, r: RoutingMetadata, counts_E, few: bool) -> None:
 def build_routing_ref(
     ids_TK: torch.Tensor, scores_TK: torch.Tensor | None, num_experts: int, tile_rows: int, num_rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as :func:`build_routing` in plain torch, equal in every entry in use; synchronises with the host."""
+    """The same as :func:`build_routing` in plain torch, equal in every used entry; waits for the device."""
     num_tokens, num_chosen = ids_TK.shape
     device = ids_TK.device
     shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)

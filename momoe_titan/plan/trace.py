@@ -1,8 +1,8 @@
-"""Which bytes of GPU memory a computation on fake tensors would hold, and when.
+"""Traces how much GPU memory a computation would hold at each moment, by running it on fake tensors.
 
 `MemoryTrace` sees every allocation of what runs under a FakeTensorMode: shapes, dtypes and lifetimes are those of
 the real code, and nothing is computed. The fake tensors are on the CPU, which every build of PyTorch knows;
-`on_gpu.as_on_gpu` sends them the way that tensors on a GPU go.
+`on_gpu.as_on_gpu` makes PyTorch pick the GPU code paths for them.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ class _Block:
     num_bytes: int
     part: str
     z_layer: str | None = None  # the MoE layer whose z this is
-    layer: str | None = None  # in which it is made
-    position: int | None = None  # among the allocations of the step's backwards
+    layer: str | None = None  # the MoE layer that allocated it
+    position: int | None = None  # index of this allocation within the step's backwards
 
 
 @dataclass
 class Peak:
-    """The highest memory while the same z are alive in one phase: bytes of all but z, in all and by part."""
+    """Peak of the bytes other than z for one pair of (phase, set of live z): in total, and per part."""
 
     base: int = -1
     parts: dict[str, int] = field(default_factory=dict)
@@ -65,18 +65,19 @@ class Peak:
 class MemoryTrace(TorchDispatchMode):
     """Follows the storages of everything computed while it is entered, on fake tensors or real ones.
 
-    z, what save_percent saves, is counted apart, so that a trace at save_percent 100 tells the memory at any other.
-    An op of `implementations` is not run: its implementation is, so that buffers which live only inside count too.
+    z, the pre-activations that save_percent saves, is counted apart, so that one trace at save_percent 100 gives the
+    memory at every other setting. In place of an op in `implementations` its implementation runs, so that buffers
+    which live only inside the op are counted too.
 
     Args:
-        place_of: where a module is, or None for where its parent is.
-        observer: called after each op with (func, args, kwargs, out, phase); not for ops inside of ours.
-        implementations: by op; its last argument, the backend, becomes "triton".
+        place_of: the place of a module; None if it is that of its parent.
+        observer: called after each op with (func, args, kwargs, out, phase), but not for ops inside our own ops.
+        implementations: from an op to the function that implements it, called with "triton" as its last argument.
 
     Attributes:
-        phase: name of what runs now, set by the caller; "backward" inside a backward.
-        moments: (phase, ((layer, bytes of its z alive), ..)) -> Peak, since `begin_step`.
-        events: (block, its bytes from now on, which rows of z it holds or None), since the trace was entered.
+        phase: the current part of the step, set by the caller; in a backward "backward" is recorded in its place.
+        moments: (phase, ((layer, bytes of its live z), ..)) -> Peak, since `begin_step`. Live means allocated now.
+        events: (block number, its new size in bytes, the rows of z it holds or None), since the trace was entered.
     """
 
     def __init__(
@@ -102,17 +103,17 @@ class MemoryTrace(TorchDispatchMode):
         self._parts: dict[str, int] = defaultdict(int)
         self._z: dict[str, int] = {}
         self._z_key: tuple = ()
-        # While an op is followed: the memory after each allocation inside of it, else None.
+        # While one of our ops runs: the memory after each allocation inside it. Otherwise None.
         self._inside: list | None = None
-        # While dz takes the place of z: the block of z, the number that stands for its recomputed rows, its layer.
+        # While dz overwrites z: (z's block, event number of the extra buffer for rows that were not saved, layer name).
         self._z_being_overwritten: tuple[_Block, int, str] | None = None
         self._exit = contextlib.ExitStack()
 
     def begin_step(self) -> None:
         """Forget the moments so far.
 
-        Gradients are told from other temporaries by their position among the allocations that the backwards of a
-        step make: those that were relabelled at the end of the step before.
+        Allocations of a backward come in the same order every step. Those that ended as gradients in the last step are
+        counted as gradients in this one.
         """
         self._gradients = {block.position for block in self._blocks.values() if block.part == GRADIENTS}
         self._backward_position = 0
@@ -129,7 +130,7 @@ class MemoryTrace(TorchDispatchMode):
 
     @contextlib.contextmanager
     def within(self, place: Place) -> Iterator[None]:
-        """Count what is allocated outside of modules as made here."""
+        """Count allocations that no module makes as made at this place."""
         self._places.append(place)
         try:
             yield
@@ -137,11 +138,11 @@ class MemoryTrace(TorchDispatchMode):
             self._places.pop()
 
     def parts(self) -> dict[str, int]:
-        """Bytes alive now by part, z aside."""
+        """Bytes allocated now, by part, without z."""
         return {part: n for part, n in self._parts.items() if n}
 
     def by_layer(self) -> dict[str | None, int]:
-        """Bytes alive now by the layer that made them, z aside."""
+        """Bytes allocated now, by the layer that allocated them, without z."""
         layers = defaultdict(int)
         for block in self._blocks.values():
             if block.z_layer is None:
@@ -153,7 +154,7 @@ class MemoryTrace(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
 
         @functools.wraps(resize)
-        def traced_resize(storage, size):  # FSDP frees and fills its buffers so
+        def traced_resize(storage, size):  # FSDP frees and refills its buffers this way
             result = resize(storage, size)
             if storage._cdata in self._blocks:
                 self._resize(storage._cdata, storage.nbytes())
@@ -180,7 +181,7 @@ class MemoryTrace(TorchDispatchMode):
             self._observe(func, args, kwargs, out)
             return out
         if func is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # as the real one; its fake makes a new tensor
+            return args[0]  # as the real op does; its fake version would make a new tensor
         if ours and func is torch.ops.aten._local_scalar_dense.default:
             return 1  # a step number that the optimizer reads
         if ours and func is _ALL_TO_ALL:
@@ -209,7 +210,7 @@ class MemoryTrace(TorchDispatchMode):
             self._mark_z(z)
         inside, self._inside = self._inside, None
         for number, phase, z_key, base, parts in inside:
-            # z was among the rest as long as it was not known to be z
+            # Until the forward returned, z's block was counted as ordinary memory: subtract it from those records.
             if z is not None and z.z_layer is not None and number >= z.number:
                 base, z_key = base - z.num_bytes, self._z_key
                 parts[z.part] -= z.num_bytes
@@ -220,9 +221,9 @@ class MemoryTrace(TorchDispatchMode):
     def _dz_over_z(self, func, args) -> Iterator[None]:
         """Count z as a temporary of the backward where dz takes its place.
 
-        Two buffers then hold dz: that of the saved rows of z, and a new one for the others. Together they are as
-        large as z, at any save_percent. This trace, at 100, sees the first one alone; the events name the second
-        one too, for `MemoryPlan.reserved`.
+        dz then lies in two buffers: the one of the saved rows of z, and a new one for the other rows. Together they
+        are as large as z at any save_percent. This trace runs at save_percent 100 and sees only the first; the events
+        contain the second one too, because `MemoryPlan.reserved` needs it.
         """
         z = None
         if func is _BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).traits.dz_over_z:
@@ -324,7 +325,7 @@ class MemoryTrace(TorchDispatchMode):
 
 
 def _with_even_splits(rows, output_splits, input_splits, group_name) -> tuple[Any, ...]:
-    """The arguments of an all-to-all. Splits read from fake tensors mean nothing: every rank gets its fair share."""
+    """Arguments of an all-to-all in which every rank gets an even share: splits read from fake tensors mean nothing."""
     if sum(input_splits) != len(rows):
         ranks = len(input_splits)
         input_splits = output_splits = [len(rows) // ranks + (i < len(rows) % ranks) for i in range(ranks)]
@@ -336,13 +337,13 @@ _propagate = getattr(ShardingPropagator, _SHAPES)
 
 
 def _propagate_unseen(self, op_schema):
-    """DTensor asks an op for its shapes on fake tensors as large as the whole: nothing is allocated."""
+    """Hides from the trace the full-size fake tensors on which DTensor computes shapes: no memory is allocated."""
     with _disable_current_modes():
         return _propagate(self, op_schema)
 
 
 class _ReenteredTrace(TorchDispatchMode):
-    """A trace that follows the inside of an op it was called for."""
+    """Re-enables the trace while one of our ops' implementations runs: dispatch switches a mode off inside itself."""
 
     def __init__(self, trace: MemoryTrace):
         super().__init__()
