@@ -285,9 +285,87 @@ def eviction() -> str:
     return _plain("eviction_2xh200", **header, reserved="reserved, MiB", evicted="evicted, MiB")
 
 
-def balancing_debug() -> str:
-    header = {"rate": "`load_balance_rate`", "rule": "`load_balance_rule`", "maxvio_mean": "MaxVio, mean of layers"}
-    return _plain("balancing_debug_cpu", **header, maxvio_max="MaxVio, worst layer", loss="loss")
+# what an arm of benchmarks/balance.py is called in a page
+BALANCE_ARMS = {
+    "quantile_0.5": "quantile, average 0.5 (default)",
+    "quantile": "quantile, average 1",
+    "quantile_0.1": "quantile, average 0.1",
+    "proportional_0.03": "proportional, rate 0.03",
+    "sign_0.01": "sign, rate 0.01",
+    "sign_0.001": "sign, rate 0.001",
+    "sign_0.001_sequence_1e-4": "sign, rate 0.001, with an auxiliary loss of 1e-4 per sequence",
+    "aux_0.01": "auxiliary loss of 0.01 over the step",
+    "none": "none",
+}
+OTHER_BALANCE_ARMS = {
+    "quantile": "quantile, average 1",
+    "quantile_not_following": "the same, bias not corrected for the gate's step",
+    "none": "no balancing",
+    "none_centred": "the same, gate sees tokens without their mean",
+    "none_init_0.1": "the same, gate drawn a tenth as large",
+}
+
+
+def _digits(column: str, value: object) -> object:
+    """A loss with three digits behind the point, a MaxVio with two."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if "loss" in column else f"{value:.2f}"
+    return value
+
+
+def _balance(name: str, arms: dict[str, str], **columns: str) -> str:
+    """The arms of one measurement in the order of `arms`."""
+    rows = [row for arm in arms for row in rows_of(name) if row["arm"] == arm]
+    body = ([arms[str(row["arm"])], *(_digits(column, row[column]) for column in columns)] for row in rows)
+    return table(["rule", *columns.values()], body) + "\n" + source(name) + "\n"
+
+
+VIOLATIONS = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
+OF_VALIDATION = {"val_loss": "validation loss", "maxvio_global": "MaxVio, validation text"}
+
+
+def balance_long() -> str:
+    """The rules at full length, one row for each seed."""
+    return _balance(
+        "balance_500m_1200", BALANCE_ARMS, seed="seed", **OF_VALIDATION, **VIOLATIONS, tokens_per_s="tokens/s"
+    )
+
+
+def balance_all() -> str:
+    """All rules, short and with one seed."""
+    return _balance("balance_500m_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
+
+
+def balance_causes() -> str:
+    """Where the collapse comes from."""
+    return _balance("balance_500m_400", OTHER_BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
+
+
+def balance_floor() -> str:
+    """MaxVio over the validation text beside what a bias solved on the other half of it leaves."""
+    rows = [row for row in rows_of("balance_500m_1200") if "floor" in row]
+    header = ["seed", "MaxVio, validation text", "its floor", "MaxVio, batches of it", "floor of a batch"]
+    values = ("maxvio_global", "other_half"), ("maxvio_validation_batch", "other_half_batch")
+    body = (
+        [row["seed"], *(f"{v:.2f}" for name, floor in values for v in (row[name], row["floor"][floor]))] for row in rows
+    )
+    return table(header, body) + "\n" + source("balance_500m_1200") + "\n"
+
+
+def balance_cost() -> str:
+    header = {
+        "model": "model",
+        "tokens": "scores",
+        "margins_us": "margins, µs a layer",
+        "routing_us": "routing, µs a layer",
+    }
+    return _plain("balance_cost_h200", **header, hooks_ms="hooks, ms a step")
+
+
+def balance_debug_seeds() -> str:
+    """The README's run, one row for each seed and rule."""
+    header = {"rule": "rule", "seed": "seed", "val_loss": "validation loss", "maxvio_mean": "MaxVio, steps 40 to 120"}
+    return _plain("balance_debug_cpu", **header, maxvio_worst="highest of these", dead_experts="dead experts")
 
 
 def seed_curve() -> str:
@@ -330,7 +408,8 @@ TABLES: dict[str, Callable[[], str]] = {
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
-    + (rates_step_time, eviction, balancing_debug, seed_curve, inference, kernel_times)
+    + (rates_step_time, eviction, balance_long, balance_all, balance_causes, balance_floor, balance_cost)
+    + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep)
 }
 
@@ -422,6 +501,22 @@ def _draw_memory(name: str) -> Callable[[object], None]:
     return draw
 
 
+def draw_balance(figure) -> None:
+    """MaxVio over steps, one line for each rule of the long runs, first seed."""
+    axes, colors = figure.subplots(), ("#1b6ca8", "#3a9d6e", "#9b59b6", "#e08a3c", "#8c8c8c")
+    drawn = {str(row["arm"]): row["maxvio"] for row in rows_of("balance_500m_1200") if row["seed"] == 0}
+    drawn["none"] = next(row["maxvio"] for row in rows_of("balance_500m_400") if row["arm"] == "none")
+    for arm, color in zip((arm for arm in BALANCE_ARMS if arm in drawn), colors, strict=True):
+        axes.plot(range(10, 10 * len(drawn[arm]) + 1, 10), drawn[arm], color=color, label=BALANCE_ARMS[arm])
+    axes.set_xscale("log")
+    axes.set_xticks([10, 40, 100, 400, 1200], ["10", "40", "100", "400", "1,200"])
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("MaxVio, mean of the layers")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+
+
 # name: (what draws it, measurements it shows, size in inches)
 CHARTS: dict[str, tuple[Callable, tuple[str, ...], tuple[float, float]]] = {
     "layer": (draw_readme, ("layer_h100",), (10, 3.6)),
@@ -430,6 +525,7 @@ CHARTS: dict[str, tuple[Callable, tuple[str, ...], tuple[float, float]]] = {
     "layer_peak": (_draw_all_shapes("peak", "MiB"), ("layer_h100",), (8, 8)),
     "layer_ratio": (draw_ratio, ("layer_h100", "layer_repeats_h100"), (8, 4)),
     "memory_500m": (_draw_memory("memory_500m_h100"), ("memory_500m_h100",), (7, 4.5)),
+    "balance": (draw_balance, ("balance_500m_1200", "balance_500m_400"), (8, 4)),
     "memory_1.4b": (_draw_memory("memory_1.4b_h100"), ("memory_1.4b_h100",), (7, 4.5)),
 }
 
