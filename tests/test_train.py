@@ -1,7 +1,11 @@
 """Short runs of the whole program on the CPU."""
 
+import contextlib
 import os
+import pty
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +131,127 @@ def test_two_gpus_share_the_sequence(tmp_path, kind):
     degree = f"--parallelism.{kind}_parallel_degree=2"
     two = losses(train(tmp_path / "two", *job, degree, processes=2, on_gpu=True))
     assert two == pytest.approx(one, rel=1e-2)
+
+
+def torchrun(out: Path, *options: str, **kwargs) -> subprocess.Popen:
+    """Two processes of debug_model.toml under torchrun, in the foreground of a terminal of their own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env.pop("TRITON_INTERPRET", None)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*start, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
+        + ["--job.dump_folder", str(out), *SMALL, "--training.local_batch_size=2", *options],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def test_ctrl_c_under_torchrun_saves_one_checkpoint(tmp_path):
+    """The terminal's signal reaches all processes, and torchrun sends its workers another one. Each line comes once."""
+    job = torchrun(tmp_path, "--training.steps=100000", "--validation.no-enable")
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if " step:  3 " in line:
+            os.killpg(job.pid, signal.SIGINT)
+            break
+    rest, _ = job.communicate(timeout=120)
+    output = "".join(lines) + rest
+    assert job.returncode != 0
+    (stopped,) = re.findall(r"SIG\w+: stopped after step (\d+); checkpoint \S+/step-\d+; resume: .*torchrun", output)
+    assert (tmp_path / "checkpoint" / f"step-{stopped}" / ".metadata").is_file(), output[-3000:]
+    for once in ("Starting job", "Training starts at step 1", " step:  2 ", "Total parameter count"):
+        assert output.count(once) == 1, (once, output)
+
+
+def test_what_cannot_be_used_is_said_once_by_all_processes(tmp_path):
+    job = torchrun(tmp_path, "--momoe.vocab_size=100")
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode != 0 and output.count("error: model.hf_assets_path") == 1, output
+
+
+def test_console_is_quiet_unless_asked(tmp_path):
+    quiet = train(tmp_path / "quiet", "--training.steps=2", "--checkpoint.no-enable")
+    assert "root - INFO" not in quiet and '"moe_args"' not in quiet and "set_vital" not in quiet
+    assert "Mixed precision" not in quiet and "Peak FLOPS" not in quiet and "Sleeping" not in quiet
+    before, _, _ = quiet.partition("Training starts at step 1")
+    assert len(before.splitlines()) < 10, quiet
+    everything = train(tmp_path / "all", "--training.steps=1", "--checkpoint.no-enable", "--log_level=debug")
+    assert '"moe_args"' in everything and "root - INFO" in everything
+    silent = train(tmp_path / "errors", "--training.steps=1", "--checkpoint.no-enable", "--log_level", "error")
+    assert "step:" not in silent and silent.startswith("Trained to step 1")
+
+
+def test_summary_s_commands_work(tmp_path):
+    """The last step is logged, validated and saved, and what the summary says can be pasted."""
+    output = train(tmp_path, "--training.steps=3", "--metrics.log_freq=2", "--validation.freq=50")
+    assert " step:  3 " in output and "validate step:  3" in output
+    assert "Trained to step 3 in" in output and "(perplexity " in output and "tokens/s per device, peak" in output
+    assert re.search(r"balance: MaxVio [\d.]+ in the last step, [\d.]+ over the validation set; .* token: \d+", output)
+    commands = dict(re.findall(r"^  (go on|sample|export|dashboard) +(.*)$", output, flags=re.MULTILINE))
+    assert set(commands) == {"go on", "sample", "export", "dashboard"}
+    for name, expected in (
+        ("sample", "def main("),
+        ("export", ""),
+        ("dashboard", "dashboard.html"),
+        ("go on", "Training starts at step 4"),
+    ):
+        program, *options = shlex.split(commands[name])
+        assert Path(program).name.startswith("python")
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        env.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, *options], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and expected in done.stdout, (name, done.stderr[-3000:])
+    assert (tmp_path / "hf" / "config.json").is_file() and (tmp_path / "checkpoint" / "step-6").is_dir()
+
+
+def test_a_run_that_someone_watches_ends_with_a_text(tmp_path):
+    shown, terminal = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"}
+    env.pop("TRITON_INTERPRET", None)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
+        + ["--job.dump_folder", str(tmp_path), *SMALL, "--training.steps=2", "--validation.no-enable"],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    output = b""
+    with contextlib.suppress(OSError):  # the terminal's end
+        while part := os.read(shown, 1 << 16):
+            output += part
+    assert job.wait(60) == 0
+    _, found, text = output.decode(errors="replace").partition("a text by this model: ")
+    assert found and len(text.strip()) > 20, output[-2000:]
+
+
+@pytest.mark.parametrize("early, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, early, status):
+    """In one line, whatever it is doing."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    job = subprocess.Popen(
+        [sys.executable, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
+        + ["--job.dump_folder", str(tmp_path), *SMALL],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    first = job.stdout.readline()
+    job.send_signal(early)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == status, output
+    assert first and "Traceback" not in output
+    assert output.splitlines()[-1].startswith(f"{early.name}: ended at once")

@@ -4,6 +4,8 @@ On a machine without a GPU, memory is that of the process and has tags of its ow
 because the peak FLOPS of a CPU are not known.
 """
 
+import dataclasses
+import json
 import logging
 import math
 import threading
@@ -393,6 +395,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             "seq_len": training.seq_len,
             "activation_checkpoint": config.activation_checkpoint.mode,
             "moe_layers": state.layer_ids,
+            "config": flat_config(config),
         }
         if state.ours:
             description["save_percent"] = state.save_percent_L.tolist()
@@ -412,6 +415,26 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
     def _restart_interval(self) -> None:
         self.ntokens_since_last_log = 0
         self.time_last_log = time.perf_counter()
+
+
+def flat_config(config: JobConfig) -> dict[str, Any]:
+    """The job's configuration by "section.field", as far as JSON can hold it."""
+    flat = {}
+    for section, fields in dataclasses.asdict(config).items():
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                flat |= {f"{section}.{name}.{key}": part for key, part in value.items()}
+            else:
+                flat[f"{section}.{name}"] = value
+    return {name: value if _fits_json(value) else str(value) for name, value in flat.items()}
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def balance_advice(args: MomoeLlamaArgs) -> str:

@@ -24,6 +24,7 @@ class Start:
     Attributes:
         scalars: tag -> step -> value.
         frames: step -> load of the experts relative to the mean, (MoE layers, E).
+        seconds: step -> seconds since the first event.
         description: what `RunRecorder.start` was given.
         begun, last: seconds since the epoch, of the first and the last event.
     """
@@ -31,6 +32,7 @@ class Start:
     path: Path
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
     frames: dict[int, np.ndarray] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
     begun: float = math.inf
     last: float = 0.0
@@ -47,6 +49,8 @@ class Start:
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     self.scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+                    if value.tag == tags.LOSS:
+                        self.seconds[event.step] = event.wall_time - self.begun
                 elif value.tag == tags.RUN_IN_FILE:
                     self.description = json.loads(value.tensor.string_val[0])
                 elif value.tag == tags.LOAD:
@@ -109,6 +113,7 @@ class Stitched:
     Attributes:
         starts: those that have logged a step.
         scalars, frames: as in `Start`.
+        seconds: step -> seconds spent so far, without those between two starts.
         resumes: step and time of each resume, and whether the start before it is known.
         notes: what the reader of the page should know.
     """
@@ -116,6 +121,7 @@ class Stitched:
     starts: list[Start]
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
     frames: dict[int, np.ndarray] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
     resumes: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -126,7 +132,7 @@ class Stitched:
 
     def drop_from(self, step: int) -> None:
         """Forget this step and all later ones."""
-        for values in (*self.scalars.values(), self.frames):
+        for values in (*self.scalars.values(), self.frames, self.seconds):
             for later in [s for s in values if s >= step]:
                 del values[later]
 
@@ -149,6 +155,8 @@ def stitch(starts: list[Start]) -> Stitched:
         for tag, values in start.scalars.items():
             run.scalars.setdefault(tag, {}).update(values)
         run.frames.update(start.frames)
+        before = max(run.seconds.values(), default=0.0)
+        run.seconds.update({step: before + seconds for step, seconds in start.seconds.items()})
     return run
 
 
@@ -188,5 +196,14 @@ def find_runs(arguments: list[str]) -> list[Run]:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = str(run.root)
+            run.name = _shortest_name(run.root, [other.root for other in runs if other is not run])
     return runs
+
+
+def _shortest_name(root: Path, others: list[Path]) -> str:
+    """The last parts of a folder's path that no other folder ends with."""
+    parts = root.parts
+    for count in range(2, len(parts)):
+        if all(other.parts[-count:] != parts[-count:] for other in others):
+            return str(Path(*parts[-count:]))
+    return str(root)

@@ -44,8 +44,8 @@ def page(data: str) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    # A name must not end the script with "</script>".
-    parts = {"@DATA@": data.replace("</", "<\\/"), "@PLOTLY@": get_plotlyjs()}
+    # No name must end the script with "</script>", or open a comment in it with "<!--".
+    parts = {"@DATA@": data.replace("<", "\\u003c"), "@PLOTLY@": get_plotlyjs()}
     return re.sub("@DATA@|@PLOTLY@", lambda mark: parts[mark[0]], TEMPLATE.read_text())
 
 

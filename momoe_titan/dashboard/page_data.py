@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from momoe_titan.dashboard import tags
-from momoe_titan.dashboard.events import Run, Start, stitch
+from momoe_titan.dashboard.events import Run, Start, Stitched, stitch
 
 # A longer line is drawn by the lowest and the highest value of each stretch of steps. Above that, a noisy line also
 # gets the means of longer stretches.
@@ -19,13 +19,21 @@ MAX_POINTS = 2000
 MAX_LAYER_POINTS = 400
 MAX_MEANS = 200
 MAX_FRAMES = 100
+MAX_AXIS_POINTS = 500
+
+# A layer's highest MaxVio is E/K - 1: every token chooses the same K experts.
+BAD_MAXVIO = 0.5  # of the highest
+WARN_MAXVIO = 0.5, 0.25  # in itself, and of the highest: the lower one counts
+LAST_LOG_STEPS = 5  # of which the tile shows the median
 
 # Line on the page -> tags, of which the first that a run has is taken.
 SERIES: dict[str, tuple[str, ...]] = {
     "loss": (tags.LOSS,),
     "loss_max": (tags.WORST_LOSS,),
     "val_loss": (tags.VALIDATION_LOSS,),
+    "val_perplexity": (tags.VALIDATION_PERPLEXITY,),
     "grad_norm": (tags.GRAD_NORM,),
+    "lr": (tags.LEARNING_RATE,),
     "tps": (tags.TOKENS_PER_SECOND,),
     "mfu": (tags.MFU,),
     "step_time": (tags.STEP_TIME, tags.TIME_END_TO_END),
@@ -38,6 +46,11 @@ SERIES: dict[str, tuple[str, ...]] = {
     "save_percent": (tags.SAVE_PERCENT,),
     "maxvio_mean": (tags.MAXVIO_MEAN,),
     "maxvio_max": (tags.MAXVIO_MAX,),
+    "val_maxvio_mean": (tags.MAXVIO_GLOBAL_MEAN,),
+    "val_maxvio_max": (tags.MAXVIO_GLOBAL_MAX,),
+    "dead": (tags.DEAD_EXPERTS,),
+    "val_dead": (tags.VALIDATION_DEAD_EXPERTS,),
+    "worst_rank_load": (tags.WORST_RANK_LOAD,),
     "entropy_mean": (tags.ENTROPY_MEAN,),
     "entropy_min": (tags.ENTROPY_MIN,),
     "bias_min": (tags.BIAS_MIN,),
@@ -50,10 +63,14 @@ def page_data(run: Run) -> dict[str, Any]:
     """What the page's script draws of a run; all of it fits into JSON."""
     starts = run.starts()
     stitched = stitch(starts)
+    if tags.VALIDATION_PERPLEXITY not in stitched.scalars and tags.VALIDATION_LOSS in stitched.scalars:
+        # a run of an older version
+        losses = stitched.scalars[tags.VALIDATION_LOSS]
+        stitched.scalars[tags.VALIDATION_PERPLEXITY] = {step: math.exp(min(loss, 100)) for step, loss in losses.items()}
     lines = Lines(stitched.scalars)
     series = {key: line for key in SERIES if (line := lines.of_key(key)) is not None}
     maxvio_layers = lines.of_layers()
-    description = stitched.description
+    description = dict(stitched.description)
     steps = sorted(stitched.scalars.get(tags.LOSS, {}))
     return {
         "name": run.name,
@@ -66,13 +83,27 @@ def page_data(run: Run) -> dict[str, Any]:
         "starts": len(starts),
         "resumes": stitched.resumes,
         "notes": stitched.notes,
-        "health": health(stitched.starts, len(stitched.resumes)),
+        "health": [*balance_tiles(stitched.scalars, description), *health(stitched.starts, len(stitched.resumes))],
+        "config": description.pop("config", {}),
+        "axes": axes(stitched),
         "series": series,
         "maxvio_layers": maxvio_layers,
         "load": _load(stitched.frames, description),
         "summary": summarise(stitched.scalars),
         "drawn": [lines.drawn, lines.recorded],
     }
+
+
+def axes(run: Stitched) -> dict[str, list[float]]:
+    """Tokens and seconds at some of the steps, between which the page interpolates."""
+    steps = sorted(run.seconds)
+    if len(steps) > MAX_AXIS_POINTS:
+        steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, MAX_AXIS_POINTS).round().astype(int))]
+    axis: dict[str, list[float]] = {"steps": steps, "seconds": [round(run.seconds[step], 1) for step in steps]}
+    tokens = run.scalars.get(tags.TOKENS_SEEN, {})
+    if all(step in tokens for step in steps):
+        axis["tokens"] = [tokens[step] for step in steps]
+    return axis
 
 
 class Lines:
@@ -112,6 +143,49 @@ class Lines:
 def _values(scalars: dict[str, dict[int, float]], key: str) -> dict[int, float]:
     """Step -> value of the first tag of this line that the run has."""
     return next((scalars[tag] for tag in SERIES[key] if scalars.get(tag)), {})
+
+
+def balance_tiles(scalars: dict[str, dict[int, float]], description: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tiles for the balance of the last log steps: MaxVio of the worst layer, dead experts, the worst rank's tokens."""
+
+    def last(tag: str) -> float | None:
+        values = [v for _, v in sorted(scalars.get(tag, {}).items()) if math.isfinite(v)]
+        return float(np.median(values[-LAST_LOG_STEPS:])) if values else None
+
+    tag = tags.MAXVIO_MAX if tags.MAXVIO_MAX in scalars else tags.MAXVIO_MEAN
+    experts, top_k = description.get("num_experts"), description.get("top_k")
+    highest = experts / top_k - 1 if experts and top_k else None
+    tiles = [_maxvio_tile(last(tag), highest)]
+    dead = last(tags.DEAD_EXPERTS)
+    layers = sum(tags.maxvio_layer_id(tag) is not None for tag in scalars)
+    all_experts = layers * experts if experts else None
+    tile = {"label": "Dead experts", "value": None if dead is None else round(dead), "state": "ok", "note": ""}
+    if dead is None:
+        tile |= {"state": "unknown", "note": "not recorded"}
+    else:
+        tile["note"] = f"of {all_experts:,}, in one step" if all_experts else "in one step"
+        if dead > 0:
+            tile["state"] = "bad" if all_experts and dead > all_experts / 10 else "warn"
+    tiles.append(tile)
+    if (load := last(tags.WORST_RANK_LOAD)) is not None:
+        state = "ok" if load <= 1.2 else "warn" if load <= 1.5 else "bad"
+        note = "of an even share of the tokens"
+        tiles.append({"label": "Worst rank of experts", "value": round(load, 2), "state": state, "note": note})
+    return tiles
+
+
+def _maxvio_tile(value: float | None, highest: float | None) -> dict[str, Any]:
+    """The tile of the worst layer's MaxVio, red at the latest where every token goes to the same experts."""
+    label = "Balance (MaxVio)"
+    if value is None:
+        return {"label": label, "value": None, "state": "unknown", "note": "not recorded"}
+    limit = 2.0 if highest is None else BAD_MAXVIO * highest
+    warn = WARN_MAXVIO[0] if highest is None else min(WARN_MAXVIO[0], WARN_MAXVIO[1] * highest)
+    state = "ok"
+    if highest is None or highest > 0:
+        state = "bad" if value >= limit else "warn" if value > warn else "ok"
+    note = "worst layer" if highest is None else f"worst layer; {highest:.3g} is the highest"
+    return {"label": label, "value": round(value, 2), "state": state, "note": note}
 
 
 def health(starts: list[Start], resumes: int) -> list[dict[str, Any]]:
@@ -190,6 +264,8 @@ def summarise(scalars: dict[str, dict[int, float]]) -> dict[str, float | None]:
     return {
         "loss": last("loss"),
         "val_loss": last("val_loss"),
+        "val_perplexity": last("val_perplexity"),
+        "lr": max(finite("lr"), default=None),
         "tps": median_of_later_half("tps"),
         "mfu": median_of_later_half("mfu"),
         "step_time": median_of_later_half("step_time"),
@@ -198,6 +274,8 @@ def summarise(scalars: dict[str, dict[int, float]]) -> dict[str, float | None]:
         "saved": last("saved"),
         "save_percent": last("save_percent"),
         "maxvio": last("maxvio_mean"),
+        "val_maxvio": last("val_maxvio_max"),
+        "dead": last("dead"),
     }
 
 

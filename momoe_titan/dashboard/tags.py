@@ -10,6 +10,7 @@ LOSS = "loss_metrics/global_avg_loss"
 WORST_LOSS = "loss_metrics/global_max_loss"  # of the rank with the highest
 GRAD_NORM = "grad_norm"
 LEARNING_RATE = "lr"
+TOKENS_SEEN = "n_tokens_seen"  # by all ranks, since step 1
 TOKENS_PER_SECOND = "throughput(tps)"  # per device
 TFLOPS = "tflops"
 MFU = "mfu(%)"

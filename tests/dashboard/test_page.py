@@ -41,6 +41,9 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
             "ranks": 2,
             "moe_layers": list(LAYERS),
             "experts_kept_at_100_gib": 8.0,
+            "num_experts": EXPERTS,
+            "top_k": 2,
+            "config": {"optimizer.lr": 1e-3, "training.steps": 100},
             **(description or {}),
         }
         recorder.start({"first_step": first_step or steps[0], **about}, {}, steps[0])
@@ -50,6 +53,8 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
                 "loss_metrics/global_avg_loss": loss,
                 "loss_metrics/global_max_loss": loss + 0.1,
                 "grad_norm": 1.0 + step % 7,
+                "lr": 1e-3 * min(1, step / 10),
+                "n_tokens_seen": 1000 * step,
                 "throughput(tps)": 1000.0 + step,
                 "mfu(%)": 31.0,
                 "time_metrics/step(s)": 0.25,
@@ -62,6 +67,8 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
                 "moe/save_percent": 50.0,
                 "moe/maxvio_batch_mean": 0.5,
                 "moe/maxvio_batch_max": 1.5,
+                "moe/dead_experts": step % 2,
+                "moe/worst_ep_rank_load": 1.1,
                 "moe/router_entropy_mean": 0.9,
                 "moe/router_entropy_min": 0.8,
                 "moe/bias_min": -0.001 * step,
@@ -78,6 +85,9 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
                 writer.add_scalar(tag, value, step)
             if step % 20 == 0:
                 writer.add_scalar("validation_metrics/loss", loss + 0.2, step)
+                writer.add_scalar("validation_metrics/maxvio_global_mean", 0.3, step)
+                writer.add_scalar("validation_metrics/maxvio_global_max", 0.6, step)
+                writer.add_scalar("validation_metrics/dead_experts", 0, step)
             recorder.record(load_at(step), step)
     return folder
 
@@ -86,7 +96,8 @@ def write_start(folder, steps, first_step=None, offset=0.0, description=None, **
 def runs(tmp_path_factory):
     """One run that went through, and one that was killed after step 60 and resumed from step 40."""
     root = tmp_path_factory.mktemp("outputs")
-    write_start(root / "whole" / "tb" / "20260101-0000", range(2, 101, 2), first_step=1)
+    other = {"config": {"optimizer.lr": 3e-4, "training.steps": 100, "model.flavor": "</td><!--<script>"}}
+    write_start(root / "whole" / "tb" / "20260101-0000", range(2, 101, 2), first_step=1, description=other)
     write_start(root / "resumed" / "tb" / "20260101-0000", range(2, 61, 2), first_step=1, **{"health/alloc_retries": 3})
     time.sleep(0.01)
     write_start(root / "resumed" / "tb" / "20260102-0000", range(42, 101, 2), first_step=41, offset=0.5)
@@ -254,6 +265,10 @@ def browser():
         yield browser
 
 
+# As HTML it would end the page's script, open a comment in it, or be set in italics.
+EVIL = "<i>plain</i></script><!--<script>"
+
+
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
     """Two runs, and one of another program: a loss and nothing else, with a name made to break out."""
@@ -261,7 +276,7 @@ def page(runs, tmp_path_factory):
         for step in range(1, 101):
             writer.add_scalar("loss_metrics/global_avg_loss", 9 - step / 50, step)
     path = tmp_path_factory.mktemp("page") / "dashboard.html"
-    found = read(runs / "whole", runs / "resumed", f"<i>plain</i></script>={runs.parent / 'plain'}")
+    found = read(runs / "whole", runs / "resumed", f"{EVIL}={runs.parent / 'plain'}")
     path.write_text(dashboard.page(dashboard.page_json(found)))
     return path.as_uri()
 
@@ -274,6 +289,8 @@ return [...document.querySelectorAll(".plot")].filter(p =>
   .map(p => p.querySelector("h3").textContent)"""
 CHARTS = [
     "Loss",
+    "Validation perplexity",
+    "Learning rate",
     "Gradient norm, before clipping",
     "Throughput",
     "Model FLOPS utilisation",
@@ -283,6 +300,9 @@ CHARTS = [
     "Saved by the experts for the backward",
     "Which rank uses most",
     "MaxVio per layer",
+    "MaxVio over a whole validation",
+    "Dead experts",
+    "Worst rank of experts",
     "Router entropy",
     "Range of the balancing bias",
     "Peak memory",
@@ -299,14 +319,14 @@ def test_every_panel_is_drawn(browser, page, width, dark):
     browser.run(SETTLED)
     assert browser.run(DRAWN) == CHARTS
     assert browser.run("return document.querySelectorAll('#heat .heatmaplayer image').length") == 1
-    assert browser.run("return document.querySelectorAll('.tile').length") == 3 * 6
+    assert browser.run("return document.querySelectorAll('.tile').length") == 9 + 9 + 8
     assert browser.run("return document.documentElement.scrollWidth") == width, "nothing sticks out"
     columns = browser.run("return new Set([...document.querySelectorAll('.plot')].map(p => p.offsetLeft)).size")
     assert columns >= 4 if width == 1600 else columns == 1
     background = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(14, 17, 22)" if dark else "rgb(244, 245, 247)")
     said = browser.run("return document.querySelector('#plot-tps .missing').textContent")
-    assert said.startswith("Without data: <i>plain</i></script>: its event files have no such values")
+    assert said.startswith(f"Without data: {EVIL}: its event files have no such values")
     assert browser.console() == []
 
 
@@ -435,3 +455,136 @@ def test_live_page_keeps_zoom_and_slider(browser, tmp_path):
         server.shutdown()
         server.server_close()
     assert browser.wait("return document.getElementById('written').textContent.includes('has ended')")
+
+
+def test_equal_names_are_told_apart_by_the_parts_that_differ(tmp_path):
+    for folder in ("a/out", "b/out", "c/other"):
+        write_start(tmp_path / folder / "tb" / "20260101-0000", [1, 2])
+    assert [run.name for run in read(tmp_path)] == ["a/out/tb", "b/out/tb", "other"]
+
+
+@pytest.mark.parametrize(
+    "maxvio, dead, states",
+    [
+        (0.1, 0, ("ok", "ok")),
+        (0.7, 1, ("warn", "warn")),
+        (EXPERTS / 2 - 1, 30, ("bad", "bad")),  # the highest possible: two of sixteen experts have everything
+        (4.0, 4, ("bad", "warn")),
+    ],
+)
+def test_balance_has_a_tile(tmp_path, maxvio, dead, states):
+    values = {"moe/maxvio_batch_max": maxvio, "moe/dead_experts": dead, "moe/worst_ep_rank_load": 1.0 + maxvio}
+    write_start(tmp_path / "run" / "tb" / "20260101-0000", range(1, 21), **values)
+    found = tiles(page_data(*read(tmp_path / "run")))
+    assert (found["Balance (MaxVio)"]["state"], found["Dead experts"]["state"]) == states
+    assert found["Balance (MaxVio)"]["value"] == pytest.approx(maxvio, abs=0.01)
+    assert found["Dead experts"]["note"] == "of 48, in one step"
+    assert found["Worst rank of experts"]["state"] == states[0].replace("warn", "bad")
+
+
+def test_a_tile_without_numbers_of_experts_still_turns_red():
+    collapsed = {"moe/maxvio_batch_max": dict.fromkeys(range(10), 7.0)}
+    (tile, _) = shown.balance_tiles(collapsed, {})
+    assert tile["state"] == "bad"
+    (tile, _) = shown.balance_tiles({}, {})
+    assert tile["state"] == "unknown"
+    # where every token chooses all experts there is nothing to balance
+    (tile, _) = shown.balance_tiles({"moe/maxvio_batch_max": {1: 0.0}}, {"num_experts": 2, "top_k": 2})
+    assert tile["state"] == "ok"
+
+
+def test_time_leaves_out_what_lies_between_two_starts(runs):
+    whole, resumed = (page_data(run) for run in read(runs / "whole", runs / "resumed"))
+    assert whole["axes"]["steps"] == list(range(2, 101, 2))
+    assert whole["axes"]["tokens"] == [1000 * step for step in whole["axes"]["steps"]]
+    seconds = resumed["axes"]["seconds"]
+    assert seconds == sorted(seconds) and seconds[-1] < 60, "the test took no minute"
+    assert "config" not in whole["description"] and whole["config"]["optimizer.lr"] == 3e-4
+
+
+@needs_browser
+def test_x_axis_can_be_tokens_or_time(browser, page):
+    browser.view(1600, 900)
+    browser.open(page)
+    browser.run(SETTLED)
+    choose = (
+        "const s = document.getElementById('axis-choice'); s.value = arguments[0]; s.dispatchEvent(new Event('change'))"
+    )
+    chart = "const c = document.querySelector('#plot-tps .canvas'); return "
+    browser.run(choose, "tokens")
+    browser.run(SETTLED)
+    assert browser.run(chart + "c.layout.xaxis.title.text") == "tokens"
+    assert browser.run(chart + "[...c.data[0].x].slice(0, 3)") == [2000, 4000, 6000]
+    low, high = browser.run(chart + "c.layout.xaxis.range")
+    assert low < 2000 and 100_000 < high < 110_000
+    # resumes are where they were, in tokens
+    (mark,) = browser.run(chart + "c.layout.shapes.map(s => s.x0)")
+    assert mark == 41_000
+    # the third run has recorded no tokens
+    said = browser.run("return document.querySelector('#plot-loss .missing').textContent")
+    assert said == f"Without data: {EVIL}: its tokens were not recorded."
+    browser.run(choose, "seconds")
+    browser.run(SETTLED)
+    assert browser.run(chart + "c.layout.xaxis.title.text") == "time (hours)"
+    x = browser.run(chart + "[...c.data[1].x]")
+    assert x == sorted(x) and x[-1] < 1 / 60
+    browser.run(choose, "steps")
+    browser.run(SETTLED)
+    assert browser.run(chart + "[...c.data[0].x].slice(0, 3)") == [2, 4, 6]
+    assert browser.console() == []
+
+
+@needs_browser
+def test_differences_of_configurations_and_equal_runs(browser, runs, tmp_path):
+    path = tmp_path / "page.html"
+    found = read(runs / "whole", f"again={runs / 'whole' / 'tb'}", runs / "resumed")
+    assert len(found) == 2, "one folder is one run"
+    write_start(tmp_path / "same" / "tb" / "20260101-0000", range(2, 101, 2), first_step=1)
+    path.write_text(dashboard.page(dashboard.page_json(read(runs / "whole", runs / "resumed", tmp_path / "same"))))
+    browser.view(1600, 900)
+    browser.open(path.as_uri())
+    browser.run(SETTLED)
+    table = "return [...document.querySelectorAll('#differences tr')].map(r => [...r.children].map(c => c.textContent))"
+    rows = browser.run(table)
+    assert rows[0] == ["Field", "1 whole", "2 resumed", "3 same"]
+    assert rows[1:] == [["optimizer.lr", "0.0003", "0.001", "0.001"], ["model.flavor", "</td><!--<script>", "–", "–"]]
+    notes = browser.run("return [...document.querySelectorAll('#notes p')].map(p => p.textContent)")
+    assert notes == ["1 (whole), 3 (same) have the same loss in every step: their lines lie on top of each other."]
+    assert browser.console() == []
+
+
+@needs_browser
+def test_the_table_of_runs_fits_a_telephone(browser, page):
+    browser.view(420, 900)
+    browser.open(page)
+    browser.run(SETTLED)
+    region = "const t = document.getElementById('table').parentElement; return "
+    assert browser.run(region + "t.scrollWidth <= t.clientWidth"), "nothing to scroll sideways"
+    labels = browser.run("return [...document.querySelectorAll('#table tr:nth-child(1) td')].map(t => t.dataset.label)")
+    assert labels[:3] == ["Run", "Step", "Loss"] and "Dead experts" in labels
+
+
+@needs_browser
+@pytest.mark.parametrize("low, high", [(0.61, 0.97), (1.0, 9.0), (0.03, 40.0), (1e-9, 1e6)])
+def test_ticks_of_a_logarithmic_axis_can_be_read(browser, tmp_path, low, high):
+    """At least three of them within the axis, none on top of another, and no exponent where none is needed."""
+    folder = tmp_path / "run" / "tb" / "20260101-0000"
+    write_start(folder, range(1, 51))
+    path = tmp_path / "page.html"
+    (run,) = read(tmp_path / "run")
+    data = json.loads(dashboard.page_json([run]))
+    line = data["runs"][0]["series"]["grad_norm"]
+    line["y"] = list(np.geomspace(low, high, len(line["x"])))
+    path.write_text(dashboard.page(json.dumps(data)))
+    browser.view(1600, 900)
+    browser.open(path.as_uri())
+    browser.run(SETTLED)
+    boxes = browser.run(
+        "return [...document.querySelectorAll('#plot-grad .ytick text')].map(t => "
+        "[t.textContent, t.getBoundingClientRect().top, t.getBoundingClientRect().bottom])"
+    )
+    assert len(boxes) >= 3, boxes
+    edges = sorted(box[1:] for box in boxes)
+    assert all(below[0] >= above[1] - 1 for above, below in zip(edges, edges[1:], strict=False)), boxes
+    if low > 1e-3:
+        assert not any("e" in text or "×" in text for text, *_ in boxes)
