@@ -23,8 +23,8 @@ from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
 from momoe_titan.components.summary import Totals, next_commands, results, resume_line
 from momoe_titan.config.checks.fields import check_fields
+from momoe_titan.config.checks.folders_and_data import check_cpu, check_datasets, check_folders, check_tokenizer
 from momoe_titan.config.checks.job import check_job
-from momoe_titan.config.checks.surroundings import check_cpu, check_datasets, check_folders, check_tokenizer
 from momoe_titan.config.command_line import was_given
 from momoe_titan.config.flavor import MODEL_NAME, configured_args
 from momoe_titan.config.reading import check_file

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from momoe_titan.config.checks.surroundings import check_datasets
+from momoe_titan.config.checks.folders_and_data import check_datasets
 from momoe_titan.config.flavor import flavor_args, import_custom_module
 from momoe_titan.config.reading import check_file, read_job
 from momoe_titan.config.suggestions import did_you_mean

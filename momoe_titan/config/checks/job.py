@@ -2,7 +2,7 @@
 
 `python -m momoe_titan.train` and the planner call `check_job` before anything is built. Under TorchTitan's own command
 the same checks run when its trainer calls `MomoeLlamaArgs.update_from_config`. What only a training run needs of its
-machine, files above all, is checked by `checks.surroundings`.
+machine, mainly folders, tokenizer and data, is checked by `checks.folders_and_data`.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What a training run needs of this machine: folders that can be written, a tokenizer that fits, data, a device."""
+"""Checks what a job needs on this machine: writable folders, a tokenizer that fits the model, data, a device."""
 
 import os
 import tempfile
