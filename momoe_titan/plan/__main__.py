@@ -1,6 +1,6 @@
 """Predict the memory of a training job before anything runs, on any machine.
 
-    python -m momoe_titan.plan --job.config_file train_configs/500m.toml [--gpu_memory_gib 79] \\
+    python -m momoe_titan.plan --job.config_file train_configs/500m.toml [--gpu h200] \\
         [--world_size 8] [--json] [any other option of the job]
 
 Prints what the GPU of one rank holds in a training step, by part, at several save_percent, and the
@@ -8,16 +8,21 @@ largest save_percent that fits. docs/memory_planning.md says what is counted and
 """
 
 import argparse
+import contextlib
+import dataclasses
 import importlib
 import json
 import logging
 import math
 import os
 import re
+import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +35,8 @@ from momoe_titan.memory.plan import (
     context_bytes,
 )
 
+GPU_MEMORY_GIB = {"h100": 79.0, "h200": 139.0}  # as PyTorch shows it
+PATIENCE = 5.0  # seconds without a word
 SAVE_PERCENTS = (0, 25, 50, 75, 100)
 PHASES = ("forward", "loss", "backward", "clip", "optimizer")
 
@@ -43,10 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
+        "--gpu",
+        choices=tuple(GPU_MEMORY_GIB),
+        default="h100",
+        help="the GPU of each rank, which says its memory, and its rates for --time (default: %(default)s)",
+    )
+    parser.add_argument(
         "--gpu_memory_gib",
         type=float,
-        default=79.0,
-        help="of one GPU as PyTorch shows it: 79 for an H100 of 80 GB (default), 139 for an H200",
+        help="of one GPU as PyTorch shows it, for another one (default: that of --gpu, 79 of an H100, 139 of an H200)",
     )
     parser.add_argument("--world_size", type=int, default=1, help="ranks of the job")
     parser.add_argument(
@@ -57,7 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--capability", default="9.0", help="compute capability of the GPU, which decides the kernels")
     parser.add_argument("--time", action="store_true", help="also predict the time of a step (docs/parallelism.md)")
-    parser.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="whose rates --time takes")
     parser.add_argument("--nvlink", type=float, default=450.0, help="GB/s a GPU sends within its node")
     parser.add_argument("--ib", type=float, default=50.0, help="GB/s a GPU sends to other nodes")
     parser.add_argument("--node_size", type=int, default=8, help="GPUs of a node")
@@ -81,14 +92,14 @@ def read_job(args: argparse.Namespace, job_args: list[str]) -> Any:
     """The job's configuration, by TorchTitan's own reader."""
     from torchtitan.config import ConfigManager, JobConfig
 
+    from momoe_titan.config import reading
+
     if args.job_json:
         values = json.load(sys.stdin)
         custom = importlib.import_module(values["job"]["custom_config_module"]).JobConfig
         merged = ConfigManager._merge_configs(JobConfig, custom)
         return ConfigManager()._dict_to_dataclass(merged, values)
-    if not any(arg.split("=")[0].replace("-", "_") == "__job.custom_config_module" for arg in job_args):
-        job_args = [*job_args, "--job.custom_config_module=momoe_titan.job_config"]
-    return ConfigManager().parse_args(job_args)
+    return reading.read_job(job_args)
 
 
 # TorchTitan, and what imports it, is imported inside of functions: not before `describe_cpu` is in force.
@@ -117,23 +128,105 @@ def predict(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     plan = _plan(args, config, capability, cost)
     given = args.context_gib
     context = context_bytes(args.world_size) if given is None else int(given * GIB)
-    budget = budget_bytes(config.momoe.memory_budget, int(args.gpu_memory_gib * GIB))
+    memory = gpu_memory_gib(args)
+    budget = budget_bytes(config.momoe.memory_budget, int(memory * GIB))
     choice, reserved = largest_that_fits(plan, budget - context)
+    tried = [] if args.job_json or reserved + context <= budget else try_others(args, config)
     return {
         "model": f"{config.model.name} {config.model.flavor}",
         "num_parameters": plan.num_parameters,
         "world_size": args.world_size,
+        "gpu": f"{args.gpu.upper() if args.gpu_memory_gib is None else 'GPU'} with {memory:g} GiB, compute capability "
+        f"{args.capability}",
+        "layout": layout(config, args.world_size),
         "local_batch": [config.training.local_batch_size, config.training.seq_len],
         "budget": budget,
         "context": context,
         "kept": plan.kept,
         "rows": [_memory_at(percent, plan, context, budget) for percent in SAVE_PERCENTS],
         "fits": {"save_percent": choice, "total": reserved + context},
+        "tried": tried,
         "time": {} if cost is None else _times(args, config, cost, stages),
         "notes": plan.notes,
         "plan": plan.to_dict(),
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def gpu_memory_gib(args: argparse.Namespace) -> float:
+    """The memory of a GPU: what was given, or that of the named GPU."""
+    return GPU_MEMORY_GIB[args.gpu] if args.gpu_memory_gib is None else args.gpu_memory_gib
+
+
+def layout(config: Any, world_size: int) -> str:
+    """The parallelism of a job in words."""
+    p = config.parallelism
+    degrees = {
+        "replicas": p.data_parallel_replicate_degree,
+        "FSDP": p.data_parallel_shard_degree,
+        "tensor parallel": p.tensor_parallel_degree,
+        "context parallel": p.context_parallel_degree,
+        "pipeline stages": p.pipeline_parallel_degree,
+    }
+    if degrees["FSDP"] == -1:
+        others = math.prod(degree for name, degree in degrees.items() if name != "FSDP")
+        degrees["FSDP"] = world_size // others
+    degrees["of them expert parallel"] = p.expert_parallel_degree
+    used = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+    return ", ".join(used) or "no parallelism"
+
+
+def others_to_try(config: Any, world_size: int) -> list[tuple[dict[str, Any], int]]:
+    """Jobs that take less memory, all of the changes last: fields that differ from this job's, and the ranks."""
+    batch = config.training.local_batch_size
+    changes: list[tuple[dict[str, Any], int]] = []
+    if batch > 1:
+        changes.append(({"training.local_batch_size": batch // 2}, world_size))
+    if config.activation_checkpoint.mode != "full":
+        changes.append(({"activation_checkpoint.mode": "full"}, world_size))
+    if config.parallelism.data_parallel_shard_degree == -1:
+        changes.append(({}, 2 * world_size))
+    if len(changes) > 1:
+        changes.append(({k: v for fields, _ in changes for k, v in fields.items()}, max(n for _, n in changes)))
+    return changes
+
+
+def try_others(args: argparse.Namespace, config: Any) -> list[dict[str, Any]]:
+    """Plans of `others_to_try`, each made in a process of its own, all at once."""
+    running = []
+    for fields, world_size in others_to_try(config, args.world_size):
+        job = dataclasses.asdict(config)
+        for name, value in fields.items():
+            section, field = name.split(".")
+            job[section][field] = value
+        command = [sys.executable, "-m", "momoe_titan.plan", "--job_json", "--json", f"--world_size={world_size}"]
+        command += [f"--gpu_memory_gib={gpu_memory_gib(args)}", f"--capability={args.capability}"]
+        command += [] if args.context_gib is None else [f"--context_gib={args.context_gib}"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        running.append((fields, world_size, child, json.dumps(job).encode()))
+    with ThreadPoolExecutor(max_workers=max(1, len(running))) as pool:
+        said = list(pool.map(lambda entry: entry[2].communicate(entry[3])[0], running))
+    tried = []
+    for (fields, world_size, child, _), out in zip(running, said, strict=True):
+        if child.returncode == 0:  # others are jobs that training refuses
+            options = [f"--{name} {value}" for name, value in fields.items()]
+            options += [f"--world_size {world_size}"] if world_size != args.world_size else []
+            p = json.loads(out)
+            tried.append({"options": " ".join(options), **p["fits"], "fits": p["fits"]["total"] <= p["budget"]})
+    return tried
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[None]:
+    """Say after `PATIENCE` seconds what is being done, where someone waits for it."""
+    timer = threading.Timer(PATIENCE, print, ["planning: two steps of the job on tensors without memory ..."],
+                            {"file": sys.stderr, "flush": True})  # fmt: skip
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -> MemoryPlan:
@@ -197,7 +290,7 @@ def check_options(args: argparse.Namespace) -> tuple[int, int]:
         ValueError: names the option and its value.
     """
     for name in ("gpu_memory_gib", "world_size", "nvlink", "ib", "node_size", "host_us"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}, must be finite and above 0")
     if args.context_gib is not None and not 0 <= args.context_gib < math.inf:
         raise ValueError(f"--context_gib is {args.context_gib}, must be finite and at least 0")
@@ -233,6 +326,7 @@ def text(p: dict) -> str:
     lines = [
         f"{p['model']}: {p['num_parameters']:,} parameters, {batch} x {seq} tokens per rank and microbatch, "
         f"{p['world_size']} rank{'s' if p['world_size'] > 1 else ''}; GiB on one GPU",
+        f"assumed: {p['gpu']}, for each rank; {p['layout']}",
         "",
     ]
     shown = [row["at_peak"] for row in p["rows"] if row["save_percent"] in (0, 100)]
@@ -264,6 +358,7 @@ def text(p: dict) -> str:
         lines.append("no layer has a save_percent")
     elif total > p["budget"]:
         lines.append(f"does not fit: the least, save_percent {mean:.0f}, takes {total / GIB:.1f}")
+        lines += tried_text(p["tried"])
     else:
         lines.append(f"largest that fits: save_percent {mean:.0f} on average, {total / GIB:.1f} GiB in total")
         if len(set(choice)) > 1:
@@ -271,6 +366,16 @@ def text(p: dict) -> str:
     if p["time"]:
         lines += ["", *time_text(p["time"])]
     return "\n".join(lines + [f"note: {note}" for note in p["notes"]])
+
+
+def tried_text(tried: list[dict]) -> list[str]:
+    """Lines on what to change where nothing fits."""
+    lines = ["what to try, as planned:"] if tried else []
+    for other in tried:
+        mean = sum(other["save_percent"]) / max(1, len(other["save_percent"]))
+        fits = f"fits with save_percent {mean:.0f}" if other["fits"] else "does not fit"
+        lines.append(f"  {other['options']}: {fits}, {other['total'] / GIB:.1f} GiB")
+    return lines
 
 
 def time_text(timed: dict[int, dict]) -> list[str]:
@@ -299,7 +404,8 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with describe_cpu():
         try:
-            prediction = predict(args, read_job(args, job_args))
+            with contextlib.nullcontext() if args.job_json else progress():
+                prediction = predict(args, read_job(args, job_args))
         except (ValueError, OSError) as e:
             print(f"{PLAN_FAILED}{e}", file=sys.stderr)
             sys.exit(2)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -207,6 +208,9 @@ def shown(fits: dict, budget: int) -> str:
             "model": "m",
             "num_parameters": 1,
             "world_size": 1,
+            "gpu": "H100 with 79 GiB",
+            "layout": "no parallelism",
+            "tried": [{"options": "--training.local_batch_size 1", "save_percent": [25.0], "total": GIB, "fits": True}],
             "local_batch": [1, 1],
             "budget": budget * GIB,
             "context": 0,
@@ -219,9 +223,44 @@ def test_what_fits_in_words():
     text = shown({"save_percent": [25.0, 25.0], "total": 15 * GIB}, 16)
     assert "largest that fits: save_percent 25 on average, 15.0 GiB in total" in text and "by layer" not in text
     assert "by layer: 0 41" in shown({"save_percent": [0.0, 41.0], "total": 15 * GIB}, 16)
-    assert "does not fit: the least, save_percent 25, takes 17.0" in shown(
-        {"save_percent": [25.0], "total": 17 * GIB}, 16
-    )
+    assert "what to try" not in text and "assumed: H100 with 79 GiB, for each rank; no parallelism" in text
+    text = shown({"save_percent": [25.0], "total": 17 * GIB}, 16)
+    assert "does not fit: the least, save_percent 25, takes 17.0" in text
+    assert "what to try, as planned:\n  --training.local_batch_size 1: fits with save_percent 25, 1.0 GiB" in text
+
+
+@pytest.mark.parametrize("options, memory", [("", 79), ("--gpu h200", 139), ("--gpu h200 --gpu_memory_gib 20", 20)])
+def test_the_memory_is_that_of_the_gpu(options, memory):
+    args, _ = command_line.build_parser().parse_known_args(options.split())
+    assert command_line.gpu_memory_gib(args) == memory
+
+
+def test_layout_in_words():
+    config = JobConfig()
+    assert command_line.layout(config, 1) == "no parallelism"
+    config.parallelism.tensor_parallel_degree, config.parallelism.expert_parallel_degree = 2, 4
+    assert command_line.layout(config, 16) == "FSDP 8, tensor parallel 2, of them expert parallel 4"
+
+
+def test_what_to_try_where_nothing_fits():
+    config = JobConfig()
+    config.training.local_batch_size, config.activation_checkpoint.mode = 8, "none"
+    half, full = {"training.local_batch_size": 4}, {"activation_checkpoint.mode": "full"}
+    assert command_line.others_to_try(config, 2) == [(half, 2), (full, 2), ({}, 4), ({**half, **full}, 4)]
+    config.training.local_batch_size, config.activation_checkpoint.mode = 1, "full"
+    config.parallelism.data_parallel_shard_degree = 2
+    assert command_line.others_to_try(config, 2) == []
+
+
+def test_a_long_plan_says_so(monkeypatch, capfd):
+    monkeypatch.setattr(command_line, "PATIENCE", 0.05)
+    with command_line.progress():
+        time.sleep(0.5)
+    assert capfd.readouterr().err == "planning: two steps of the job on tensors without memory ...\n"
+    monkeypatch.setattr(command_line, "PATIENCE", 60.0)
+    with command_line.progress():
+        pass
+    assert capfd.readouterr().err == ""
 
 
 def test_a_plan_survives_json(plan):
@@ -485,6 +524,21 @@ def test_the_command_line_finds_what_its_table_shows_to_fit():
     rows = {line.split()[0]: line for line in out.stdout.splitlines() if line.strip() and line.split()[0].isdigit()}
     assert rows["0"].endswith("too much") and not rows["100"].endswith("too much")
     assert "largest that fits: save_percent 100 on average" in out.stdout and "does not fit" not in out.stdout
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_the_plan_says_what_would():
+    out = run("--gpu_memory_gib", "0.5", "--context_gib", "0.1", "--training.seq_len", "512")
+    assert out.returncode == 0, out.stderr
+    assert "assumed: GPU with 0.5 GiB, compute capability 9.0, for each rank; no parallelism" in out.stdout
+    tried = out.stdout.partition("what to try, as planned:\n")[2].splitlines()
+    assert [line.strip().partition(":")[0] for line in tried[:4]] == [
+        "--training.local_batch_size 4",
+        "--activation_checkpoint.mode full",
+        "--world_size 2",
+        "--training.local_batch_size 4 --activation_checkpoint.mode full --world_size 2",
+    ]
+    assert all(" GiB" in line and "fit" in line for line in tried[:4])
 
 
 @pytest.mark.slow
