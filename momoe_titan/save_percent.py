@@ -1,4 +1,4 @@
-"""`save_percent`: what it may be, and how much of an MoE layer's z it keeps. Every other module asks here."""
+"""Which values `save_percent` may have, and how many rows of pre-activations each saves in an MoE layer."""
 
 from typing import Any, Literal
 

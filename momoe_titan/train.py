@@ -1,4 +1,4 @@
-"""Train through TorchTitan's own trainer, also where there is no GPU.
+"""The training command: checks a job and trains it with TorchTitan's trainer, also without a GPU.
 
     python -m momoe_titan.train --job.config_file train_configs/debug_model.toml
     torchrun --nproc_per_node=2 -m momoe_titan.train --job.config_file ...

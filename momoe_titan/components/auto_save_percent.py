@@ -1,4 +1,4 @@
-"""`momoe.save_percent = "auto"` of a job: plans it in a process of its own and hands the plan to its layers."""
+"""Runs `momoe.save_percent = "auto"`: plans the job in a separate process and passes the choice to the MoE layers."""
 
 import dataclasses
 import json

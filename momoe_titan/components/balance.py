@@ -1,4 +1,4 @@
-"""Whether the experts of a run are in balance: over a validation set, over ranks of experts, and over many steps."""
+"""Measures how evenly the experts are used: over a validation set, over ranks of experts, and over many steps."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Checkpoints: which one a job resumes from, and how a checkpoint is kept whole."""
+"""Saves and finds checkpoints: which one a job resumes from, and how an incomplete one is recognised."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a run says on the console: the lines that its user wants, each of them once."""
+"""Filters and shortens the console log, so that a user sees the lines that matter, each of them once."""
 
 import logging
 import os

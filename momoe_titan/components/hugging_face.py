@@ -1,4 +1,4 @@
-"""What a job that starts from published weights needs before anything is built."""
+"""Checks the Hugging Face folder of a job that starts from published weights, and keeps the weights' routing."""
 
 from collections.abc import Sequence
 from typing import Any

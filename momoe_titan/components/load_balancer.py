@@ -1,4 +1,4 @@
-"""Moves the biases of load balancing, once per optimizer step and alike on all ranks."""
+"""Updates the load-balancing biases once per optimizer step, with the same result on all ranks."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Cross entropy whose gradient is the same on every mesh: that of the mean over all tokens of a step."""
+"""Cross entropy as the mean over all tokens of a step, with the same gradient under every parallelism."""
 
 from collections.abc import Callable
 

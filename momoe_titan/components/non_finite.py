@@ -1,4 +1,4 @@
-"""What happens to an optimizer step whose gradient is not finite."""
+"""Skips optimizer steps whose gradient has a NaN or an infinity."""
 
 import torch
 from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Memory of this process, in place of GPU memory on a machine without a GPU."""
+"""Measures the memory of this process, which is logged in place of GPU memory on a machine without a GPU."""
 
 import os
 import platform

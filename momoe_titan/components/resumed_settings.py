@@ -1,4 +1,4 @@
-"""The settings of a job that goes on from a checkpoint: what has changed since, and what holds.
+"""Compares the settings of a resumed job with those it was started with: what has changed, and which value is used.
 
 A checkpoint keeps the configuration of the job that wrote it, as JSON beside its tensors. Of settings that the states
 of the optimizer and of the schedule hold too, the job's own values are put in place of the loaded ones.

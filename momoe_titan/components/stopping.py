@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is asked to end does so between two steps, all its ranks after the same one."""
+"""Stops a run on Ctrl-C or SIGTERM between two steps, all ranks after the same step."""
 
 import os
 import signal

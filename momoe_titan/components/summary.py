@@ -1,4 +1,4 @@
-"""What a run says at its end: results, folders, and the commands that go on from there."""
+"""Writes the closing summary of a run: results, folders, and commands to continue with."""
 
 import math
 import os

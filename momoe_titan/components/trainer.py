@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint, by TorchTitan's trainer."""
+"""Runs a training job, from reading its configuration to its last checkpoint, with TorchTitan's trainer."""
 
 import dataclasses
 import functools

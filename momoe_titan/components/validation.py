@@ -1,4 +1,4 @@
-"""Validation on our loader."""
+"""Validation during training, on this package's data loader."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

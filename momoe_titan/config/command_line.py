@@ -1,4 +1,4 @@
-"""The options of a job as they stand on its command line, before TorchTitan reads them."""
+"""Reads a few options from a job's command line before TorchTitan parses it."""
 
 import tomllib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `[compile]` asks for."""
+"""Whether `[compile]` asks for a compiled model."""
 
 from torchtitan.config import JobConfig
 

@@ -1,4 +1,4 @@
-"""Whether the fields of a dataclass hold what their type hints say. Imports no TorchTitan."""
+"""Checks that the fields of a dataclass match their type hints. Imports no TorchTitan."""
 
 import types
 from dataclasses import fields, is_dataclass

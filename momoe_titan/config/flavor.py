@@ -1,4 +1,4 @@
-"""The model that a job names."""
+"""Finds the model arguments that a job's `model.name` and `model.flavor` select."""
 
 import copy
 import importlib

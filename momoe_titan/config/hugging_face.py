@@ -1,4 +1,4 @@
-"""Where a job's Hugging Face weights are, and which formats hold all of a model."""
+"""The folder of a job's Hugging Face weights, and which Hugging Face formats can store the balancing bias."""
 
 from torchtitan.config import JobConfig
 

@@ -1,4 +1,4 @@
-"""The machine that a job is checked for: this one, or one that is only planned for."""
+"""Describes the machine that a job is checked for: this one, or one that a plan assumes."""
 
 import contextlib
 import os

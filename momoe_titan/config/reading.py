@@ -1,4 +1,4 @@
-"""Reads a job's configuration by TorchTitan's reader, after what that says badly or not at all has been looked for."""
+"""Reads a job's configuration, with clear messages for mistakes that TorchTitan reports badly or not at all."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""The `[momoe]` section of a job: target of `job.custom_config_module`.
+"""Defines the fields of the `[momoe]` section and their help texts.
 
 TorchTitan merges the `JobConfig` below into its own when the TOML file says
 `job.custom_config_module = "momoe_titan.job_config"`, so that the fields can be

@@ -1,4 +1,4 @@
-"""What a user may have meant by a name that nobody knows. Imports no TorchTitan."""
+"""Suggests a known name for a misspelt one ("did you mean"). Imports no TorchTitan."""
 
 import difflib
 from collections.abc import Iterable

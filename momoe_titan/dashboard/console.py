@@ -1,4 +1,4 @@
-"""The line that a log step prints."""
+"""Formats the line that a log step prints on the console."""
 
 import dataclasses
 from collections import deque

@@ -1,4 +1,4 @@
-"""Runs as their TensorBoard event files tell them: which starts a job had, and what each logged."""
+"""Reads runs from their TensorBoard event files: which starts a job had, and what each logged."""
 
 import json
 import math

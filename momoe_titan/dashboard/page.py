@@ -1,4 +1,4 @@
-"""One page that shows training runs: health, loss, speed, memory, and the balance of the experts.
+"""Builds the HTML page of training runs: health, loss, speed, memory, and the balance of the experts.
 
     python -m momoe_titan.dashboard outputs/debug_model -o dashboard.html
     python -m momoe_titan.dashboard "keep nothing=outputs/a" "keep all=outputs/b" --live 30

@@ -1,4 +1,4 @@
-"""TorchTitan's text dataset with a position that other numbers of ranks can take over."""
+"""TorchTitan's text dataset, with a position that can be resumed on another number of ranks."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -1,4 +1,4 @@
-"""Cutting long texts into documents."""
+"""Cuts long texts into documents."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The error of every room of this package."""
+"""`DataError`, which everything in this folder raises for bad data."""
 
 
 class DataError(ValueError):

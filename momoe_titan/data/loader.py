@@ -1,4 +1,4 @@
-"""The loaders of a job: `training.dataset` and `validation.dataset` in batches, position included in checkpoints."""
+"""Builds the data loaders of `training.dataset` and `validation.dataset`; checkpoints include their position."""
 
 import pickle
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The dataset `local`: .txt, .jsonl and .parquet files named by `dataset_path`."""
+"""The dataset `local`: reads .txt, .jsonl and .parquet files from `dataset_path`."""
 
 import glob
 import json

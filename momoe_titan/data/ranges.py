@@ -1,4 +1,4 @@
-"""Documents as a list of [start, stop) ranges of their numbers, and parts of such a list."""
+"""Divides documents among ranks, as lists of [start, stop) ranges of document numbers."""
 
 
 def part_of(ranges: list[tuple[int, int]], index: int, count: int) -> list[tuple[int, int]]:

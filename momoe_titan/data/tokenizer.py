@@ -1,4 +1,4 @@
-"""The tokenizer of a job."""
+"""Finds and loads the tokenizer of a job."""
 
 import os
 from pathlib import Path

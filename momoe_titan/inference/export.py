@@ -1,4 +1,4 @@
-"""Converting a checkpoint of TorchTitan's into weights that Hugging Face's libraries read, in bounded memory."""
+"""Converts a TorchTitan checkpoint into weights that Hugging Face's libraries read, layer by layer."""
 
 import json
 import os

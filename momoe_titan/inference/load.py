@@ -1,4 +1,4 @@
-"""Trained models outside of training: finding a checkpoint, and loading a model from it.
+"""Finds a checkpoint and loads its model, for sampling and export.
 
 One process, no process group. A checkpoint is TorchTitan's (torch.distributed.checkpoint, from any number of ranks) or
 a Hugging Face folder.

@@ -1,4 +1,4 @@
-"""Sampling text from a model, one token at a time, with a cache of keys and values."""
+"""Samples text from a model, one token at a time, with a cache of keys and values."""
 
 from collections.abc import Iterator
 from typing import cast

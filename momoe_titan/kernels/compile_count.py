@@ -1,4 +1,4 @@
-"""How many Triton kernels this process has compiled: a number that has to stand still in training.
+"""Counts the Triton kernels that this process has compiled; the count must stop growing early in training.
 
 What may add kernels later: the first forward without gradients where save_percent is above 0, the first one that saves
 no z, and without gradients the first of at most 16 tokens, or of more.

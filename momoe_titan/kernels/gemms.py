@@ -1,4 +1,4 @@
-"""The six grouped GEMMs behind the op, on one of two paths: portable Triton, or Gluon for Hopper."""
+"""Chooses between the two families of grouped GEMMs: portable Triton, or Gluon for Hopper."""
 
 import functools
 import logging

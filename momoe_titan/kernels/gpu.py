@@ -1,4 +1,4 @@
-"""What the device of a tensor is, whether kernels run on it, and how to plan for a GPU that is not there."""
+"""Tells whether kernels run on a tensor's device, and lets a plan assume a GPU that is not there."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""One row for each pair of a token and a group that the token belongs to, sorted by group.
+"""For expert parallelism: lists, sorted by group, one row per token and group of experts that it chose from.
 
 What expert parallelism sends: the groups are the ranks of the chosen experts. Gathering tokens into
 rows and summing rows into tokens are each other's backward.

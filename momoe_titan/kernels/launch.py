@@ -1,4 +1,4 @@
-"""How a kernel is launched: Triton's own way, and a faster one for kernels that it has compiled."""
+"""Launches kernels: by Triton the first time, and with less host time once they are compiled."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""In which pieces, and in which order, one layer allocates: decided from sizes alone.
+"""Decides from sizes alone in which pieces and in which order one layer allocates memory.
 
 op.py follows the schedule, and the memory planner foresees it by calling the same functions. Nothing here
 touches a tensor.

@@ -1,4 +1,7 @@
-"""The op: what is saved, what calls what. ``momoe_mlp`` validates once; everything below trusts it."""
+"""The differentiable op of the experts: checks inputs, saves tensors for the backward, calls the kernels.
+
+``momoe_mlp`` checks its inputs once; the functions that it calls rely on that.
+"""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The layer in plain torch: the oracle of the tests, and the backend where there is no GPU.
+"""The layer in plain torch: the reference that tests compare with, and the backend where there is no GPU.
 
 Both run the experts one after another and read their token counts on the host.
 """

@@ -1,4 +1,4 @@
-"""Eviction of saved activations: what `save_percent = "auto"` does where a routing is more skewed than planned.
+"""Frees saved pre-activations when a step's routing is more skewed than `save_percent = "auto"` has planned for.
 
 Under expert parallelism the rows that a rank receives depend on the routing, and the plan assumes the rank's fair
 share. z, what save_percent saves, is a cache: the backward can compute any of it again, to the bit. The host learns

@@ -1,4 +1,4 @@
-"""A model of PyTorch's caching allocator for GPU memory, to tell reserved from allocated bytes.
+"""A model of PyTorch's caching allocator, which predicts reserved from allocated GPU memory.
 
 Follows c10/cuda/CUDACachingAllocator.cpp with its default options and one stream: two pools, best
 fit, blocks that are split and merged again, cached segments given back when the GPU is full.

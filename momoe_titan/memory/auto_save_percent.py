@@ -1,4 +1,4 @@
-"""`momoe.save_percent = "auto"`: as much as fits into `momoe.memory_budget`.
+"""Chooses the largest save_percent that fits into `momoe.memory_budget`, for `momoe.save_percent = "auto"`.
 
 At the start the plan of the job (`momoe_titan.plan`) says how much of z fits. After `MEASURED_STEPS`
 optimizer steps the memory that they took corrects the choice, once. Every rank makes the same choice: from

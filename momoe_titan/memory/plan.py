@@ -1,4 +1,4 @@
-"""The memory of a job's training step, for any save_percent, and the largest that fits."""
+"""Predicted memory of a job's training step at any save_percent, and the largest save_percent that fits."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace

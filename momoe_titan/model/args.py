@@ -1,4 +1,4 @@
-"""Arguments of the llama-MoE model, and what a job's configuration may ask of it."""
+"""Arguments of the llama-MoE model, and how they are set from a job's configuration."""
 
 import contextlib
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The sizes that `model.flavor` names."""
+"""The table of model sizes that `model.flavor` chooses from."""
 
 import copy
 from collections import UserDict

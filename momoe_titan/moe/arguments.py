@@ -1,4 +1,4 @@
-"""Checks of what users pass to the layers, and the layers' weights: given ones, or new ones."""
+"""Checks the arguments of the layers, and makes their weights or takes over given ones."""
 
 import torch
 from torch import nn

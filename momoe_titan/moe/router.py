@@ -1,4 +1,4 @@
-"""How tokens choose their experts, for `TopKRouter` and for TorchTitan's `MomoeRouter`.
+"""Chooses the experts of each token, for `TopKRouter` and for TorchTitan's `MomoeRouter`.
 
 On a GPU one Triton kernel does it (kernels/router.py). Elsewhere plain torch gives the same choice.
 """

@@ -1,4 +1,4 @@
-"""How long a training step takes on N GPUs: the work that the trace of a job shows, by rates.
+"""Predicts the time of a training step on N GPUs, from a job's traced operations and measured rates.
 
 The trace names every op and collective of a rank's step with its sizes. Products are counted in
 FLOPs, everything else in bytes moved, collectives in bytes sent. docs/parallelism.md has the formulas

@@ -1,4 +1,4 @@
-"""Two training steps of a job on fake tensors, through TorchTitan's own trainer."""
+"""Plans a job: traces two of its training steps on fake tensors, with TorchTitan's own trainer."""
 
 import copy
 import dataclasses

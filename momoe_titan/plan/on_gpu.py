@@ -1,4 +1,4 @@
-"""Code on CPU tensors takes the way it would take on a GPU, as far as memory is concerned."""
+"""Makes CPU tensors take the code paths of a GPU, so that a trace sees a GPU's allocations."""
 
 import contextlib
 from collections.abc import Iterator

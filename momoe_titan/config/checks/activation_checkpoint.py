@@ -1,4 +1,4 @@
-"""The section `[activation_checkpoint]`."""
+"""Checks the section `[activation_checkpoint]`."""
 
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import ActivationCheckpoint

@@ -1,4 +1,4 @@
-"""The section `[checkpoint]`, and what a job loads from and saves to Hugging Face's format."""
+"""Checks the section `[checkpoint]`, and loading from and saving to Hugging Face's format."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The expert parallelism of `[parallelism]`."""
+"""Checks the expert parallelism in `[parallelism]`."""
 
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger

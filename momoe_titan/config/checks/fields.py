@@ -1,4 +1,4 @@
-"""Types and ranges of single fields, which TorchTitan 0.2.2 does not check in a TOML file."""
+"""Checks types and ranges of single fields, which TorchTitan 0.2.2 does not check in a TOML file."""
 
 from dataclasses import fields, is_dataclass
 

@@ -1,4 +1,4 @@
-"""All checks of a job's settings, in one place.
+"""Runs all checks of a job's settings.
 
 `python -m momoe_titan.train` and the planner call `check_job` before anything is built. Under TorchTitan's own command
 the same checks run when its trainer calls `MomoeLlamaArgs.update_from_config`. What only a training run needs of its

@@ -1,4 +1,4 @@
-"""The arguments of a model against each other."""
+"""Checks that the arguments of a model fit each other."""
 
 from typing import Any
 

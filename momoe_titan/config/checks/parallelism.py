@@ -1,4 +1,4 @@
-"""The data, tensor and context parallelism of `[parallelism]`, and how all degrees fit the number of processes."""
+"""Checks data, tensor and context parallelism, and that all degrees fit the number of processes."""
 
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger

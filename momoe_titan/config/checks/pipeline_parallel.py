@@ -1,4 +1,4 @@
-"""The pipeline parallelism of `[parallelism]`."""
+"""Checks the pipeline parallelism in `[parallelism]`."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the two consumers make of a product, and how results leave.
+"""The consumers' work on a finished product (SwiGLU, its backward), and the stores of the results.
 
 `storing_consumer` keeps a tile's results packed in registers and sends them out under the products of the next
 tile. Its epilogue says what the results are: `UpEpilogue` (z, act) or `PlainEpilogue` (the product).

@@ -1,4 +1,4 @@
-"""How the producer loads the two operands of a stage.
+"""The loads by which the producer fills a stage with its two operands.
 
 lhs operands have `tokens`, `next_tokens` and `load`; rhs operands have `load`. BYTES is what TMA brings to a
 stage, for the stage's barrier; copies by cp.async report to the barrier themselves.

@@ -1,4 +1,4 @@
-"""Tiles of the portable GEMMs: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
+"""Tile sizes of the portable GEMMs: a hand-picked table per kind of GPU, and an opt-in cache of tuned ones on disk."""
 
 import functools
 import json

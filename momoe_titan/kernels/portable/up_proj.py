@@ -1,4 +1,4 @@
-"""Up projection: gather, GEMM and SwiGLU in one kernel; z again for the backward."""
+"""Up projection: gather, GEMM and SwiGLU in one kernel, and the recomputation of z for the backward."""
 
 import torch
 import triton

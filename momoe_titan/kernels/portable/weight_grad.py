@@ -1,4 +1,4 @@
-"""Gradient of both weights: one grouped A^T B whose inner dimension is the rows of an expert."""
+"""Gradients of both weights: one grouped GEMM A^T B that sums over the rows of each expert."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Whether the files of a Hugging Face folder hold the weights of a model, by their headers alone."""
+"""Checks, from file headers alone, that a Hugging Face folder holds the weights of a model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Names and layouts of weights: Hugging Face's and ours.
+"""Converts weights between Hugging Face's names and layouts and ours.
 
 TorchTitan's checkpoint manager calls the adapter for `checkpoint.initial_load_in_hf` and
 `checkpoint.last_save_in_hf`. Beside names, three things differ:

@@ -1,4 +1,4 @@
-"""Activation checkpointing that runs the experts once.
+"""Activation checkpointing that does not run the experts' forward again.
 
 TorchTitan's modes decide which blocks the backward recomputes. Inside a recomputed block, one of our
 MoE layers saves what its backward needs of routing and experts, so that the recomputation runs

@@ -1,4 +1,4 @@
-"""What an MoE layer calls under tensor parallelism: gather, sum and scatter rows; a rank's part of a weight.
+"""Collectives of an MoE layer under tensor parallelism: gather, sum and scatter rows.
 
 Without tensor parallelism the mesh is None and weights are plain tensors; everything passes through.
 """

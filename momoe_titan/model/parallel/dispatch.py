@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a group owns E/P of the experts and works for the tokens of all.
+"""Expert parallelism: sends tokens to the ranks that own their experts, and the results back.
 
 A token goes once to each *rank* that owns experts it chose. That rank's weighted sum for the token comes back
 as one row. Sending it once per *expert* would cost K rows each way. Once per rank costs 1.9 in place of 4 with
