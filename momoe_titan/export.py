@@ -9,6 +9,9 @@ latest step. Weights are read and written layer by layer: this takes the memory 
 no GPU. The model decides which format it becomes (docs/hugging_face.md). If the format cannot hold the load-balancing
 bias, the bias is written beside the weights, with a warning. Without OUT, a folder that checkpoint.last_save_in_hf
 wrote gets the config.json and tokenizer that it lacks.
+
+--verify then compares the logits of a text with those of transformers, which must be installed. Exit status: 0, 1 where
+they differ by more than rounding, 2 for what cannot be exported.
 """
 
 import argparse
@@ -21,7 +24,9 @@ import torch
 
 from momoe_titan.inference.export import convert
 from momoe_titan.inference.load import args_and_tokenizer, find_checkpoint
-from momoe_titan.model.hugging_face.config import hf_format, saved_dtype, write_hf_config
+from momoe_titan.inference.verify import compare
+from momoe_titan.model import MomoeLlamaArgs
+from momoe_titan.model.hugging_face.config import BIAS_FILE, hf_format, saved_dtype, write_hf_config
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -42,11 +47,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--shard_gib", type=float, default=5.0, help="largest size of a file (default: %(default)s)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="in place of the job's")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare with transformers, in float32 on the CPU; an OUT that was exported before is left as it is",
+    )
     return parser.parse_known_args(argv)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Export as these arguments say.
+def main(argv: Sequence[str]) -> int:
+    """Export as these arguments say. Returns the exit status: 1 where --verify finds another model.
 
     Raises:
         ValueError: names what cannot be exported, and why.
@@ -62,9 +72,17 @@ def main(argv: Sequence[str]) -> None:
     if is_hf:
         if options.out or options.dtype:
             raise ValueError(f"{path!r} is in Hugging Face's format already: OUT has no meaning")
-        write_hf_config(path, args, assets, saved_dtype(path))
-        print(f"{path}: config.json and tokenizer written ({name})")
-        return
+        if job or not options.verify:
+            write_hf_config(path, args, assets, saved_dtype(path))
+            print(f"{path}: config.json and tokenizer written ({name})")
+    elif options.verify and options.out and os.path.isfile(os.path.join(options.out, "config.json")):
+        print(f"{options.out}: was exported before, and is left as it is")
+    else:
+        _export(path, args, assets, options)
+    return _verify(path, args, assets, path if is_hf else options.out) if options.verify else 0
+
+
+def _export(path: str, args: MomoeLlamaArgs, assets: str, options: argparse.Namespace) -> None:
     if not options.out:
         raise ValueError("OUT is missing: where to write to")
     if os.path.isdir(options.out) and os.listdir(options.out):
@@ -75,14 +93,28 @@ def main(argv: Sequence[str]) -> None:
     os.makedirs(options.out, exist_ok=True)
     bias_file, dtype = convert(path, options.out, args, dtype, int(options.shard_gib * 2**30))
     write_hf_config(options.out, args, assets, dtype, bias_file)
-    print(f"{options.out}: {name}, {str(dtype).removeprefix('torch.')}")
+    print(f"{options.out}: {hf_format(args)}, {str(dtype).removeprefix('torch.')}")
+
+
+def _verify(path: str, args: MomoeLlamaArgs, assets: str, folder: str) -> int:
+    """The exit status."""
+    comparison = compare(path, args, assets, folder, saved_dtype(folder))
+    print(comparison)
+    if comparison.is_equal:
+        print(f"{folder}: transformers computes the same model")
+        return 0
+    reason = ""
+    if os.path.isfile(os.path.join(folder, BIAS_FILE)):
+        reason = f": the format cannot hold the load-balancing bias, which is in {BIAS_FILE}"
+    print(f"{folder}: TRANSFORMERS COMPUTES ANOTHER MODEL{reason}", file=sys.stderr)
+    return 1
 
 
 def command() -> None:
-    """The command line; exit status 2 for what cannot be exported."""
+    """The command line; see above for its exit status."""
     warnings.filterwarnings("ignore", category=UserWarning)
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as e:
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -11,6 +11,10 @@ import pytest
 import safetensors.torch as safetensors_torch
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from torch import nn
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,8 +24,9 @@ from momoe_titan.inference.export import convert
 from momoe_titan.inference.load import find_checkpoint, load_model, read_job, with_positions
 from momoe_titan.inference.sampling import _sample, attention_caches, generate, stream_text
 from momoe_titan.model import flavors
-from momoe_titan.model.args import read_hf_args
-from momoe_titan.model.hugging_face.config import BIAS_FILE
+from momoe_titan.model.args import args_from_hf_config, read_hf_args
+from momoe_titan.model.hugging_face.config import BIAS_FILE, write_hf_config
+from tests.model.test_hugging_face_weights import MODELS, randomise
 from tests.support.tiny import build, moes, tiny_args
 from tests.test_train import train
 
@@ -36,7 +41,7 @@ def run(tmp_path_factory):
     """A run of some steps with its checkpoint, and that as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("run")
     options = ["--training.steps=6", "--checkpoint.enable", "--validation.no_enable"]
-    train(folder, *options, "--momoe.load_balance_rate=0.1")
+    train(folder, *options, "--momoe.load_balance_rule=sign", "--momoe.load_balance_rate=0.1")
     export_hf.main([str(folder / "checkpoint"), str(folder / "hf"), *JOB, "--shard_gib", "0.008"])
     return folder
 
@@ -60,7 +65,8 @@ def test_transformers_continues_as_we_do(run, capsys):
 
     ids = prompt_ids()
     tokenizer = AutoTokenizer.from_pretrained(run / "hf")
-    assert [tokenizer.bos_token_id, *tokenizer.encode(PROMPT)] == ids
+    assert tokenizer.encode(PROMPT) == ids
+    assert HuggingFaceTokenizer(str(run / "hf")).encode(PROMPT, add_bos=True, add_eos=False) == ids
     args, assets = read_job(JOB)
     path, is_hf = find_checkpoint(str(run / "checkpoint"))
     assert path == str(run / "checkpoint/step-6") and not is_hf
@@ -152,6 +158,97 @@ def test_bias_beside_a_format_that_cannot_hold_it(tmp_path, backend):
         tokens = torch.arange(16)[None]
         assert lost or torch.equal(ours(tokens), build(args).eval()(tokens))
         dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_verify_finds_every_format_equal_and_a_changed_weight(name, tmp_path, monkeypatch, capsys):
+    config_class, fields = MODELS[name]
+    fields = fields | {"vocab_size": 2048, "max_position_embeddings": 256}
+    args = args_from_hf_config(getattr(transformers, config_class)(**fields).to_dict())
+    monkeypatch.setitem(flavors, "own", args)
+    model = build(args)
+    randomise(model, 0)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "step-1", no_dist=True)
+    out = tmp_path / "out"
+    command = [str(tmp_path), str(out), *JOB, "--model.flavor=own", "--training.seq_len=64", "--verify"]
+    assert export_hf.main([*command, "--dtype=bfloat16"]) == 0
+    shown = capsys.readouterr()
+    assert "largest difference of logits: " in shown.out and "computes the same model" in shown.out
+    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 256
+    assert export_hf.main([str(out), "--verify"]) == 0
+
+    file = out / "model.safetensors"
+    weights = safetensors_torch.load_file(file)
+    weights["model.layers.1.self_attn.k_proj.weight"].neg_()
+    safetensors_torch.save_file(weights, file, {"format": "pt"})
+    assert export_hf.main(command) == 1
+    shown = capsys.readouterr()
+    assert "was exported before" in shown.out and "TRANSFORMERS COMPUTES ANOTHER MODEL" in shown.err
+
+
+def test_verify_says_what_the_format_cannot_hold(tmp_path, monkeypatch, capsys):
+    args = tiny_args(
+        {"score_func": "softmax", "num_shared_experts": 0}, n_dense_layers=0, vocab_size=2048, dim=32, moe_hidden_dim=12
+    )
+    monkeypatch.setitem(flavors, "own", args)
+    model = build(args)
+    for moe in moes(model):
+        moe.expert_bias.normal_()
+        nn.init.normal_(moe.experts.w2)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "step-1", no_dist=True)
+    command = [str(tmp_path), str(tmp_path / "out"), *JOB, "--model.flavor=own", "--verify"]
+    assert export_hf.main(command) == 1
+    assert "ANOTHER MODEL: the format cannot hold the load-balancing bias" in capsys.readouterr().err
+
+
+def test_verify_compares_the_ids_of_a_text(run, tmp_path, capsys):
+    assert export_hf.main([str(run / "hf"), "--verify"]) == 0
+    shutil.copytree(run / "hf", tmp_path / "hf")
+    for name, field, value in (
+        ("tokenizer_config.json", "add_bos_token", False),
+        ("tokenizer.json", "post_processor", None),
+    ):
+        path = tmp_path / "hf" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    assert export_hf.main([str(tmp_path / "hf"), "--verify"]) == 1
+    assert "gives the text other ids than ours" in capsys.readouterr().out
+
+
+def tokenizer_folders(folder):
+    """Kinds of tokenizers, by what adds a token that begins a text."""
+    plain = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+    config = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    begin = TemplateProcessing(single="<|begin_of_text|> $A", pair="$A $B", special_tokens=[("<|begin_of_text|>", 0)])
+    kinds = {}
+    for name, processor, fields in (
+        ("nothing", None, {}),
+        ("another processor", ByteLevel(), {}),
+        ("tokenizer.json", begin, {}),
+        ("tokenizer.json, denied", begin, {"add_bos_token": False}),
+        ("the field", None, {"add_bos_token": True, "add_eos_token": True}),
+        ("no such token", None, {"bos_token": None}),
+    ):
+        path = folder / name
+        path.mkdir()
+        if processor is not None:
+            plain.post_processor = processor
+        plain.save(str(path / "tokenizer.json"))
+        (path / "tokenizer_config.json").write_text(json.dumps(config | fields))
+        plain = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+        kinds[name] = path
+    return kinds
+
+
+def test_exported_tokenizers_give_a_text_our_ids(tmp_path):
+    for name, assets in tokenizer_folders(tmp_path).items():
+        ours = HuggingFaceTokenizer(str(assets))
+        ids = ours.encode(PROMPT, add_bos=True, add_eos=False)
+        out = tmp_path / "out" / name
+        write_hf_config(str(out), tiny_args(), str(assets), torch.float32)
+        assert AutoTokenizer.from_pretrained(out).encode(PROMPT) == ids, name
+        back = HuggingFaceTokenizer(str(out))
+        assert back.encode(PROMPT, add_bos=True, add_eos=False) == ids, name
+        assert back.encode(PROMPT, add_bos=True, add_eos=True) == ours.encode(PROMPT, add_bos=True, add_eos=True)
 
 
 def test_sampling(tmp_path):

@@ -14,7 +14,6 @@ and its normalisation of queries and keys:
 import dataclasses
 import json
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS
 from momoe_titan.config.model_args import ModelArgs
+from momoe_titan.model.hugging_face.tokenizer import export_tokenizer
 from momoe_titan.model.rope import YarnArgs, yarn_attention_factor
 
 ARCHITECTURES = {
@@ -56,17 +56,6 @@ NOT_KEPT = (
     "_name_or_path",
 )
 BIAS_FILE = "expert_bias.safetensors"  # beside the weights, of a model whose format has no place for the bias
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def hf_format(args: ModelArgs) -> str:
@@ -454,22 +443,6 @@ def write_hf_config(folder: str, args: ModelArgs, assets: str, dtype: torch.dtyp
             "transformers ignores it and computes another model.",
         }
     os.makedirs(folder, exist_ok=True)
-    _copy_tokenizer(assets, folder)
+    export_tokenizer(tokenizer, assets, folder)
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config, f, indent=2)
-
-
-def _copy_tokenizer(assets: str, folder: str) -> None:
-    for name in TOKENIZER_FILES:
-        source = os.path.join(assets, name)
-        if os.path.isfile(source) and not os.path.samefile(assets, folder):
-            shutil.copy(source, folder)
-    # Where no class is named, transformers takes the class of the model type, which may split text otherwise.
-    path = os.path.join(folder, "tokenizer_config.json")
-    tokenizer_config = {}
-    if os.path.isfile(path):
-        with open(path) as f:
-            tokenizer_config = json.load(f)
-    if "tokenizer_class" not in tokenizer_config:
-        with open(path, "w") as f:
-            json.dump({**tokenizer_config, "tokenizer_class": "PreTrainedTokenizerFast"}, f, indent=2)
