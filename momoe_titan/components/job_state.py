@@ -1,4 +1,4 @@
-"""The state of the whole job at a log step, made known to every rank by one reduction and one copy to the host."""
+"""Collects a log step's values from all ranks, with one reduction and one copy to the host."""
 
 import dataclasses
 import math
@@ -48,6 +48,7 @@ class JobState:
         counts_LE: tokens per expert of the last step.
         bias_LE: the balancing bias.
         entropy_L: entropy of the router's scores, from 0 (decided) to 1 (undecided); NaN where it was not recorded.
+        aux_loss_L, z_loss_L: the routers' losses, unweighted; NaN where they were not recorded.
         save_percent_L: NaN for layers whose experts are not ours.
         ranks: one array (W) per field.
     """
@@ -56,6 +57,8 @@ class JobState:
     counts_LE: np.ndarray
     bias_LE: np.ndarray
     entropy_L: np.ndarray
+    aux_loss_L: np.ndarray
+    z_loss_L: np.ndarray
     save_percent_L: np.ndarray
     ranks: RankState[np.ndarray]
 
@@ -107,13 +110,16 @@ def gather(
     )
     known_L = rows_LC[:, 0] > 0
     rows_LC = rows_LC[known_L]
-    sharers_L1, tokens_L = rows_LC[:, :1], rows_LC[:, 2]
+    sharers_L1, tokens_L1 = rows_LC[:, :1], rows_LC[:, 2:3]
+    means_L3 = np.where(tokens_L1 > 0, rows_LC[:, [1, 3, 4]] / np.maximum(tokens_L1, 1), np.nan)
     return JobState(
         layer_ids=[layer_id for layer_id, known in zip(layer_ids, known_L, strict=True) if known],
-        counts_LE=rows_LC[:, 4 + num_experts :] / sharers_L1,
-        bias_LE=rows_LC[:, 4 : 4 + num_experts] / sharers_L1,
-        entropy_L=np.where(tokens_L > 0, rows_LC[:, 1] / np.maximum(tokens_L, 1), np.nan),
-        save_percent_L=rows_LC[:, 3] / sharers_L1[:, 0],
+        counts_LE=rows_LC[:, 6 + num_experts :] / sharers_L1,
+        bias_LE=rows_LC[:, 6 : 6 + num_experts] / sharers_L1,
+        entropy_L=means_L3[:, 0],
+        aux_loss_L=means_L3[:, 1],
+        z_loss_L=means_L3[:, 2],
+        save_percent_L=rows_LC[:, 5] / sharers_L1[:, 0],
         ranks=RankState(*rows_WC.T),
     )
 
@@ -150,11 +156,11 @@ def _layer_table(
 ) -> torch.Tensor:
     """This rank's part of a table with one row per layer, zero for layers that it does not have.
 
-    The columns: ranks that have the layer, sums of their entropies and tokens, save_percent, biases, counts. Ranks that
-    share a layer agree on the last three, so that the sums over ranks are divided by the number of ranks. float64 is
-    exact for sums of counts up to 2^53.
+    The columns: ranks that have the layer, sums of their entropies, tokens and losses, save_percent, biases, counts.
+    Ranks that share a layer agree on the last three, so that the sums over ranks are divided by the number of ranks.
+    float64 is exact for sums of counts up to 2^53.
     """
-    table_LC = torch.zeros(len(layer_ids), 4 + 2 * num_experts, dtype=torch.float64, device=device)
+    table_LC = torch.zeros(len(layer_ids), 6 + 2 * num_experts, dtype=torch.float64, device=device)
     own = [row for row, layer_id in enumerate(layer_ids) if layer_id in layers]
     if own:
         moes, counts = zip(*(layers[layer_ids[row]] for row in own), strict=True)
@@ -162,6 +168,7 @@ def _layer_table(
         parts = [
             torch.ones(len(own), 1, device=device),
             torch.stack([moe.router.entropy_and_tokens for moe in moes]),
+            torch.stack([moe.router.loss_sums for moe in moes]),
             torch.tensor(percents, device=device)[:, None],
             torch.stack([moe.expert_bias for moe in moes]),
             torch.stack(counts),

@@ -1,4 +1,4 @@
-"""Metrics of a run: TorchTitan's, and the balance of the experts, the memory and the health of the whole job.
+"""Logs the metrics of a run: TorchTitan's, and the balance of the experts, the memory and the health of the job.
 
 On a machine without a GPU, memory is that of the process and has tags of its own. There is no model FLOPS utilisation,
 because the peak FLOPS of a CPU are not known.
@@ -297,7 +297,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
 
     def _restart_entropy(self) -> None:
         if layers := self._layers():
-            totals = [layer.router.entropy_and_tokens for layer in layers.values()]
+            routers = [layer.router for layer in layers.values()]
+            totals = [total for router in routers for total in (router.entropy_and_tokens, router.loss_sums)]
             torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage]  one launch for all layers
 
     def _rank_state(
@@ -369,6 +370,10 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
                 tags.ENTROPY_MIN: entropy_L.min(),
                 **{tags.maxvio_layer(i): maxvio for i, maxvio in zip(state.layer_ids, maxvio_L, strict=True)},
             }
+            if (args := self.model_args) is not None and args.aux_loss_weight:
+                scalars[tags.AUX_LOSS] = state.aux_loss_L.mean()
+            if args is not None and args.router_z_loss_weight:
+                scalars[tags.Z_LOSS] = state.z_loss_L.mean()
             if (ranks_of_experts := getattr(self.parallel_dims, "ep", 1)) > 1:
                 scalars[tags.WORST_RANK_LOAD] = worst_rank_load(state.counts_LE, ranks_of_experts)
         return {tag: float(value) for tag, value in scalars.items()}

@@ -1,4 +1,4 @@
-"""The tags of all metrics, for those who write them and those who read them.
+"""The list of all metric tags, shared by the code that writes metrics and the code that reads them.
 
 TensorBoard and Weights & Biases show a metric under its tag. A tag never changes: the event files of old runs hold it.
 """
@@ -64,6 +64,8 @@ BIAS_MAX = "moe/bias_max"
 DROPPED_TOKENS = "moe/dropped_tokens"
 ENTROPY_MEAN = "moe/router_entropy_mean"
 ENTROPY_MIN = "moe/router_entropy_min"
+AUX_LOSS = "moe/aux_loss_mean"  # unweighted, mean of the layers; only of jobs that have it
+Z_LOSS = "moe/router_z_loss_mean"
 
 # Not scalars
 RUN = "run"  # text: one JSON object per start of the job

@@ -12,7 +12,7 @@ from momoe_titan.kernels.router import float32_product
 from momoe_titan.model.parallel.collectives import local_weight
 from momoe_titan.moe.expert_stats import accumulate_entropy, accumulate_margins, feeds_balancing, records_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
-from momoe_titan.moe.router_losses import add_router_losses, expert_shares
+from momoe_titan.moe.router_losses import accumulate_router_losses, add_router_losses, expert_shares
 
 
 class Float32Linear(nn.Linear):
@@ -33,6 +33,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
     Buffers, which are not in the state dict:
         entropy_and_tokens: (2) float32: the sum of the tokens' entropies, and their number, over
             the training forwards since the last log (see `expert_stats.accumulate_entropy`).
+        loss_sums: (2) float32: the same sums of the auxiliary and the z-loss, unweighted; 0 where the
+            router has neither.
         margins_EB, input_sum_C: what quantile balancing counts over the training forwards since
             the last optimizer step (see `expert_stats.accumulate_margins`), after which they are
             0. None unless `count_margins` was called.
@@ -49,6 +51,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
 
     gate: Float32Linear
     entropy_and_tokens: torch.Tensor
+    loss_sums: torch.Tensor
     last_shares_E: torch.Tensor | None
     margins_EB: torch.Tensor | None
     input_sum_C: torch.Tensor | None
@@ -68,6 +71,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
         self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
+        self.register_buffer("loss_sums", torch.zeros(2), persistent=False)
         self.aux_loss_weight = self.z_loss_weight = 0.0
         self.aux_loss_scope = "global"
         self.tokens_per_step: float | None = None
@@ -88,6 +92,7 @@ class MomoeRouter(TokenChoiceTopKRouter):
     def reset_statistics(self, device: torch.device) -> None:
         """Set all buffers to zero, on this device."""
         self.entropy_and_tokens = torch.zeros(2, device=device)
+        self.loss_sums = torch.zeros(2, device=device)
         if self.last_shares_E is not None:
             self.last_shares_E = torch.zeros_like(self.last_shares_E, device=device)
         if self.margins_EB is not None and self.input_sum_C is not None:
@@ -128,6 +133,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
         self, scores_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, num_sequences: int
     ) -> torch.Tensor:
         shares_SE = self._shares(ids_TK, num_sequences) if self.aux_loss_weight else None
+        if records_entropy(self):
+            accumulate_router_losses(self.loss_sums, logits_TE.detach(), shares_SE, self.score_func)
         per_token = 1 / (self.tokens_per_step or max(1, len(logits_TE)))
         weights = self.aux_loss_weight * per_token, self.z_loss_weight * per_token
         return add_router_losses(scores_TK, logits_TE, shares_SE, self.score_func, *weights)

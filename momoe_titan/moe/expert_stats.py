@@ -1,4 +1,4 @@
-"""Tokens per expert, and the router's entropy, summed over the microbatches of an optimizer step.
+"""Counts tokens per expert and the router's entropy over the microbatches of an optimizer step.
 
 Load balancing needs each token counted once per step. A forward that activation checkpointing
 recomputes runs inside the backward and must not count again, unless the first one had no gradients.
@@ -141,6 +141,11 @@ def records_entropy(module: nn.Module) -> bool:
     return feeds_balancing(module) and (torch.compiler.is_compiling() or _entropy_wanted)
 
 
+def recording_entropy() -> bool:
+    """Whether the forward that runs now is recorded: it is wanted, and neither a recomputation nor paused."""
+    return _entropy_wanted and not _paused and is_first_forward()
+
+
 @torch.library.custom_op("momoe_titan::accumulate_entropy", mutates_args=("total_2",))
 def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
     """Add the sum of the tokens' entropies and the number of tokens to total_2, in place.
@@ -149,7 +154,7 @@ def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
     that of its scores, divided by their sum, in units of ln E: 1 where all experts score alike, 0
     where one expert has everything.
     """
-    if not _entropy_wanted or _paused or not is_first_forward():
+    if not recording_entropy():
         return
     tokens, num_experts = scores_TE.shape
     tiny = torch.finfo(scores_TE.dtype).tiny

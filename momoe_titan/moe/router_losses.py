@@ -1,4 +1,4 @@
-"""Losses of a router that reach its gradient and leave every output as it is.
+"""Auxiliary losses of the router, added to its gradient without changing any output.
 
 The auxiliary load-balancing loss of a forward is E * sum over experts of share_e * mean_e: the share
 of the choices that fell on expert e, times the mean of the tokens' scores for e, which each token's
@@ -10,7 +10,7 @@ experts are chosen alike. The z-loss is the mean square of the logits' logsumexp
 import torch
 from torch import Tensor
 
-from momoe_titan.moe.expert_stats import count_experts
+from momoe_titan.moe.expert_stats import count_experts, recording_entropy
 from momoe_titan.moe.router import expert_scores
 
 
@@ -69,3 +69,25 @@ def router_loss_gradient(
         lse_T1 = logits_TE.logsumexp(dim=1, keepdim=True)
         grad_TE += 2 * z_weight * lse_T1 * logits_TE.softmax(dim=1)
     return grad_TE
+
+
+@torch.library.custom_op("momoe_titan::accumulate_router_losses", mutates_args=("sums_2",))
+def accumulate_router_losses(sums_2: Tensor, logits_TE: Tensor, shares_SE: Tensor | None, score_func: str) -> None:
+    """Add both losses, unweighted and times the number of tokens, to sums_2 (auxiliary, z), in place.
+
+    Does nothing where the entropy is not recorded (see `expert_stats.accumulate_entropy`). Without shares_SE the
+    auxiliary loss is left out.
+    """
+    if not recording_entropy():
+        return
+    if shares_SE is not None:
+        scores_TE = expert_scores(logits_TE, score_func)
+        p_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
+        p_SE = p_TE.view(shares_SE.shape[0], -1, p_TE.shape[1]).sum(dim=1)
+        sums_2[0] += logits_TE.shape[1] * (shares_SE * p_SE).sum()
+    sums_2[1] += logits_TE.logsumexp(dim=1).square().sum()
+
+
+@accumulate_router_losses.register_fake
+def _(sums_2, logits_TE, shares_SE, score_func) -> None:
+    return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -165,8 +166,25 @@ def test_router_entropy_is_recorded_at_log_steps(processor):
     assert processor.logger.steps[4]["moe/router_entropy_min"] == pytest.approx(1, abs=1e-6)
 
 
-def test_recording_entropy_compiles_nothing_anew():
-    (layer, _) = moes(build(tiny_args()))
+def test_router_losses_are_logged_unweighted_where_a_job_has_them(processor):
+    args = tiny_args(aux_loss_weight=0.01, aux_loss_scope="batch", router_z_loss_weight=0.001)
+    processor.model_args = args
+    model = with_model(processor, aux_loss_weight=0.01, aux_loss_scope="batch", router_z_loss_weight=0.001)
+    for moe in moes(model):
+        torch.nn.init.zeros_(moe.router.gate.weight)  # each expert's mean score is alike, whoever is chosen
+    loss_of(model, *batch(1)).backward()
+    processor.optimizers.step()
+    values = log_step(processor)
+    assert values["moe/aux_loss_mean"] == pytest.approx(1)
+    assert values["moe/router_z_loss_mean"] == pytest.approx(math.log(args.moe_args.num_experts) ** 2)
+    assert not any(moe.router.loss_sums.any() for moe in moes(model)), "the next log starts anew"
+    processor.model_args = tiny_args()
+    assert not [tag for tag in log_step(processor, 2) if "loss" in tag and tag.startswith("moe/")]
+
+
+@pytest.mark.parametrize("losses", [{}, {"aux_loss_weight": 0.01, "router_z_loss_weight": 0.001}])
+def test_recording_entropy_compiles_nothing_anew(losses):
+    (layer, _) = moes(build(tiny_args(**losses)))
     router, x_TD = layer.router, torch.randn(6, 24)
     torch._dynamo.reset()
     compiled = torch.compile(router, backend="aot_eager", fullgraph=True)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from momoe_titan.moe.expert_stats import want_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens
-from momoe_titan.moe.router_losses import add_router_losses, expert_shares
+from momoe_titan.moe.router_losses import accumulate_router_losses, add_router_losses, expert_shares
 
 T, E, K, SEQUENCES = 24, 6, 2, 3
 
@@ -41,3 +42,19 @@ def test_shares():
     ids_TK = torch.tensor([[0, 1], [0, 2], [3, 4], [3, 5]])
     assert expert_shares(ids_TK, E).tolist() == [[0.25, 0.125, 0.125, 0.25, 0.125, 0.125]]
     assert expert_shares(ids_TK, E, 2).tolist() == [[0.5, 0.25, 0.25, 0, 0, 0], [0, 0, 0, 0.5, 0.25, 0.25]]
+
+
+@pytest.mark.parametrize("num_sequences", [1, SEQUENCES])
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+def test_sums_for_the_log_are_those_of_the_formula(score_func, num_sequences):
+    logits_TE = torch.randn(T, E)
+    ids_TK = route_tokens(logits_TE, None, K, score_func)[1]
+    how = logits_TE, expert_shares(ids_TK, E, num_sequences), score_func
+    sums_2 = torch.zeros(2)
+    accumulate_router_losses(sums_2, *how)
+    assert not sums_2.any(), "nothing is logged"
+    want_entropy(True)
+    accumulate_router_losses(sums_2, *how)
+    want_entropy(False)
+    want = [formula(logits_TE, ids_TK, num_sequences, score_func, *weights) for weights in ((1, 0), (0, 1))]
+    torch.testing.assert_close(sums_2, torch.stack(want))
