@@ -20,6 +20,7 @@ from momoe_titan.config.command_line import was_given
 
 JOB_FILE = "job_config.json"  # in the folder of a checkpoint
 BALANCE_RULE = "load_balance_rule"
+RULE_WITHOUT_JOB_FILE = "sign"  # the default when checkpoints did not yet keep their configuration
 
 # What holds of a setting that has changed, by the beginning of its name; the first that fits.
 HOLDS = (
@@ -119,7 +120,8 @@ def keep_balance_rule(job_config: JobConfig, args: list[str], folder: str | None
     section: Any = getattr(job_config, "momoe", None)
     if section is None or folder is None:
         return
-    saved = (saved_job(folder) or {}).get("momoe", {}).get(BALANCE_RULE)
+    job = saved_job(folder)
+    saved = RULE_WITHOUT_JOB_FILE if job is None else job.get("momoe", {}).get(BALANCE_RULE)
     now = getattr(section, BALANCE_RULE)
     if saved is None or saved == now:
         return

@@ -420,5 +420,11 @@ def test_a_resumed_job_keeps_the_balancing_rule(tmp_path, given, caplog):
     said = "is 'sign' from here on; the checkpoint" if given else "stays 'quantile', as in the checkpoint"
     assert caplog.text.count("momoe.load_balance_rule " + said) == 1
     keep_balance_rule(config, [], None)
-    keep_balance_rule(config, [], str(tmp_path / "none"))
     assert caplog.text.count("load_balance_rule") == 1
+
+
+def test_a_checkpoint_without_its_configuration_was_balanced_by_the_old_default(tmp_path, caplog):
+    config = ConfigManager().parse_args([SECTION_OPTION, "--momoe.load_balance_rule=quantile"])
+    keep_balance_rule(config, [], str(tmp_path))
+    assert config.momoe.load_balance_rule == "sign"
+    assert caplog.text.count("momoe.load_balance_rule stays 'sign', as in the checkpoint") == 1

@@ -117,3 +117,10 @@ def test_a_wrong_name_gets_the_next_right_one(option, hint):
 
 def test_nothing_is_suggested_where_nothing_is_close():
     assert did_you_mean("zzz", ["save_percent"]) == ""
+
+
+@pytest.mark.parametrize("file", sorted(DEBUG_MODEL.parent.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_configuration_says_how_to_launch_it(file):
+    header = file.read_text().partition("\n\n[")[0]
+    assert f"-m momoe_titan.train --job.config_file train_configs/{file.name}" in header.replace(" \\\n#     ", " ")
+    assert "torchtitan.train" not in header

@@ -48,6 +48,8 @@ def two(tmp_path_factory):
             "fsdp, bfloat16": {"param_dtype": "bfloat16"},
             "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
             "ddp, non-finite gradient": {**{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
+            "fsdp, infinite element": {"infinite_on": 1, "optimizer": "fused"},
+            "ddp, infinite element": {**{"infinite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
             "ddp": {"replicate": 2, "shard": 1},
             "fsdp, quantile": {"rule": "quantile"},
             "fsdp, full, quantile": {"rule": "quantile", "mode": "full"},
@@ -113,6 +115,15 @@ def test_non_finite_gradient_on_one_rank(two, name):
     assert run["losses"].isfinite().tolist() == [True, False, True]
     delta = sum(bias_delta(run["counts"][step], 0.01) for step in (0, 2))
     torch.testing.assert_close(run["bias"][0], delta[0])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "ddp"])
+def test_an_infinite_element_of_one_rank_s_gradient_skips_the_step_on_all(two, name):
+    """Nothing spreads it: a NaN in the loss reaches all ranks by the reduction of the gradients."""
+    run, skipped = two[f"{name}, infinite element"], two[f"{name}, non-finite gradient"]
+    assert run["losses"].isfinite().all()
+    torch.testing.assert_close(run["losses"][2], skipped["losses"][2], rtol=0, atol=0)
+    assert torch.equal(run["bias"], skipped["bias"])
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp, full", "ddp"])

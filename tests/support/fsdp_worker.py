@@ -2,8 +2,8 @@
 
 Usage: fsdp_worker.py OUT PROCESSES JSON, where JSON is a list of runs. The processes are forks of
 this one, because importing torch takes longer than training does. A run has replicate, shard
-(degrees), mode (activation checkpointing), param_dtype, backend, optimizer and non_finite_on (a
-rank). Every rank trains on its part of the same batches; rank 0 writes what came of it to OUT.
+(degrees), mode (activation checkpointing), param_dtype, backend, optimizer, non_finite_on (a rank
+whose loss is NaN) and infinite_on (a rank with one infinite element in its gradients). Every rank trains on its part of the same batches; rank 0 writes what came of it to OUT.
 """
 
 import json
@@ -76,6 +76,9 @@ def run(settings) -> dict:
         if settings["non_finite_on"] == rank and step == 1:
             loss = loss * float("nan")
         loss.backward()
+        if settings.get("infinite_on") == rank and step == 1:
+            grad = model.layers["2"].moe.experts.w2.grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad)[-1, -1, -1] = float("inf")
         total = loss.detach() / (world if settings["shard"] == 1 else 1)
         dist.all_reduce(total)
         losses.append(total)
