@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torchtitan.tools.logging import logger
 
 from momoe_titan.components.checkpoint import CheckpointError, read_metadata, saved_steps, step_folder
 from momoe_titan.config.flavor import MODEL_NAME
@@ -23,12 +24,12 @@ from momoe_titan.config.suggestions import did_you_mean
 from momoe_titan.data.tokenizer import build_tokenizer
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import read_hf_args
-from momoe_titan.model.hugging_face.files import check_hf_files
+from momoe_titan.model.hugging_face.files import check_hf_files, stored_tensors
 from momoe_titan.model.moe import BalancedMoE
 
 
 def find_checkpoint(folder: str) -> tuple[str, bool]:
-    """The checkpoint in `folder`, or the latest in its step-* folders.
+    """The checkpoint in `folder`, or the latest whole one in its step-* folders; warns of later ones.
 
     Returns:
         Its path, and whether it is in Hugging Face's format.
@@ -42,10 +43,14 @@ def find_checkpoint(folder: str) -> tuple[str, bool]:
         if any(name.endswith(".safetensors") for name in os.listdir(folder)):
             return folder, True
         for step in sorted(saved_steps(folder), reverse=True):
+            path = step_folder(folder, step)
             try:
-                return find_checkpoint(step_folder(folder, step))
-            except ValueError:  # not written to its end
+                found, is_hf = find_checkpoint(path)
+                stored_tensors(found) if is_hf else read_metadata(found)
+            except ValueError as e:
+                logger.warning(f"PASSED OVER the checkpoint {path}: {e}")
                 continue
+            return found, is_hf
     raise ValueError(
         f"{folder!r} holds no checkpoint: neither .metadata (TorchTitan's), nor *.safetensors "
         "(Hugging Face's), nor a folder step-N with one of them"

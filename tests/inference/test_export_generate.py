@@ -120,6 +120,50 @@ def test_export_in_another_dtype_and_one_file(run, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_the_newest_whole_checkpoint_is_taken(tmp_path, caplog):
+    args = tiny_args()
+    state_dict = build(args).state_dict()
+    for step in (2, 9, 10):
+        dcp.save(state_dict, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
+    assert find_checkpoint(str(tmp_path)) == (str(tmp_path / "step-10"), False)
+    convert(str(tmp_path / "step-2"), str(tmp_path / "step-2"), args, None, 10**9)
+    (tmp_path / "step-2/.metadata").unlink()
+    (tmp_path / "step-2").rename(tmp_path / "step-11")  # the last one, in Hugging Face's format
+    assert find_checkpoint(str(tmp_path)) == (str(tmp_path / "step-11"), True)
+    assert "PASSED OVER" not in caplog.text
+    weights = tmp_path / "step-11/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "step-12").mkdir()
+    file = next((tmp_path / "step-10").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_checkpoint(str(tmp_path)) == (str(tmp_path / "step-9"), False)
+    assert all(f"PASSED OVER the checkpoint {tmp_path}/step-{step}: " in caplog.text for step in (10, 11, 12))
+
+
+class Intruder:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    """Of all that training puts into a checkpoint beside the weights."""
+    args, trace = tiny_args(), tmp_path / "was here"
+    state_dict = {**build(args).state_dict(), "dataloader.dp_rank_0": Intruder(trace), "train_state": Intruder(trace)}
+    dcp.save(state_dict, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    path, _ = find_checkpoint(str(tmp_path))
+    load_model(path, args, "cpu", torch.float32)
+    (tmp_path / "out").mkdir()
+    convert(path, str(tmp_path / "out"), args, None, 10**9)
+    assert not trace.exists()
+    dcp.load({"train_state": None}, checkpoint_id=path, no_dist=True)  # as a resumed run does
+    assert trace.exists()
+
+
 def test_how_the_job_trained_is_not_asked_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     training = ["--optimizer.early_step_in_backward", "--training.global_batch_size=64"]
