@@ -346,6 +346,26 @@ def test_initial_checkpoint_is_not_forgotten_in_a_kill(jobs, whole, tmp_path):
     assert again.losses[1] < whole()[1].losses[1] - 0.1
 
 
+def test_resume_with_other_settings(jobs, whole, tmp_path):
+    """The job's own hold, on all ranks alike, and each is listed once."""
+    shutil.copytree(step_folder(whole()[0], 4), step_folder(tmp_path, 4))
+    changed = "--optimizer.lr=1e-4", "--optimizer.weight_decay=0", "--lr_scheduler.warmup_steps=8"
+    resumed = jobs.run(tmp_path, *changed)
+    assert resumed.status == [0], resumed.log[-3000:]
+    listed = [line.strip() for line in resumed.log.splitlines() if "; holds: " in line]
+    assert [line.partition(" -> ")[0] for line in listed if not line.startswith(("job.", "metrics."))] == [
+        "lr_scheduler.warmup_steps: 2",
+        "optimizer.lr: 0.003",
+        "optimizer.weight_decay: 0.1",
+    ]
+    assert resumed.losses[5] == whole()[1].losses[5]  # before the first step of its own
+    assert resumed.losses[STEPS] > whole()[1].losses[STEPS]
+    state = contents(tmp_path, STEPS)
+    assert {v for k, v in state.items() if k.endswith(".weight_decay")} == {0}
+    assert {v for k, v in state.items() if k.endswith(".initial_lr")} == {1e-4}
+    assert (step_folder(tmp_path, STEPS) / "job_config.json").is_file()
+
+
 def test_unusable_checkpoint_is_named(jobs, whole, tmp_path):
     shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
     (step_folder(tmp_path, 8) / ".metadata").unlink()
