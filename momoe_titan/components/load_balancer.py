@@ -100,7 +100,8 @@ class ExpertLoadBalancer:
         if any(layer.router.last_shares_E is not None for layer in self.layers):
             shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
             for layer, shares_E in zip(self.layers, shares_LE, strict=True):
-                layer.router.last_shares_E.copy_(shares_E)
+                if layer.router.last_shares_E is not None:
+                    layer.router.last_shares_E.copy_(shares_E)
 
     @torch.no_grad()
     def follow_gates(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:

@@ -58,7 +58,7 @@ class SavedForBackward:
     w1_ED2F: Tensor
     w2_EFD: Tensor
     scores_TK: Tensor
-    z_S2F: Tensor  # x @ w1 of the first S routed rows; its storage may have been freed since, see `momoe_mlp`, on_keep
+    z_S2F: Tensor  # x @ w1 of the first S routed rows; its storage may have been freed since, see `momoe_mlp`, on_saved
     packed_routing: Tensor  # int32, see `unpack_routing`
     num_rows: int  # R
     save_percent: float
@@ -236,7 +236,7 @@ _backward_over_z = functools.partial(_backward, over_z=True)
 for _name, _body in (("forward", _forward), ("backward", _backward), ("backward_over_z", _backward_over_z)):
     _lib.impl(f"moe_{_name}", on_its_device(_body), "CompositeExplicitAutograd")
 
-# The implementations, for who wants to see what an op does inside: a trace of memory sees ops, not what they allocate.
+# For the memory planner: a trace sees that an op runs, and only its implementation shows what it allocates inside.
 IMPLEMENTATIONS = {
     torch.ops.momoe_titan.moe_forward.default: _forward,
     torch.ops.momoe_titan.moe_backward.default: _backward,
@@ -285,7 +285,7 @@ def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The gradients as they are, and an error for who differentiates them by what they depend on."""
+    """Passes the gradients on, and raises an error when they are differentiated again."""
 
     @staticmethod
     def forward(ctx, num_inputs, *inputs_and_grads):
@@ -416,15 +416,15 @@ def momoe_mlp(
     num_rows: int | None = None,
     backend: str = "auto",
     check_ids: bool = False,
-    on_keep: Callable[[Tensor], None] | None = None,
+    on_saved: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
     with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
 
     Differentiable in x, w1, w2 and scores, backwards and once: another derivative is
     refused. Accumulates in float32, is deterministic to the bit, and neither synchronises
-    with the host nor compiles anything for a new T on the "triton" backend (but that up to
-    16 tokens without gradients, in 16 bits, have kernels of their own: see decode.py).
+    with the host nor compiles anything for a new T on the "triton" backend. One exception: up to
+    16 tokens of 16-bit dtypes without gradients have kernels of their own (see decode.py).
 
     Args:
         x_TD: tokens, bfloat16, float16 or float32.
@@ -444,7 +444,7 @@ def momoe_mlp(
         backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
         check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
             where num_rows is given, more used slots than that (synchronises with the host).
-        on_keep: called with z (S, 2F) where rows of it are saved. Until the backward its memory may be freed,
+        on_saved: called with z (S, 2F) where rows of it are saved. Until the backward its memory may be freed,
             `z.untyped_storage().resize_(0)`: the backward then computes all of z again, with the same result. The
             last backward that needs z frees it.
 
@@ -477,6 +477,6 @@ def momoe_mlp(
         not wants_grad,
         backend,
     )
-    if on_keep is not None and z_S2F.shape[0]:
-        on_keep(z_S2F)
+    if on_saved is not None and z_S2F.shape[0]:
+        on_saved(z_S2F)
     return out_TD, counts_E

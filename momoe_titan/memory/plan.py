@@ -41,7 +41,8 @@ class Moment:
         z: (MoE layer, bytes of its z alive at save_percent 100).
         base: bytes of all else.
         parts: the same, by part.
-        growth: bytes that the layer at work then takes more with twice its tokens and slots; see `with_growth`.
+        growth: bytes that `base` grows by where the layer at work receives twice its tokens and slots; see
+            `with_growth`.
     """
 
     phase: str
@@ -55,7 +56,7 @@ class Moment:
 
 
 def z_bytes(whole: int, save_percent: float) -> int:
-    """What is allocated of z, of which `whole` bytes are kept at save_percent 100."""
+    """What is allocated of z, of which `whole` bytes are saved at save_percent 100."""
     return block_bytes(int(whole * save_percent / 100))
 
 
@@ -64,12 +65,12 @@ class MemoryPlan:
     """What one rank's GPU holds over a training step, known for every save_percent.
 
     Attributes:
-        layers: names of the MoE layers with a dial, first layer first.
+        layers: names of the MoE layers that have a save_percent, first layer first.
         moments: of the step, see `Moment`.
-        kept: bytes kept at the end of the forward, by part, z aside.
+        kept: bytes alive at the end of the forward, by part, z aside.
         layer_kept: the same by MoE layer.
-        layer_growth: bytes that each layer keeps more, z aside, with twice its tokens, and with twice its slots; see
-            `with_growth`.
+        layer_growth: bytes that each layer saves beyond that, z aside, where it receives twice its tokens, and where it
+            receives twice its slots; see `with_growth`.
         num_parameters: of the whole model.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
@@ -117,11 +118,11 @@ class MemoryPlan:
         """Peak of the bytes handed out: TorchTitan's max_active."""
         return self.peak_moment(save_percent).total(self.percents(save_percent)) + CUBLAS_BYTES
 
-    def kept_z(self, save_percent: float | Sequence[float]) -> int:
+    def saved_z(self, save_percent: float | Sequence[float]) -> int:
         """Bytes of z at the end of the forward."""
         percents = self.percents(save_percent)
-        held = max((m.z for m in self.moments if m.phase == "loss"), key=lambda z: sum(n for _, n in z), default=[])
-        return sum(z_bytes(n, percents[layer]) for layer, n in held)
+        saved = max((m.z for m in self.moments if m.phase == "loss"), key=lambda z: sum(n for _, n in z), default=[])
+        return sum(z_bytes(n, percents[layer]) for layer, n in saved)
 
     @overload
     def reserved(self, save_percent: float | Sequence[float], capacity: None = None) -> int: ...
@@ -192,8 +193,8 @@ class MemoryPlan:
         moments = []
         for m in self.moments:
             growth = (bases[m.phase, *(layer for layer, _ in m.z)] - m.base) / more
-            of_kept = sum(sum(layer_growth[layer]) for layer, _ in m.z)
-            moments.append(replace(m, growth=max(growth - of_kept, 0)))
+            of_saved = sum(sum(layer_growth[layer]) for layer, _ in m.z)
+            moments.append(replace(m, growth=max(growth - of_saved, 0)))
         return replace(self, moments=moments, layer_growth=layer_growth)
 
     def with_rows(self, more: float) -> "MemoryPlan":

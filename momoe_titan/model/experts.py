@@ -57,10 +57,10 @@ class MomoeExperts(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
-        save_percent, on_keep = self.save_percent, None
+        save_percent, on_saved = self.save_percent, None
         if self.activation_budget is not None:
             save_percent = self.activation_budget.save_percent(self)
-            on_keep = functools.partial(self.activation_budget.record_saved, self)
+            on_saved = functools.partial(self.activation_budget.record_saved, self)
         return momoe_mlp(
             x_TD,
             w1.flatten(2),
@@ -71,7 +71,7 @@ class MomoeExperts(nn.Module):
             num_rows=num_rows,
             backend=self.backend,
             check_ids=self.check_ids,
-            on_keep=on_keep,
+            on_saved=on_saved,
         )
 
     @torch.no_grad()

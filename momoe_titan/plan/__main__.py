@@ -255,7 +255,7 @@ def _memory_at(percent: int, plan: MemoryPlan, context: int, budget: int) -> dic
     z = sum(n for _, n in moment.z) * percent // 100
     return {
         "save_percent": percent,
-        "kept_z": plan.kept_z(percent),
+        "kept_z": plan.saved_z(percent),
         **{phase: plan.peak(percent, phase) for phase in PHASES},
         "max_active": active,
         "max_reserved": reserved,

@@ -162,7 +162,7 @@ def test_shed_z_leaves_the_memory_of_save_percent_0(save_percent, path):
 
     def backward(save_percent):
         at_rest, kept = memory_at_rest(), []
-        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, on_keep=kept.append)
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, on_saved=kept.append)
         assert len(kept) == (save_percent > 0)
         for z in kept:
             before, z_bytes = torch.cuda.memory_allocated(), z.untyped_storage().nbytes()

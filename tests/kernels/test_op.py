@@ -385,7 +385,7 @@ def test_shed_z_is_computed_again(device, backend, save_percent):
     want = []
     for shed_at in (None, 0, 1):
         kept = []
-        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend=backend, on_keep=kept.append)
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend=backend, on_saved=kept.append)
         (z,) = kept
         assert z.shape == (num_saved_rows(ids.numel(), save_percent), 2 * w2.shape[1])
         for i in range(2):
@@ -400,21 +400,21 @@ def test_shed_z_is_computed_again(device, backend, save_percent):
 def test_z_is_shown_only_where_it_is_kept(device, backend):
     x, w1, w2, ids, scores, _ = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     shown = []
-    momoe_mlp(x, w1, w2, ids, scores, 100, backend=backend, on_keep=shown.append)
-    momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 0, backend=backend, on_keep=shown.append)
+    momoe_mlp(x, w1, w2, ids, scores, 100, backend=backend, on_saved=shown.append)
+    momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 0, backend=backend, on_saved=shown.append)
     assert not shown
 
 
 @pytest.mark.parametrize("shed", [False, True])
 def test_shedding_frees_z(device, backend, shed):
-    """Nobody but the graph holds what on_keep was shown."""
+    """Nobody but the graph holds what on_saved was shown."""
     x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
     storages = []
 
-    def on_keep(z):
+    def on_saved(z):
         storages.append(weakref.ref(z.untyped_storage()))
 
-    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend, on_keep=on_keep)
+    out, _ = momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, 100, backend=backend, on_saved=on_saved)
     (storage,) = storages
     assert storage().nbytes() == ids.numel() * 2 * w2.shape[1] * 4
     if shed:
@@ -448,7 +448,7 @@ def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
         schedule = functools.partial(in_order, last)
         monkeypatch.setattr(autograd, "memory_schedule", schedule)
         kept.clear()
-        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend="triton", on_keep=kept.append)
+        out, _ = momoe_mlp(*leaves[:3], ids, leaves[3], save_percent, backend="triton", on_saved=kept.append)
         results.append(torch.autograd.grad(out, leaves, dout))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert [name for name, *_ in seen] == ["dw2", "dw1", "dw1", "dw2"]

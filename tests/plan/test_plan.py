@@ -86,12 +86,12 @@ def test_parameters_and_optimizer_state_are_the_models(plan, model):
 
 
 @pytest.mark.parametrize("save_percent", [[0.0], [37.0], [100.0], [0.0, 100.0, 12.5]])
-def test_kept_z_is_what_the_op_keeps(plan, model, save_percent):
+def test_saved_z_is_what_the_op_saves(plan, model, save_percent):
     args = model.model_args
     rows, row_bytes = BATCH * SEQ * args.moe_args.top_k, 2 * args.moe_hidden_dim * 2
     percents = save_percent * 3 if len(save_percent) == 1 else save_percent
     exact = sum(num_saved_rows(rows, p) * row_bytes for p in percents)
-    assert exact <= plan.kept_z(save_percent) < exact + 3 * (row_bytes + 512)
+    assert exact <= plan.saved_z(save_percent) < exact + 3 * (row_bytes + 512)
 
 
 def test_traced_at_any_save_percent_the_plan_is_the_same(plan):
@@ -134,7 +134,7 @@ def test_memory_grows_with_save_percent(ac):
     plan = trace_training(job(ac, save_percent=100.0), NO_MESH, H100)
     active = [plan.active(p) for p in range(0, 101, 10)]
     assert active == sorted(active)
-    assert active[0] + plan.kept_z(100) >= active[-1]
+    assert active[0] + plan.saved_z(100) >= active[-1]
     assert all(plan.reserved(p) >= plan.active(p) for p in (0, 50, 100))
     assert plan.reserved(100, plan.reserved(100)) is not None
     assert plan.reserved(100, plan.active(100) // 2) is None
