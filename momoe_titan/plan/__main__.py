@@ -141,6 +141,7 @@ def predict(args: argparse.Namespace, config: Any) -> dict[str, Any]:
         "layout": layout(config, args.world_size),
         "local_batch": [config.training.local_batch_size, config.training.seq_len],
         "budget": budget,
+        "budget_from": budget_from(config.momoe.memory_budget, memory),
         "context": context,
         "kept": plan.kept,
         "rows": [_memory_at(percent, plan, context, budget) for percent in SAVE_PERCENTS],
@@ -156,6 +157,12 @@ def predict(args: argparse.Namespace, config: Any) -> dict[str, Any]:
 def gpu_memory_gib(args: argparse.Namespace) -> float:
     """The memory of a GPU: what was given, or that of the named GPU."""
     return GPU_MEMORY_GIB[args.gpu] if args.gpu_memory_gib is None else args.gpu_memory_gib
+
+
+def budget_from(memory_budget: float, memory_gib: float) -> str:
+    """Where the budget comes from, in words; see `budget_bytes`."""
+    share = f" x {memory_gib:g}" if memory_budget <= 1 else ""
+    return f"momoe.memory_budget {memory_budget:g}{share}"
 
 
 def layout(config: Any, world_size: int) -> str:
@@ -261,7 +268,12 @@ def _memory_at(percent: int, plan: MemoryPlan, context: int, budget: int) -> dic
         "max_reserved": reserved,
         "total": reserved + context,
         "fits": reserved + context <= budget,
-        "at_peak": {**moment.parts, "experts' z": z, "cuBLAS workspaces": CUBLAS_BYTES, "phase": moment.phase},
+        "at_peak": {
+            **moment.parts,
+            "experts' saved pre-activations": z,
+            "cuBLAS workspaces": CUBLAS_BYTES,
+            "phase": moment.phase,
+        },
     }
 
 
@@ -338,7 +350,7 @@ def text(p: dict) -> str:
         values = [row.get(name, 0) / GIB for row in shown]
         if max(values) >= 0.005:
             lines.append(f"  {name:<36}{values[0]:>11.2f}{values[1]:>13.2f}")
-    lines += [f"  {'(in the ' + '/'.join(dict.fromkeys(r['phase'] for r in shown)) + ')'}", ""]
+    lines += [f"  {'(the peak is in the ' + '/'.join(dict.fromkeys(r['phase'] for r in shown)) + ')'}", ""]
     head = ("forward", "loss", "backward", "clip", "optimizer", "allocated", "reserved", "total")
     lines += ["save_percent" + "".join(f"{h:>11}" for h in head)]
     for row in p["rows"]:
@@ -350,7 +362,8 @@ def text(p: dict) -> str:
         )
     lines += [
         "",
-        f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; budget {p['budget'] / GIB:.1f}",
+        f"total = reserved + {p['context'] / GIB:.1f} outside of PyTorch's allocator; "
+        f"budget {p['budget'] / GIB:.1f} = {p['budget_from']}",
     ]
     choice, total = p["fits"]["save_percent"], p["fits"]["total"]
     mean = sum(choice) / max(1, len(choice))
@@ -360,7 +373,8 @@ def text(p: dict) -> str:
         lines.append(f"does not fit: the least, save_percent {mean:.0f}, takes {total / GIB:.1f}")
         lines += tried_text(p["tried"])
     else:
-        lines.append(f"largest that fits: save_percent {mean:.0f} on average, {total / GIB:.1f} GiB in total")
+        layers = "in every layer" if len(set(choice)) == 1 else "on average"
+        lines.append(f"largest that fits: save_percent {mean:.0f} {layers}, {total / GIB:.1f} GiB in total")
         if len(set(choice)) > 1:
             lines.append(f"  by layer: {' '.join(f'{c:g}' for c in choice)}")
     if p["time"]:

@@ -213,6 +213,7 @@ def shown(fits: dict, budget: int) -> str:
             "tried": [{"options": "--training.local_batch_size 1", "save_percent": [25.0], "total": GIB, "fits": True}],
             "local_batch": [1, 1],
             "budget": budget * GIB,
+            "budget_from": command_line.budget_from(0.2, 80),
             "context": 0,
         }
         | {"rows": [], "fits": fits, "time": {}, "notes": []}
@@ -221,8 +222,11 @@ def shown(fits: dict, budget: int) -> str:
 
 def test_what_fits_in_words():
     text = shown({"save_percent": [25.0, 25.0], "total": 15 * GIB}, 16)
-    assert "largest that fits: save_percent 25 on average, 15.0 GiB in total" in text and "by layer" not in text
-    assert "by layer: 0 41" in shown({"save_percent": [0.0, 41.0], "total": 15 * GIB}, 16)
+    assert "largest that fits: save_percent 25 in every layer, 15.0 GiB in total" in text and "by layer" not in text
+    assert "budget 16.0 = momoe.memory_budget 0.2 x 80" in text
+    of_layers = shown({"save_percent": [0.0, 41.0], "total": 15 * GIB}, 16)
+    assert "save_percent 20 on average" in of_layers and "by layer: 0 41" in of_layers
+    assert command_line.budget_from(70, 80) == "momoe.memory_budget 70"
     assert "what to try" not in text and "assumed: H100 with 79 GiB, for each rank; no parallelism" in text
     text = shown({"save_percent": [25.0], "total": 17 * GIB}, 16)
     assert "does not fit: the least, save_percent 25, takes 17.0" in text
@@ -523,7 +527,7 @@ def test_the_command_line_finds_what_its_table_shows_to_fit():
     assert out.returncode == 0, out.stderr
     rows = {line.split()[0]: line for line in out.stdout.splitlines() if line.strip() and line.split()[0].isdigit()}
     assert rows["0"].endswith("too much") and not rows["100"].endswith("too much")
-    assert "largest that fits: save_percent 100 on average" in out.stdout and "does not fit" not in out.stdout
+    assert "largest that fits: save_percent 100 in every layer" in out.stdout and "does not fit" not in out.stdout
 
 
 @pytest.mark.slow
