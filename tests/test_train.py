@@ -195,6 +195,7 @@ def test_summary_s_commands_work(tmp_path):
     assert "Trained to step 3 in" in output and "(perplexity " in output and "tokens/s per device, peak" in output
     assert re.search(r"balance: MaxVio [\d.]+ in the last step, [\d.]+ over the validation set; .* token: \d+", output)
     commands = dict(re.findall(r"^  (go on|sample|export|dashboard) +(.*)$", output, flags=re.MULTILINE))
+    assert "(up to step 6: training.steps doubled)" in output
     assert set(commands) == {"go on", "sample", "export", "dashboard"}
     for name, expected in (
         ("sample", "def main("),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,7 @@ KEPT = (
     "Created seed checkpoint",
 )
 KEPT_OF_SEVERAL_RANKS = ("Building device mesh",)
+COLORS = re.compile("\x1b\\[[0-9;]*m")
 # The first rank's line has the loss of the last pipeline stage.
 UNTRUE = ("Pipeline Parallel loss is not visible",)
 
@@ -68,6 +70,17 @@ class ConsoleFormatter(logging.Formatter):
         return f"{time} {record.levelname}: {message}"
 
 
+class WithoutColors(logging.Formatter):
+    """Another formatter's lines without colour codes, for a log that goes to a file or a pipe."""
+
+    def __init__(self, formatter: logging.Formatter):
+        super().__init__()
+        self.formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        return COLORS.sub("", self.formatter.format(record))
+
+
 def quiet_before_start(level: str) -> ConsoleFilter:
     """Filter what TorchTitan says until it has read the configuration. Remove the result from `logger` at the end."""
     shown = ConsoleFilter(level)
@@ -89,3 +102,6 @@ def set_up_console(shown: ConsoleFilter) -> None:
             handler.setLevel(logging.DEBUG)
         else:
             handler.setFormatter(ConsoleFormatter())
+        stream = getattr(handler, "stream", None)
+        if handler.formatter is not None and not (stream is not None and stream.isatty()):
+            handler.setFormatter(WithoutColors(handler.formatter))

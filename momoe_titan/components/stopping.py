@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGAIN_SECONDS = 2.0  # torchrun passes on the Ctrl-C that its processes have got from the terminal already
+# A SIGINT within this time of the first is torchrun's copy of the same Ctrl-C, not a second one.
+AGAIN_SECONDS = 2.0
 
 
 class StoppedError(BaseException):
-    """The run ends at once, whatever it is doing.
+    """Raised to end the run at once, at any point.
 
     Attributes:
-        signum: the signal that asked for it.
+        signum: the signal that caused it.
     """
 
     def __init__(self, signum: int):
@@ -25,17 +26,17 @@ class StoppedError(BaseException):
 
 
 class StopRequest:
-    """Takes the signals of a process while open, and tells when its ranks have agreed to stop.
+    """Handles the signals of a process while open, and knows when all ranks have agreed to stop.
 
-    Before training a signal raises `StoppedError`. While `in_training` it is noted, and the run goes on to the end of
-    a step. With several processes the noted signal travels with the flag that `NonFiniteGuard` reduces in every
-    step, so that a signal to any rank stops all of them after the same step. A GPU's flag is read one step later,
-    so that the host never waits for the step that the device is at. A second Ctrl-C raises `StoppedError`.
+    Before training a signal raises `StoppedError`. While `in_training` it is noted, and the current step is finished.
+    With several processes the noted signal is reduced together with the flag of `NonFiniteGuard` in every step, so that
+    a signal to any rank stops all of them after the same step. On a GPU the result is read one step later, so the host
+    never waits for the running step. A second Ctrl-C raises `StoppedError`.
 
     Attributes:
         in_training: whether steps are being trained.
-        noted: the signal that this process has got, or 0.
-        agreed: the signal that stops the run after the step it is at, or 0; the same on all ranks.
+        noted: the signal that this process has received, or 0.
+        agreed: the signal that stops the run after the current step, or 0; the same on all ranks.
     """
 
     def __init__(self):

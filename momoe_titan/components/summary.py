@@ -66,12 +66,12 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.1f}" if loss < 100 else "over 1e43"
 
 
-def train_command(args: Sequence[str], *more: str) -> str:
+def train_command(args: Sequence[str], *more: tuple[str, str]) -> str:
     """The command that this process, or its launcher, was started by.
 
     Args:
         args: the options of the job.
-        more: further options, which replace those of the same fields.
+        more: further options as (option, value), which replace those of the same fields.
     """
     launcher = [_program("python")]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -80,9 +80,12 @@ def train_command(args: Sequence[str], *more: str) -> str:
         world = int(os.environ["WORLD_SIZE"])
         if world > int(ranks):
             launcher.append(f"--nnodes={world // int(ranks)}")
-    set_anew = {option.lstrip("-").partition("=")[0] for option in more}
-    given = [option for option in _options(args) if option[0] not in set_anew]
-    return shlex.join([*launcher, "-m", "momoe_titan.train", *_joined(given), *more])
+    set_anew = {option.removeprefix("--") for option, _ in more}
+    given = _joined(option for option in _options(args) if option[0] not in set_anew)
+    # In the style in which the others are written: --option=value, or --option value.
+    with_equals = any(part.startswith("--") and "=" in part for part in given)
+    new = [part for option, value in more for part in ([f"{option}={value}"] if with_equals else [option, value])]
+    return shlex.join([*launcher, "-m", "momoe_titan.train", *given, *new])
 
 
 def resume_line(config: JobConfig, args: Sequence[str], step: int) -> str:
@@ -109,7 +112,9 @@ def next_commands(config: JobConfig, args: Sequence[str]) -> list[str]:
         fault = find_fault(last, checkpoint.exclude_from_loading, model_only=False)
         lines.append(f"{folder}: last checkpoint {last}" + (" (weights alone)" if fault else ""))
         if fault is None:
-            lines.append(f"  go on       {train_command(args, f'--training.steps={2 * config.training.steps}')}")
+            steps = 2 * config.training.steps
+            lines.append(f"  go on       {train_command(args, ('--training.steps', str(steps)))}")
+            lines.append(f"              (up to step {steps:,}: training.steps doubled)")
         if config.model.name == MODEL_NAME:
             place, job = (last, []) if in_hf else (checkpoints, _of_model(args))
             lines.append(f"  sample      {_python('generate', place, *job, '--prompt', 'def main(')}")

@@ -48,9 +48,9 @@ def prepare_cpu_job(config: JobConfig, args: list[str]) -> None:
     check_cpu(config)
     if not was_given("training.mixed_precision_param", args):
         config.training.mixed_precision_param = "float32"
+    threads = torch.get_num_threads()
     logger.info(
-        "No GPU: training on the CPU with "
-        f"{torch.get_num_threads()} threads per process, "
+        f"No GPU: training on the CPU with {threads} thread{'s' if threads > 1 else ''} per process, "
         f"{config.training.mixed_precision_param} arithmetic"
     )
     # Every process of the job is on the one device "cpu:0".
