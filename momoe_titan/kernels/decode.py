@@ -1,4 +1,4 @@
-"""The forward for up to 16 tokens, without gradients: bound by reading the experts' weights, once.
+"""Decoding: the forward for up to 16 tokens without gradients, limited by reading the experts' weights once.
 
 Three launches (up, down, sum), and no sorting: a row keeps the number of its slot, ``t * K + k``. Programs find the
 rows of their expert among all slots by themselves, own a stripe of its columns and stream it through shared memory.
@@ -6,12 +6,12 @@ Plain Triton.
 
 One token whose experts are so small that all programs run at once takes two launches. The first does both up and
 down: a program owns some hidden columns, and multiplies its part of act by its rows of w2 as soon as it has it, so
-that none waits for all of act. The second sums the parts of y.
+that no program waits for all of act. The second sums the parts of y.
 
 On Hopper a launch overlaps the end of the one before it (programmatic dependent launch). The first launch waits
-for all work before it, so that this is done when the others start. The others find their expert before they wait,
-and with few slots ask for its first weights. Until they wait they read ids, scores and weights alone, which none of
-these kernels writes, and write the counts alone, which no other one reads.
+for all earlier work, so that this work is done when the others start. The others find their expert before they wait,
+and with few slots load its first weights. Before their wait they read only ids, scores and weights, which none of
+these kernels writes, and write only the counts, which none of them reads.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
 from momoe_titan.kernels.portable.blocks import dot, load_block
 from momoe_titan.kernels.routing import _load_ids
 
-MAX_TOKENS = 16  # from here on the kernels for many tokens are as close to the memory's limit, or closer
+MAX_TOKENS = 16  # above this, the kernels for many tokens come as close to the memory bandwidth, or closer
 _MAX_SLOTS = 1024
 _BLOCK_M = 16  # rows of a tile: all tokens that an expert can have
 
 
 @dataclass(frozen=True)
 class Stripe:
-    """What a program owns of an expert's columns, and how it reads them; split: programs that share a column's sum."""
+    """The columns of an expert that a program owns, and how it reads them; split: programs that share a sum."""
 
     block_n: int
     block_k: int
@@ -51,15 +51,15 @@ class Stripe:
         }
 
 
-# Of the up and of the down projection. On one H100 the fastest of those tried, at every shape and number of tokens.
+# (up projection, down projection). On one H100 the fastest of those tried, at every shape and number of tokens.
 _HOPPER = Stripe(128, 64, 8, 4), Stripe(128, 64, 4, 5, split=2)
 _ANY = Stripe(64, 64, 4, 4), Stripe(64, 64, 4, 6)  # 99 KiB of shared memory suffice
-_FUSED = Stripe(64, 64, 4, 6)  # of the up and the down projection in one
-_SUMMED_COLS, _SUMMED_PARTS = 32, 128  # a program of the sum after it, and its step
+_FUSED = Stripe(64, 64, 4, 6)  # the launch that computes both projections
+_SUMMED_COLS, _SUMMED_PARTS = 32, 128  # the sum after it: columns of a program, and parts added per step
 
 
 def stripes(device: torch.device) -> tuple[Stripe, Stripe]:
-    """The stripes of the up and of the down projection."""
+    """Stripes of the up projection and of the down projection."""
     if gpu.interpreting() or gpu.device_properties(device)[0] == (9, 0):
         return _HOPPER
     return _ANY
@@ -93,7 +93,7 @@ def _rows_of_group(ids, expert, group, by_slot, SLOTS: tl.constexpr):
 
 @triton.jit
 def _ask_for(ptr, stride, row, col, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Has a block of a matrix of 16-bit elements fetched into the L2, by lines of 128 bytes.
+    """Prefetches a block of a matrix of 16-bit elements into L2, by lines of 128 bytes.
 
     Of what is outside the matrix its edge is fetched instead.
     """
@@ -332,7 +332,7 @@ def _sum_parts_kernel(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Grid (cdiv(D, BLOCK),). Of one token: out = sum over used slots and parts of score * y, in a fixed order.
+    """Grid (cdiv(D, BLOCK),). One token: out = sum over used slots and parts of score * y, in a fixed order.
 
     counts (E) int64: how many slots chose each expert.
     """
@@ -430,7 +430,7 @@ def forward(
 
 
 def _up_and_down_in_one(x_TD, w1_ED2F, w2_EFD, ids_TK, shape: dict) -> torch.Tensor:
-    """Of one token: (K * parts of F, D) float32, whose weighted sum over the rows is its output."""
+    """(K * parts of F, D) float32 for one token; the weighted sum over its rows is the token's output."""
     ffn, num_chosen = w2_EFD.shape[1], ids_TK.shape[1]
     num_rows = num_chosen * cdiv(ffn, _FUSED.block_n)
     y = x_TD.new_empty(num_rows, x_TD.shape[1], dtype=torch.float32)
@@ -471,7 +471,7 @@ def _sum_parts(y, ids_TK, scores_TK, out_TD, counts_E, constants: dict) -> None:
 
 
 def _up_then_down(x_TD, w1_ED2F, w2_EFD, ids_TK, slots: int, shape: dict) -> torch.Tensor:
-    """(parts of F, T * K, D) float32: of each slot, what its expert makes of its token, in parts to be added."""
+    """(parts of F, T * K, D) float32: the expert's output for each slot, in parts to be added."""
     num_experts, ffn, d_model = w2_EFD.shape
     num_slots = ids_TK.numel()
     by_slot = int(num_slots < num_experts)

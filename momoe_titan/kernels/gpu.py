@@ -14,7 +14,7 @@ _INTERPRETING = triton.knobs.runtime.interpret  # Triton reads it once too: when
 
 
 class Load(NamedTuple):
-    """How many times its fair share of tokens, and of rows, a rank of expert parallelism receives."""
+    """Tokens and rows that a rank of expert parallelism receives, as multiples of its even share."""
 
     tokens: int = 1
     rows: int = 1

@@ -17,7 +17,7 @@ from momoe_titan.kernels.routing import (
     unpack_routing,
 )
 
-_TILE_ROWS = 128  # of tiles that nobody uses
+_TILE_ROWS = 128  # build_routing needs a tile size; the tiles are not used
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenGroups:
     token 1, both of group 0; rows 2 and 3 are tokens 0 and 2 of group 1. counts_G = [2, 2].
     """
 
-    routing: RoutingMetadata  # of the (T, K) groups, with every slot but a token's first of a group unused
+    routing: RoutingMetadata  # sorts slots by group; if a token has several slots of a group, only the first is used
     counts_G: torch.Tensor  # int64: tokens, thus rows, of each group
     backend: str  # "triton" or "torch"
 

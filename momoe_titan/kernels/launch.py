@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
 
 
 def _specialisation(args) -> list:
-    """What Triton may compile a kernel for again, in values that differ where Triton's do, or more often."""
+    """A key that differs whenever Triton would compile the kernel anew; it may differ more often."""
     found = []
     for arg in args:
         if type(arg) is int:

@@ -12,12 +12,12 @@ from momoe_titan.kernels.launch import cdiv
 Ranges = tuple[tuple[int, int], ...]  # (first column, last column + 1) of each range
 
 _MAX_RANGES = 4
-_SMALL_BYTES = 64 << 20  # not worth more launches
-_L2_BYTES = 16 << 20  # of an expert's weights: what is better read in two ranges
-# What a range must have to do, in FLOPs, for there to be more than one.
-Y_RANGE_FLOPS = 0.75e11  # of y: 0.16 ms at 7B-n256, where another range costs 0.05 ms
-SAVED_Y_RANGE_FLOPS = 3e11  # of y, for a range that only makes room for saved z
-DX_RANGE_FLOPS = 1.5e11  # of dx, where each range reads rows that are twice as wide
+_SMALL_BYTES = 64 << 20  # buffers up to this size are not worth more launches
+_L2_BYTES = 16 << 20  # from this size on, an expert's weights are read faster in two ranges of columns
+# Least work of each range, in FLOPs, if a product is split into ranges.
+Y_RANGE_FLOPS = 0.75e11  # y: 0.16 ms at 7B-n256, where another range costs 0.05 ms
+SAVED_Y_RANGE_FLOPS = 3e11  # y, where a range only makes room for saved z
+DX_RANGE_FLOPS = 1.5e11  # dx, where each range reads rows that are twice as wide
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LayerSizes:
     itemsize: int  # bytes of an element of x, the weights, and every buffer below
 
     def fair_share(self, tokens: int, rows: int) -> "LayerSizes":
-        """The sizes where these are so many times the fair share."""
+        """Sizes of an even share, if these are `tokens` and `rows` times that share."""
         return LayerSizes(
             self.num_tokens // tokens, self.num_rows // rows, self.num_experts, self.d_model, self.ffn, self.itemsize
         )
@@ -43,12 +43,12 @@ class LayerSizes:
 
     @property
     def out_bytes(self) -> int:
-        """Of out, x or dx."""
+        """Bytes of out, x or dx."""
         return self.num_tokens * self.d_model * self.itemsize
 
     @property
     def w2_bytes(self) -> int:
-        """Half of w1."""
+        """Bytes of w2, which is half of w1."""
         return self.num_experts * self.ffn * self.d_model * self.itemsize
 
 
@@ -91,7 +91,7 @@ def memory_schedule(sizes: LayerSizes, traits: KernelTraits, inference: bool) ->
 
 
 def dw2_comes_last(sizes: LayerSizes) -> bool:
-    """Whether dw2 is computed after dz is freed: where act, which waits for it, is smaller than dw2.
+    """Whether dw2 is computed after dz is freed: so if act, which is held until then, is smaller than dw2.
 
     The backward's peak is then dz (twice the size of act), dw1, dx and the smaller of act and dw2; or act
     with all gradients, if that is more.
@@ -100,10 +100,10 @@ def dw2_comes_last(sizes: LayerSizes) -> bool:
 
 
 def y_ranges(sizes: LayerSizes, traits: KernelTraits, inference: bool) -> Ranges:
-    """Columns of y at a time, so that the forward's peak, z + act + y, stays below the backward's.
+    """Ranges of y's columns that keep the forward's peak, z + act + y, below the backward's.
 
-    There are as many ranges as it takes for act + y to stay below dz and all gradients. For z + act + y there
-    are more only where each has much to do, since they gain nothing at a low save_percent.
+    There are enough ranges for act + y to stay below dz and all gradients. Further ranges, for z + act + y, are made
+    only if each has much work, since they gain nothing at a low save_percent.
     """
     act, dx, dw1, dw2 = sizes.act_bytes, sizes.out_bytes, 2 * sizes.w2_bytes, sizes.w2_bytes
     ranges = column_ranges(sizes, traits, sizes.ffn, act + dx + dw1 + dw2, Y_RANGE_FLOPS)
@@ -114,12 +114,12 @@ def y_ranges(sizes: LayerSizes, traits: KernelTraits, inference: bool) -> Ranges
 
 
 def dx_ranges(sizes: LayerSizes, traits: KernelTraits) -> Ranges:
-    """Columns of dx's rows at a time: each fits into what dw1, which comes next, needs anyway."""
+    """Ranges of the columns of dx's rows: each fits into the memory that dw1, allocated next, needs anyway."""
     return column_ranges(sizes, traits, 2 * sizes.ffn, 2 * sizes.w2_bytes, DX_RANGE_FLOPS)
 
 
 def column_ranges(sizes: LayerSizes, traits: KernelTraits, width: int, max_bytes: int, range_flops: float) -> Ranges:
-    """Columns of an (R, D) product that are computed at a time.
+    """Divides the columns of an (R, D) product into ranges that are computed one after another.
 
     Whole tiles wide, and as few ranges as let a range fit into max_bytes; but at most four, and each with
     range_flops to do, so that y or dx costs the layer no more than about 2% of its speed. One H100, ms of
@@ -129,8 +129,8 @@ def column_ranges(sizes: LayerSizes, traits: KernelTraits, width: int, max_bytes
 
     Args:
         width: the contraction, columns of the rows that are multiplied.
-        max_bytes: what a range should fit into.
-        range_flops: what a range has to do at least, for there to be more than one.
+        max_bytes: the size that a range should not exceed.
+        range_flops: the least work of a range, if there are several.
     """
     cols = sizes.d_model
     if traits.tile_cols is None:

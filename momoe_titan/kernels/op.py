@@ -48,7 +48,7 @@ for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!
 
 @dataclass(frozen=True)
 class SavedForBackward:
-    """What the forward leaves to the backward.
+    """Everything that the forward saves for the backward.
 
     z is what save_percent is about: at T=3, K=2, F=4 and save_percent 50, R=6 rows are routed, z_S2F is (3, 8),
     and the backward computes the last 3 rows of z again, from x and w1.
@@ -86,7 +86,7 @@ class SavedForBackward:
 
 
 class Needs(NamedTuple):
-    """Which gradients the backward is asked for."""
+    """Which gradients the backward has to compute."""
 
     x: bool
     w1: bool
@@ -107,7 +107,7 @@ def _schedule(gemms, x_TD: Tensor, w2_EFD: Tensor, num_rows: int, inference: boo
     num_experts, ffn, d_model = w2_EFD.shape
     sizes = LayerSizes(x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size())
     if (planned := gpu.planned()) is not None:
-        # More rows could make more ranges, and dw2 early: both take less, so that the plan is not below the truth.
+        # More rows could mean more ranges, and an early dw2. Both take less memory, so the plan is never too low.
         sizes = sizes.fair_share(*planned.load)
     return memory_schedule(sizes, gemms.traits, inference)
 
@@ -175,7 +175,7 @@ def _backward(
 
 
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
-    """dx, dw1, dw2, dscores, empty where not needed. The peak of memory goes by what is deleted here, and when."""
+    """dx, dw1, dw2, dscores, empty where not needed. What is deleted here, and when, decides the memory peak."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
     z_S2F, routing = saved.rows_of_z(), saved.routing()
     num_saved = z_S2F.shape[0]
@@ -236,7 +236,7 @@ _backward_over_z = functools.partial(_backward, over_z=True)
 for _name, _body in (("forward", _forward), ("backward", _backward), ("backward_over_z", _backward_over_z)):
     _lib.impl(f"moe_{_name}", on_its_device(_body), "CompositeExplicitAutograd")
 
-# For the memory planner: a trace sees that an op runs, and only its implementation shows what it allocates inside.
+# For the memory planner: a trace sees that an op runs; the implementation shows what is allocated inside.
 IMPLEMENTATIONS = {
     torch.ops.momoe_titan.moe_forward.default: _forward,
     torch.ops.momoe_titan.moe_backward.default: _backward,

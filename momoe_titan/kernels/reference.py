@@ -98,7 +98,7 @@ def torch_backward(
     dw1, dw2 = torch.zeros_like(w1_ED2F), torch.zeros_like(w2_EFD)
     for e, a, b in _spans(routing):
         x, dout = x_TD[token[a:b]], dout_TD[token[a:b]]
-        # of all the expert's rows as in the forward: a product of fewer may differ in its last bits
+        # Multiply all of the expert's rows, as in the forward: a product of fewer rows may differ in its last bits.
         z = x @ w1_ED2F[e] if num_saved < b else z_S2F[a:b]
         up, gate = z.float().split(ffn, dim=-1)
         sigmoid = torch.sigmoid(gate)

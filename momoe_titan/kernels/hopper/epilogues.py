@@ -101,15 +101,15 @@ def _unpack(packed, dtype: gl.constexpr):
 
 @aggregate
 class EpilogueStore:
-    """Where a consumer's results go, and how."""
+    """The destination of a consumer's results, and how they are stored there."""
 
     desc: tma.tensor_descriptor
     gate_desc: tma.tensor_descriptor
     buffers: gl.shared_memory_descriptor  # (2, 64, 64)
     COUNT: gl.constexpr  # blocks of 64 columns in a tile
-    GATED: gl.constexpr  # the third and the fourth go to the columns of the first two, through gate_desc
+    GATED: gl.constexpr  # blocks 2 and 3 go to the same columns as blocks 0 and 1, through gate_desc
     TRANSPOSED: gl.constexpr  # blocks follow each other along the rows of the output
-    STEPS_APART: gl.constexpr  # steps of the next tile between two blocks; of 1 to 4 the fastest for each kernel
+    STEPS_APART: gl.constexpr  # steps of the next tile between two stores; the fastest of 1 to 4 for each kernel
 
     @gluon.constexpr_function
     def __init__(self, desc, gate_desc, buffers, COUNT, GATED, TRANSPOSED, STEPS_APART):
@@ -124,15 +124,15 @@ class EpilogueStore:
 
 @aggregate
 class PendingTile:
-    """A consumer's (64, 256) results of a tile, in registers, with the place they go to."""
+    """A consumer's (64, 256) results of a tile, in registers, and where they will be stored."""
 
     store: EpilogueStore
     block_0: gl.tensor  # 64 columns, packed
     block_1: gl.tensor
     block_2: gl.tensor
     block_3: gl.tensor
-    row: gl.tensor  # of the output
-    row_end: gl.tensor  # no row from here on is stored
+    row: gl.tensor  # first row of the output
+    row_end: gl.tensor  # rows from here on are not stored
     col: gl.tensor
 
     @gluon.constexpr_function
@@ -148,7 +148,7 @@ class PendingTile:
 
     @gluon.jit
     def send(self, i: gl.constexpr):
-        """Sends block i, after the blocks before it."""
+        """Stores block i; blocks must be stored in order."""
         out = self.store
         if self.row < self.row_end:
             block = _unpack((self.block_0, self.block_1, self.block_2, self.block_3)[i], out.desc.dtype)
@@ -172,13 +172,13 @@ class PendingTile:
 
 @aggregate
 class UpEpilogue:
-    """Of up_proj: z waits for the next tile and act goes out at once; without Z, act waits."""
+    """Epilogue of up_proj: z waits in registers for the next tile and act is stored at once; without Z, act waits."""
 
     up_desc: tma.tensor_descriptor  # the halves of z, whose first row is row z_first; act_desc twice if not Z
     gate_desc: tma.tensor_descriptor
     act_desc: tma.tensor_descriptor
     z_first: gl.tensor
-    z_end: gl.tensor  # no row of z from here on is stored
+    z_end: gl.tensor  # rows of z from here on are not stored
     ACT: gl.constexpr  # act is wanted
     Z: gl.constexpr  # z is wanted
 
@@ -221,7 +221,7 @@ class UpEpilogue:
             out_end = gl.minimum(tile.row_end, self.z_end) - self.z_first
         else:
             b0, b1 = _pack(act_0, dtype), _pack(act_1, dtype)
-            b2, b3 = b0, b1  # never sent
+            b2, b3 = b0, b1  # never stored
             out_row = row
             out_end = tile.row_end
         return b0, b1, b2, b3, out_row, out_end, tile.col
@@ -229,7 +229,7 @@ class UpEpilogue:
 
 @aggregate
 class PlainEpilogue:
-    """Of down_proj, dx and the weight gradients: the product, or its transpose, waits for the next tile."""
+    """Epilogue of down_proj, dx and weight gradients: the product, or its transpose, waits for the next tile."""
 
     out_desc: tma.tensor_descriptor
     TRANSPOSED: gl.constexpr  # the tile of a weight gradient goes to the transposed gradient of its expert
@@ -289,7 +289,7 @@ def storing_consumer(ring, tiles, epilogue, W: gl.constexpr):
 def down_backward_consumer(
     ring, tiles, score_ptr, dz_saved_descs, dz_rest_descs, num_saved, dz_first, act_desc, dscore_ptr, W: gl.constexpr
 ):
-    """From dact and z to dz, score * act and a part of dscore.
+    """Computes dz, score * act and a part of dscore from dact and z.
 
     dz takes the place of z in its stage, and score * act the place of lhs, until their stores have read them.
     """

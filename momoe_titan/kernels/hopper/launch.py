@@ -35,7 +35,7 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Column tiles at a time (see `RowTiles`) where an expert's weights are at least this large: (bytes, column tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
-ROWS_AT_A_TIME = 12  # of down_proj and dx, at most, whatever the weights
+ROWS_AT_A_TIME = 12  # the most column tiles at a time in down_proj and dx, whatever the size of the weights
 
 # Launches of at least this many FLOPs (3 ms) are kept in step by `ProgramSync`. A poll takes 1 us, a tile 30 to 70.
 SYNC_FLOPS = 2e12
@@ -68,7 +68,7 @@ def _grid(tensor: Tensor) -> tuple[int]:
 
 
 class _Descriptor(TensorDescriptor):
-    """A descriptor made at every launch: skips checks that cost more than the rest of its making."""
+    """A descriptor made at every launch; it skips checks that cost more than the rest of making it."""
 
     def __init__(self, base, shape, strides, block_shape, layout):
         self.base = base
@@ -183,7 +183,7 @@ def _launch_up_proj(
     E, D, F2 = w1_ED2F.shape
     F = F2 // 2
     act_desc = _ragged_block(act_RF, F) if act_RF is not None else None
-    if z is None:  # a version of its own
+    if z is None:  # its own variant of the kernel
         z_up_desc = z_gate_desc = None
     elif z_end > 0:
         z_up_desc, z_gate_desc = _halves_blocks(z, F)
@@ -233,7 +233,7 @@ def _launch_rows(
     in_desc = _block(rows.saved, rows.saved.shape[0], width, 64, 64)
     rest_desc = _block(rows.rest, rows.rest.shape[0], width, 64, 64) if rows.two_buffers else None
     w_desc = _block(w, E * w_rows, w_cols, *((256, 64) if w_is_nk else (64, 256)))
-    num_cols = cdiv(w_rows if w_is_nk else w_cols, BN.value)  # of all ranges: one more must not compile another version
+    num_cols = cdiv(w_rows if w_is_nk else w_cols, BN.value)  # over all ranges: more ranges compile nothing new
     at_a_time = cdiv(num_cols, cdiv(num_cols, ROWS_AT_A_TIME)) if num_cols > ROWS_AT_A_TIME else 0
     launch(
         rows_kernel, _grid(out),

@@ -28,7 +28,7 @@ from momoe_titan.kernels.hopper.layouts import BK, BM, BN, CHUNK, COPY, HALF, Z_
 
 @gluon.jit
 def is_saved(row, row_end, num_saved):
-    """Whether the row tile from row lies in the saved one of two buffers: see `SplitRows`."""
+    """Whether the row tile that starts at row lies in the buffer of saved rows: see `SplitRows`."""
     return gl.minimum(row + BM, row_end) <= num_saved
 
 
@@ -191,7 +191,7 @@ class GatheredK:
     @gluon.jit
     def tokens(self, tile, k):
         row = k + gl.arange(0, BK, gl.SliceLayout(1, COPY))
-        # Past the expert's last row, that row again: rhs is zero there. An expert without rows gets any row, and
+        # Past the expert's last row, load that row again: rhs is zero there. An expert without rows gets any row, and
         # `load` masks it.
         return gl.load(self.token_ptr + gl.minimum(row, gl.maximum(tile.k_end - 1, 0)))
 

@@ -94,7 +94,7 @@ def advance(stage, phase):
 
 @gluon.jit
 def _commit(ring, stage):
-    """Has this thread's copies into the stage arrive at `ready` when they are done."""
+    """Makes this thread's copies into the stage signal `ready` when they are done."""
     if ring.GATHERS:
         async_copy.mbarrier_arrive(ring.ready.index(stage), increment_count=False)
 
@@ -146,7 +146,7 @@ class ProgramSync:
 
     @gluon.jit
     def retire(self):
-        """Publishes more than anyone waits for: this program has no tile left."""
+        """Publishes a count above any that others wait for, since this program has no tile left."""
         if self.max_polls > 0:
             self.publish(1 << 30)
 
@@ -160,7 +160,7 @@ def _fill(ring, tile, lhs, rhs, stage, phase, sync=None, count=0, publish_at=-1)
     tokens = lhs.tokens(tile, tile.k_begin)
     next_tokens = lhs.next_tokens(tile, tile.k_begin + BK, tokens)
     for k in range(tile.k_begin, tile.k_stop(), BK):
-        # Asked for first: the assignment at the end of the step waits for their arrival.
+        # Loaded first: the assignment at the end of the step waits for their arrival.
         new_tokens = lhs.next_tokens(tile, k + 2 * BK, next_tokens)
         if sync is not None:
             if k == publish_at:
@@ -220,7 +220,7 @@ def producer(ring, tiles, lhs, rhs, sync):
 
 @gluon.jit
 def producer_with_z(ring, tiles, lhs, rhs, z):
-    """After the steps of a tile, its z: 64 columns of up and gate in the rhs of each of four stages."""
+    """Loads a tile's z after the steps of its product: 64 columns of up and gate in the rhs of each of four stages."""
     stage = 0
     phase = 1
     packed_tile = tiles.packed_tile(tiles.begin())
@@ -239,7 +239,7 @@ def producer_with_z(ring, tiles, lhs, rhs, z):
 
 @gluon.jit
 def _release(ring, stage):
-    """Gives a stage, if it is one (not -1), back to the producer, once stores have read the results in it."""
+    """Returns a stage (-1 for none) to the producer, once stores have read the results in it."""
     if ring.STORES_FROM_STAGES:
         tma.store_wait(0)
     mbarrier.arrive(ring.empty.index(gl.maximum(stage, 0)), pred=stage >= 0)

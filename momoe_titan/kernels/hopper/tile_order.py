@@ -53,7 +53,7 @@ class Tile:
 
 @aggregate
 class RowTiles:
-    """Tiles over routed rows, columns fastest: neighbours in time share their rows and their expert.
+    """Tiles over routed rows, columns fastest: tiles computed at the same time share their rows and their expert.
 
     With COLS_AT_A_TIME, that many column tiles for all rows, then the next ones, so that L2 has to hold only
     their part of an expert's weights.
@@ -171,7 +171,7 @@ class WeightTiles:
 
     @gluon.jit
     def packed_tile(self, t):
-        """Nothing to fetch: `tile` tells all from t."""
+        """Fetches nothing: `tile` computes everything from t."""
         return 0
 
     @gluon.jit

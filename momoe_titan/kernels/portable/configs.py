@@ -33,7 +33,7 @@ class TileConfig:
             "BLOCK_K": self.block_k,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            # float32 is exact, not tf32: who asks for it wants the digits
+            # float32 products are exact, not tf32: whoever chooses float32 wants its precision
             "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
             "UPCAST": gpu.interpreting() and dtype == torch.bfloat16,
         }

@@ -88,7 +88,7 @@ def _down_proj_backward_kernel(
     )
     score = tl.load(score_ptr + live_rows)
     z_ptr = tl.where(rows < num_saved, z_saved_ptr, dz_ptr)
-    # by halves: a whole tile of z, act and dz beside dact does not fit the registers
+    # in two halves: a whole tile of z, act and dz, together with dact, does not fit into the registers
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = tl.split(tl.permute(tl.reshape(dact, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     left_cols = n * BLOCK_N + tl.arange(0, HALF)
@@ -106,7 +106,7 @@ def down_proj_backward(
     dz_R2F: torch.Tensor,
     act_RF: torch.Tensor,
 ) -> torch.Tensor:
-    """From dout back through w2 and SwiGLU.
+    """Propagates dout back through w2 and SwiGLU.
 
     Args:
         z_S2F: the saved rows of z.
