@@ -20,16 +20,17 @@ class ValidationCounts:
 
     def __init__(self, layers: Mapping[int, BalancedMoE]):
         self.layers = layers
-        self.counted = {i: layer.router if isinstance(layer, StockMoE) else layer for i, layer in layers.items()}
-        for i, module in self.counted.items():
+        self.counted = [layer.router if isinstance(layer, StockMoE) else layer for layer in layers.values()]
+        self.counts = {i: torch.zeros_like(layer.tokens_per_expert) for i, layer in layers.items()}
+        for module, counts_E in zip(self.counted, self.counts.values(), strict=True):
             # A plain attribute: `record_counts` adds to it in evaluation mode.
-            module.evaluated_E = torch.zeros_like(layers[i].tokens_per_expert)
+            vars(module)["evaluated_E"] = counts_E
 
     def sum(
         self, balancer: ExpertLoadBalancer | None, layer_ids: Sequence[int], num_experts: int, device: torch.device
     ) -> np.ndarray:
         """(L, E), over all ranks, of the layers that have counted; a collective over all of them."""
-        counts = {i: module.evaluated_E for i, module in self.counted.items()}
+        counts = self.counts
         if counts and balancer is not None:
             counts_LE = torch.stack([*counts.values()])
             for group in balancer.groups:
@@ -39,8 +40,8 @@ class ValidationCounts:
 
     def end(self) -> None:
         """Count no more."""
-        for module in self.counted.values():
-            module.evaluated_E = None
+        for module in self.counted:
+            vars(module)["evaluated_E"] = None
 
 
 def maxvio(counts_LE: np.ndarray) -> np.ndarray:

@@ -94,12 +94,12 @@ def page_data(run: Run) -> dict[str, Any]:
     }
 
 
-def axes(run: Stitched) -> dict[str, list[float]]:
+def axes(run: Stitched) -> dict[str, list]:
     """Tokens and seconds at some of the steps, between which the page interpolates."""
     steps = sorted(run.seconds)
     if len(steps) > MAX_AXIS_POINTS:
         steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, MAX_AXIS_POINTS).round().astype(int))]
-    axis: dict[str, list[float]] = {"steps": steps, "seconds": [round(run.seconds[step], 1) for step in steps]}
+    axis: dict[str, list] = {"steps": steps, "seconds": [round(run.seconds[step], 1) for step in steps]}
     tokens = run.scalars.get(tags.TOKENS_SEEN, {})
     if all(step in tokens for step in steps):
         axis["tokens"] = [tokens[step] for step in steps]

@@ -505,6 +505,7 @@ def test_time_leaves_out_what_lies_between_two_starts(runs):
 @needs_browser
 def test_x_axis_can_be_tokens_or_time(browser, page):
     browser.view(1600, 900)
+    browser.console()  # what the page of an earlier test has said
     browser.open(page)
     browser.run(SETTLED)
     choose = (
