@@ -3,7 +3,8 @@
 Usage: fsdp_worker.py OUT PROCESSES JSON, where JSON is a list of runs. The processes are forks of
 this one, because importing torch takes longer than training does. A run has replicate, shard
 (degrees), mode (activation checkpointing), param_dtype, backend, optimizer, non_finite_on (a rank
-whose loss is NaN) and infinite_on (a rank with one infinite element in its gradients). Every rank trains on its part of the same batches; rank 0 writes what came of it to OUT.
+whose loss is NaN) and infinite_on (a rank with one infinite element in its gradients). Every rank
+trains on its part of the same batches; rank 0 writes what came of it to OUT.
 """
 
 import json
