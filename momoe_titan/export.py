@@ -93,7 +93,8 @@ def _export(path: str, args: MomoeLlamaArgs, assets: str, options: argparse.Name
     os.makedirs(options.out, exist_ok=True)
     bias_file, dtype = convert(path, options.out, args, dtype, int(options.shard_gib * 2**30))
     write_hf_config(options.out, args, assets, dtype, bias_file)
-    print(f"{options.out}: {hf_format(args)}, {str(dtype).removeprefix('torch.')}")
+    name = str(dtype).removeprefix("torch.")
+    print(f"{options.out}: written as {name}, to be loaded by transformers as model_type {hf_format(args)!r}")
 
 
 def _verify(path: str, args: MomoeLlamaArgs, assets: str, folder: str) -> int:

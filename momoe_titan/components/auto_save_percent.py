@@ -62,7 +62,7 @@ def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
 
 
 def job_fields(job_config: JobConfig) -> dict[str, Any]:
-    """What of a job decides over its memory, roughly: a stored choice is good for the same."""
+    """The fields of a job that its memory depends on. A stored choice is reused only if they are the same."""
     momoe = job_config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
     fields = {f"momoe.{name}": getattr(momoe, name) for name in ("memory_budget", "backend", "vocab_size")}
     for section in _SECTIONS:

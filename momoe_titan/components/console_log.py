@@ -13,7 +13,7 @@ from momoe_titan.config.command_line import LOG_LEVELS
 
 LEVELS = {level: getattr(logging, level.upper()) for level in LOG_LEVELS}
 TITAN = str(Path(next(iter(torchtitan.__path__))))
-# Of TorchTitan's own lines, those that are shown at the level "info", by what they contain.
+# TorchTitan's own lines that contain one of these are shown at the level "info"; its other lines are not.
 KEPT = (
     "Starting job:",
     " capacity: ",

@@ -172,8 +172,10 @@ class _GateFollower:
         return self.rows
 
     def _local_logits(self, mean_LD: torch.Tensor) -> torch.Tensor:
-        """Of the rows of the gates that this rank holds. In float32 whatever the matmul precision: a
-        step changes few of a weight's bits."""
+        """Logits of the mean token, for the rows of the gates that this rank holds.
+
+        Computed in float32 at every matmul precision, because a step changes only the last bits of a weight.
+        """
         rows_LeD = torch.stack([_local(router.gate.weight) for router in self.routers]).float()
         logits_Le = (rows_LeD * mean_LD.to(rows_LeD.device)[:, None, :]).sum(dim=-1)
         if self.routers[0].gate.bias is not None:

@@ -34,7 +34,7 @@ def build_loss(job_config: JobConfig, parallel_dims: ParallelDims, **kwargs) -> 
 
 
 def tokens_per_step(job_config: JobConfig, parallel_dims: ParallelDims) -> int:
-    """Of all ranks and microbatches; ignored labels count."""
+    """Tokens of one step, over all ranks and microbatches; ignored labels count."""
     training = job_config.training
     sequences = training.global_batch_size
     if sequences < 0:

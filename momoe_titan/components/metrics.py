@@ -281,7 +281,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         }
 
     def _gather(self, memory: titan.DeviceMemStats | ProcessMemStats, loss: float) -> JobState:
-        """What all ranks know of the job, for one reduction; then starts the record of the entropy anew."""
+        """The job's state over all ranks, by one reduction. Also starts a new record of the router entropy."""
         layers = self._layers()
         balancer = getattr(self.optimizers, "load_balancer", None)
         counted = {}
@@ -443,7 +443,7 @@ def _fits_json(value: Any) -> bool:
 
 
 def balance_advice(args: MomoeLlamaArgs) -> str:
-    """What to do about collapsed layers, for the settings that the model has."""
+    """Advice for collapsed layers, given the settings of the model."""
     if not args.load_balance_rate:
         return "Balancing is off: set momoe.load_balance_rate above 0 (docs/balancing.md)"
     steps = ["lower optimizer.lr or lengthen lr_scheduler.warmup_steps"]

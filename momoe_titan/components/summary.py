@@ -21,13 +21,14 @@ MODEL_FIELDS = ("job.config_file", "job.custom_config_module", "experimental.", 
 
 @dataclass
 class Totals:
-    """What the log steps and validations of a run come to.
+    """Results of a run, collected from its log steps and validations.
 
     Attributes:
         tps: tokens per second and device, of each log step.
         peak_gib: highest memory of any rank.
-        maxvio, dead_experts: of the last log step: of the worst layer, and over all layers; None without MoE layers.
-        validation_maxvio: of the last validation, of the worst layer.
+        maxvio: in the last log step, of the worst layer; None without MoE layers.
+        dead_experts: experts without a token in the last log step, over all layers.
+        validation_maxvio: in the last validation, of the worst layer.
     """
 
     loss: float | None = None
@@ -41,7 +42,7 @@ class Totals:
 
 
 def results(totals: Totals, step: int, seconds: float) -> list[str]:
-    """The lines that say what has come out."""
+    """The lines with the results of the run."""
     losses = [] if totals.loss is None else [f"loss {totals.loss:.4f}"]
     if totals.validation_loss is not None:
         losses.append(f"validation loss {totals.validation_loss:.4f} (perplexity {perplexity(totals.validation_loss)})")
@@ -89,7 +90,7 @@ def train_command(args: Sequence[str], *more: tuple[str, str]) -> str:
 
 
 def resume_line(config: JobConfig, args: Sequence[str], step: int) -> str:
-    """How to go on after a signal, or why that cannot be."""
+    """How to resume after a signal, or why the run cannot be resumed."""
     checkpoint = config.checkpoint
     if not checkpoint.enable or checkpoint.load_only:
         why = "checkpoint.load_only is true" if checkpoint.enable else "checkpoint.enable is false"
@@ -131,7 +132,7 @@ def _python(command: str, *options: str) -> str:
 
 
 def _program(name: str) -> str:
-    """How to call a program of this Python's environment: by its name alone where that finds it."""
+    """The command for a program of this Python's environment: its name alone if PATH leads to it, else its path."""
     beside = os.path.join(os.path.dirname(sys.executable), name)
     if shutil.which(name) == beside:
         return name

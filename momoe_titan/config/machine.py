@@ -10,10 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks of a job ask about the machine.
+    """Facts about the machine that the checks of a job need.
 
     Attributes:
-        world_size: processes of the job; None where nobody has said, which torchrun does.
+        world_size: processes of the job; None if unknown; torchrun sets it.
         has_gpu: whether each has a CUDA GPU.
     """
 

@@ -170,6 +170,6 @@ class Momoe:
 
 @dataclass
 class JobConfig:
-    """What TorchTitan adds to its own JobConfig."""
+    """The section that TorchTitan adds to its own JobConfig."""
 
     momoe: Momoe = field(default_factory=Momoe)

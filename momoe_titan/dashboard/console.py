@@ -24,7 +24,7 @@ class TimeLeft:
 
 @dataclasses.dataclass
 class Progress:
-    """What a log step prints.
+    """The values of the line that a log step prints.
 
     Attributes:
         memory_gib: peak memory of the rank that uses most.

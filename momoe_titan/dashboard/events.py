@@ -127,7 +127,7 @@ class Stitched:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Of the last start."""
+        """The description that the last start of the job wrote."""
         return self.starts[-1].description if self.starts else {}
 
     def drop_from(self, step: int) -> None:

@@ -114,7 +114,7 @@ class ShardWriter:
         _save_file(self.shard, os.path.join(self.folder, f"{number}.part"))
         keys = {key: tensor.nbytes for key, tensor in self.shard.items()}
         self.bytes_of_files.append(keys)
-        print(f"{number}: {sum(keys.values()) / 2**30:.2f} GiB", file=sys.stderr)
+        print(f"file {number}: {sum(keys.values()) / 2**30:.2f} GiB", file=sys.stderr)
         self.shard.clear()
 
 

@@ -1,7 +1,7 @@
 """Frees saved pre-activations when a step's routing is more skewed than `save_percent = "auto"` has planned for.
 
 Under expert parallelism the rows that a rank receives depend on the routing, and the plan assumes the rank's fair
-share. z, what save_percent saves, is a cache: the backward can compute any of it again, to the bit. The host learns
+share. z, the saved pre-activations, is a cache: the backward can recompute any of it, to the bit. The host learns
 how many rows a layer will receive before any memory is taken for them. At that point the rank asks whether the step
 will still fit. If not, it frees z of this forward's earlier layers, first layer first, and as a last resort saves
 none of this layer's own. With all z evicted the memory is that of save_percent 0. Ranks decide on their own.
@@ -18,9 +18,9 @@ from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan
 
 
 class ActivationBudget:
-    """The memory that this rank's step takes, given the rows that its layers receive, and the z that can be evicted.
+    """Tracks the memory of this rank's step, given the rows that its layers receive, and evicts z to stay within it.
 
-    Knows one forward at a time, up to its backward.
+    Covers one forward at a time, up to its backward.
 
     Args:
         plan: of the job, with growth.
@@ -28,7 +28,7 @@ class ActivationBudget:
 
     Attributes:
         room: bytes that the plan's `active` and `slack` may take.
-        evicted_bytes: z of the latest forward that was not saved, or freed again, for want of room.
+        evicted_bytes: z of the latest forward that was not saved, or freed again, because room was short.
         least_peak: a lower bound of `active` and `slack` in the forwards so far; 0 before the first.
         quiet: whether the next eviction is not logged.
     """
@@ -51,14 +51,14 @@ class ActivationBudget:
         self._begin_forward()
 
     def _begin_forward(self) -> None:
-        """Assume what the plan does, as long as nothing else is known."""
+        """Start from the assumptions of the plan, until the rows of a layer are known."""
         self._saved: list[tuple[int, weakref.ref[torch.UntypedStorage]]] = []
         self._rows_L2, self._sent_L = np.zeros((len(self.layers), 2)), np.zeros(len(self.layers))
         self._z_L = self._whole_z_L * [layer.save_percent / 100 for layer in self.layers]  # pyright: ignore[reportOperatorIssue] - a number
         self.evicted_bytes = 0
 
     def save_percent(self, layer: nn.Module) -> float:
-        """What the layer may save in the forward that `reserve` was called for: its own save_percent, or 0."""
+        """The share that the layer may save in the forward of the last `reserve`: its own save_percent, or 0."""
         return layer.save_percent if self._z_L[self.layers.index(layer)] > 0 else 0.0  # pyright: ignore[reportReturnType] - it is one
 
     def reserve(self, layer: nn.Module, tokens: float, slots: float, more_sent: int) -> None:

@@ -22,10 +22,10 @@ from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.plan import GIB, MemoryPlan, budget_bytes, context_bytes
 
 FILE_NAME = "save_percent.json"
-MEASURED_STEPS = 3  # the optimizer state exists from the first on
-# Until it is measured, what the plan may be wrong by.
+MEASURED_STEPS = 3  # the optimizer state exists after the first step
+# The error that the plan may have, until the memory is measured.
 PLAN_ERROR = 0.05
-# What every layer of a rank may receive beyond its fair share, with expert parallelism, before z is evicted.
+# With expert parallelism, how much more than its even share each layer of a rank may receive before z is evicted.
 IMBALANCE = 0.05
 
 
@@ -35,7 +35,7 @@ class DeviceMemory(Protocol):
     def total(self) -> int: ...
 
     def outside(self) -> int:
-        """What PyTorch's allocator does not hold: contexts, communication, other processes."""
+        """Memory in use outside of PyTorch's allocator: contexts, communication, other processes."""
         ...
 
     def peak_reserved(self) -> int:
@@ -43,7 +43,7 @@ class DeviceMemory(Protocol):
         ...
 
     def give_back(self) -> None:
-        """Give the GPU back what PyTorch's allocator holds and nobody uses."""
+        """Return unused memory of PyTorch's allocator to the GPU."""
 
 
 class CudaMemory:

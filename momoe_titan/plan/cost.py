@@ -23,7 +23,7 @@ ops = torch.ops
 _FORWARD = ops.momoe_titan.moe_forward
 _BACKWARDS = ops.momoe_titan.moe_backward, ops.momoe_titan.moe_backward_over_z
 _ATTENTION = "scaled_dot_product"
-# Packets of collectives, and how often a rank sends (n - 1)/n of the tensor with this index.
+# Collectives: (name, index of the tensor argument, how often a rank sends (n - 1)/n of that tensor).
 _COLLECTIVES = {
     ops.c10d._allgather_base_: ("all-gather", 0, 1),
     ops.c10d._reduce_scatter_base_: ("reduce-scatter", 1, 1),
@@ -34,7 +34,7 @@ _COLLECTIVES = {
     ops._c10d_functional.all_to_all_single: ("all-to-all", 0, 1),
     ops.momoe_titan.send_rows: ("all-to-all", 0, 1),
 }
-# FSDP's, which run beside the compute of the neighbouring blocks
+# FSDP's collectives, which run at the same time as the compute of neighbouring blocks
 _FSDP = (ops.c10d._allgather_base_, ops.c10d._reduce_scatter_base_)
 
 
@@ -46,10 +46,10 @@ class Gpu:
         matmul, attention: TFLOPS reached by cuBLAS and by attention (causal FLOPs).
         float32: TFLOPS of float32 products.
         grouped: TFLOPS of torch._grouped_mm, which TorchTitan's MoE uses.
-        memory: TB/s that ops reach which only move data.
+        memory: TB/s of ops that only move data.
         experts: F -> TFLOPS of a MoE layer, forward and backward at save_percent 100.
-        launch: microseconds of the host per op, all that Python does around it included; a step takes at
-            least its ops times this.
+        launch: host time per op in microseconds, with all the Python code around it; a step takes at least
+            this times its number of ops.
     """
 
     matmul: float
@@ -62,9 +62,9 @@ class Gpu:
 
 
 GPUS = {
-    # The experts' are measured, the H200's with older kernels: F = 256 is 7B-n256, F = 1024 the mean of
-    # 30B-n1024 and seed-64e. Of the 500M flavor, memory fits runs on one GPU, launch FSDP and EP on two
-    # H100s, float32 TP there; others are assumed.
+    # The experts' rates are measured (on the H200 with older kernels): F = 256 is 7B-n256, F = 1024 the mean of
+    # 30B-n1024 and seed-64e. These rates are fitted to runs of the 500M flavor: memory on one GPU, launch with FSDP
+    # and EP on two H100s, float32 with TP on two H100s. All others are assumed.
     "h200": Gpu(550, 350, 25, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
     "h100": Gpu(550, 350, 25, 300, memory=2.4, experts={256: (410, 473), 1024: (568, 579)}),
 }
@@ -88,7 +88,7 @@ class Network:
 
 @dataclass
 class Work:
-    """Of one kind, in one step or microbatch."""
+    """The work of one kind of op, in one step or microbatch."""
 
     flops: float = 0.0
     num_bytes: float = 0.0
@@ -104,7 +104,7 @@ class StepCost:
             "float32 matmul", "grouped matmul", "attention", "experts forward F", "experts backward F",
             "experts again F" (z at save_percent 0), these three also with " float32", "elementwise", "optimizer".
         sent: (True in a microbatch; collective; True for FSDP's; True between nodes) -> Work.
-        num_microbatches: that were traced.
+        num_microbatches: how many were traced.
     """
 
     node_size: int

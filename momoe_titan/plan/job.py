@@ -52,12 +52,12 @@ _PARTS = {
 
 
 class FakeTrainer(titan.Trainer):
-    """TorchTitan's trainer, its constructor aside: what has no memory on the GPU is left out.
+    """TorchTitan's trainer with another constructor, which leaves out everything that takes no GPU memory.
 
     Args:
         config: of the job.
-        dims: its parallel dimensions.
-        load: what the rank receives with expert parallelism.
+        dims: the parallel dimensions of the job.
+        load: the tokens and rows that the rank receives with expert parallelism.
 
     Attributes:
         on_phase: called with "clip" before the gradients are clipped.

@@ -91,7 +91,7 @@ def _check_moe(moe: Any) -> None:
 
 
 def _check_experts(args: ModelArgs, section: str) -> None:
-    """What a job sets in the section `[momoe]`."""
+    """The fields that a job sets in the section `[momoe]`."""
     layers = args.moe_layer_ids
     check_num_layers(args.save_percent, len(layers), f"{section}save_percent")
     for i, percent in enumerate(args.save_percent):
