@@ -1,6 +1,7 @@
 """Whether a folder is the model that was trained, by transformers' own computation of a text."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -87,12 +88,13 @@ def compare(path: str, args: MomoeLlamaArgs, assets: str, folder: str, dtype: to
         same_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(TEXT) == ids
         # One expert after the other: the grouped kernel of transformers 5 refuses some widths.
         new = int(transformers.__version__.split(".")[0]) >= 5
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
             output_loading_info=True,
+            **{"dtype" if new else "torch_dtype": torch.float32},
             **({"experts_implementation": "eager"} if new else {}),
         )
+        theirs, info = loaded
         difference_L = (theirs.eval()(tokens).logits[0] - ours_LV).abs().amax(-1)
     at = int(difference_L.argmax())
     return Comparison(

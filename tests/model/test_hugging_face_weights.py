@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,8 +26,10 @@ from torchtitan.components.checkpoint import (
     CheckpointManager,
     ModelWrapper,
 )
+from torchtitan.config import ConfigManager
 
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
+from momoe_titan.components.trainer import check_config
 from momoe_titan.config.section import Momoe
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import args_from_hf_config, read_hf_args
@@ -580,6 +583,32 @@ def test_published_routing_is_kept_unless_the_job_says_otherwise(tmp_path, caplo
         caplog.clear()
         replace(args, load_balance_rate=rate).update_from_config(hf_job(tmp_path / "mixtral", initial_load_in_hf=True))
         assert ("has no place: other programs will choose other experts" in caplog.text) == warned
+
+
+def test_the_shipped_fine_tuning_job_is_accepted(tmp_path, monkeypatch):
+    """As its user starts it, with folders of their own."""
+    monkeypatch.chdir(ROOT)
+    theirs = hf_model("olmoe")
+    theirs.resize_token_embeddings(2048)
+    theirs.save_pretrained(tmp_path / "model")
+    for file in TOKENIZER.glob("*.json"):
+        shutil.copy(file, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("words")
+    folders = [
+        f"--model.hf_assets_path={tmp_path / 'model'}",
+        f"--training.dataset_path={tmp_path / 'text.txt'}",
+        f"--job.dump_folder={tmp_path / 'run'}",
+    ]
+    job = ConfigManager().parse_args(["--job.config_file=train_configs/finetune_hf.toml", *folders])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_config(job)
+    args = flavors["hf"]
+    args.take_settings(job)
+    assert not any(args.layer_load_balance_rate(i) for i in args.moe_layer_ids)
+    assert hf_config(args)["max_position_embeddings"] == max(32, job.training.seq_len)
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"initial_load_in_hf is true, but .* holds no \*.safetensors"):
+        check_config(job)
 
 
 @pytest.mark.parametrize(

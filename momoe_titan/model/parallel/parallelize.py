@@ -31,7 +31,7 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
         apply_expert_parallel(model, parallel_dims)
     if parallel_dims.tp_enabled:
         apply_tp(model, parallel_dims, not job_config.parallelism.disable_loss_parallel)
-        model.tie_weights()  # of which it has made two
+        model.tie_weights()  # tensor parallelism has made two weights of the shared one
         maybe_enable_async_tp(job_config, parallel_dims.get_mesh("tp"))
     if parallel_dims.cp_enabled:
         apply_cp_to_attention_module(
@@ -62,16 +62,14 @@ def _shard(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig
     training = job_config.training
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
-    dtypes = {
-        "param_dtype": TORCH_DTYPE_MAP[training.mixed_precision_param],
-        "reduce_dtype": TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-    }
+    param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    reduce_dtype = TORCH_DTYPE_MAP[training.mixed_precision_reduce]
     ends: dict[str, nn.Module] = {}
     if model.model_args.tie_word_embeddings:
         # A weight that two modules share must be in one FSDP group, and TorchTitan makes two: it does not see these.
         ends = {name: model.get_submodule(name) for name in ("tok_embeddings", "norm", "output")}
         offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
-        policy = MixedPrecisionPolicy(**dtypes)
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         # The group's modules begin and end the forward: there is nothing to free in between.
         fully_shard(
             list(ends.values()), mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
@@ -81,7 +79,8 @@ def _shard(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig
     apply_fsdp(
         model,
         mesh,
-        **dtypes,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
         pp_enabled=parallel_dims.pp_enabled,
         cpu_offload=training.enable_cpu_offload,
         reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
@@ -139,7 +138,7 @@ def _compile(model: MomoeLlama, job_config: JobConfig, ep_enabled: bool) -> None
 
 
 def _reduce_by_sums(model: MomoeLlama) -> None:
-    """Have FSDP sum gradients over ranks by a plain sum.
+    """Make FSDP sum gradients over ranks without dividing them.
 
     TorchTitan asks for gradients divided by 1, for which FSDP uses a reduction that gloo lacks.
     """
