@@ -102,7 +102,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         return self.save_percent[self.moe_layer_ids.index(layer_id)]
 
     def layer_load_balance_rate(self, layer_id: int) -> float:
-        """How far a step moves the bias of this layer; 0 where balancing is off."""
+        """The rate by which a step moves the bias of this layer; 0 if balancing is off."""
         return 0.0 if layer_id in self.load_balance_off_layers else self.load_balance_rate
 
     def update_from_config(self, job_config: JobConfig, **kwargs) -> None:
@@ -169,7 +169,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         return hf_format(self)
 
     def differences_from_hf(self, folder: str) -> list[tuple[str, Any, Any]]:
-        """(field, value in the folder's config.json, value here) of what the outputs depend on."""
+        """(field, value in the folder's config.json, value here) for every field that the outputs depend on."""
         theirs, ours = _computed(read_hf_args(folder)), _computed(self)
         return [(field, theirs[field], value) for field, value in ours.items() if theirs[field] != value]
 

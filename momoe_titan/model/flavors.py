@@ -7,12 +7,12 @@ from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.model.args import MomoeLlamaArgs
 
-# Of flavors whose Hugging Face format has no place for a bias.
+# For flavors whose Hugging Face format has no place for a bias.
 AUX_LOSS_WEIGHT = 0.01
 
 
 class _Flavors(UserDict):
-    """A dict that hands out copies: a job writes its settings into the arguments it gets."""
+    """A dict that returns copies, because a job writes its settings into the arguments that it gets."""
 
     def __getitem__(self, flavor: str) -> MomoeLlamaArgs:
         return copy.deepcopy(super().__getitem__(flavor))

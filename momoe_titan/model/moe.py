@@ -21,7 +21,7 @@ from momoe_titan.moe.float32_buffers import Float32Buffers
 
 
 class BalancedMoE(Float32Buffers, MoE):
-    """What `MomoeMoE` and `StockMoE` share: router, shared experts, and the state of load balancing.
+    """Base class of `MomoeMoE` and `StockMoE`: router, shared experts, and the state of load balancing.
 
     Args:
         moe_args: TorchTitan's arguments; its `load_balance_coeff` is not read.

@@ -11,7 +11,7 @@ QUANTILE = "quantile"
 
 
 def bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = "sign") -> torch.Tensor:
-    """What the rules "sign" and "proportional" add to each expert's bias, given how many tokens chose it.
+    """The change of each expert's bias by the rules "sign" and "proportional", from how many tokens chose it.
 
     "sign" (algorithm 1 of the paper): rate * sign(mean - count). Biases are not centred afterwards,
     as in the paper: a common shift changes no choice.
@@ -42,7 +42,7 @@ def bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = 
 def quantile_delta(
     histogram_LEB: torch.Tensor, bias_LE: torch.Tensor, top_k: int, average: float = 1.0
 ) -> torch.Tensor:
-    """What the rule "quantile" adds to each expert's bias: the bias is solved for, not nudged.
+    """The change of each expert's bias by the rule "quantile", which solves for the bias that balances the experts.
 
     A token chooses an expert whose bias rises by more than the token's margin from it. The K/E
     quantile of the margins of a step's tokens is therefore the change that gives the expert its

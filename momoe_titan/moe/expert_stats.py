@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from momoe_titan.kernels.quantile import count_margins
 
-MEAN_TOKENS = 2048  # of a forward, for the mean token that quantile balancing follows the gates by
+MEAN_TOKENS = 2048  # tokens of a forward that enter the mean token, by which quantile balancing follows the gates
 _entropy_wanted = False
 _paused = False
 

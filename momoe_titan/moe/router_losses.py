@@ -55,7 +55,7 @@ def add_router_losses(
 def router_loss_gradient(
     logits_TE: Tensor, shares_SE: Tensor | None, score_func: str, aux_weight: float, z_weight: float
 ) -> Tensor:
-    """With respect to the logits, (T, E); see `add_router_losses`."""
+    """Gradient of the losses with respect to the logits, (T, E); see `add_router_losses`."""
     num_tokens, num_experts = logits_TE.shape
     grad_TE = torch.zeros_like(logits_TE)
     if aux_weight and shares_SE is not None:

@@ -30,7 +30,7 @@ def sum_and_scatter_rows(x_TD: torch.Tensor, mesh: DeviceMesh | None) -> torch.T
 
 
 def local_weight(weight: torch.Tensor) -> torch.Tensor:
-    """What this rank computes with: its shard of a weight, or all of a replicated one.
+    """The part of a weight that this rank computes with: its shard, or all of a replicated weight.
 
     The gradient of a replicated weight comes from this rank's tokens alone and is summed over the
     ranks.

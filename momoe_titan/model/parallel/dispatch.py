@@ -44,7 +44,7 @@ _lib.define("send_rows(Tensor rows, int[] received, int[] sent, str group_name) 
 
 
 def _exchange_counts(sent_PC: torch.Tensor, group_name: str) -> torch.Tensor:
-    """What this rank sends and what it receives, (2, P, C) on the host."""
+    """The numbers of rows that this rank sends and receives, (2, P, C) on the host."""
     equal = [1] * sent_PC.shape[0]
     received_PC = torch.ops._c10d_functional.all_to_all_single(sent_PC, equal, equal, group_name)
     received_PC = torch.ops._c10d_functional.wait_tensor(received_PC)
@@ -61,7 +61,7 @@ _lib.impl("send_rows", _send_rows, "CompositeExplicitAutograd")
 
 
 class SizesExchange(Protocol):
-    """How the ranks of a group tell each other what they are about to send."""
+    """Exchanges between the ranks of a group how many rows each is about to send."""
 
     def __call__(self, sent_P2: torch.Tensor, num_tokens: int, num_chosen: int) -> tuple[Sizes, Sizes]:
         """What this rank sends to each rank, and what it receives from each.
@@ -178,7 +178,7 @@ class ReceivedChoice:
 
 
 class Exchange:
-    """Tokens on their way to the ranks of their experts, and the way back. See `Dispatcher.dispatch`."""
+    """Tokens that are being sent to the ranks of their experts, and their way back. See `Dispatcher.dispatch`."""
 
     def __init__(self, groups: TokenGroups, splits: Splits, x: AsyncAllToAll, choice: AsyncAllToAll, **received):
         self._groups = groups
