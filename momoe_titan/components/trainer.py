@@ -33,7 +33,7 @@ from momoe_titan.data.tokenizer import build_tokenizer, resolve_assets_path
 from momoe_titan.model.hugging_face.config import saved_dtype, write_hf_config
 
 Sampler = Callable[[Any, Any], str]
-OTHER_RANKS_WAIT = 2.0  # seconds; torchrun looks ten times a second whether a process has failed
+OTHER_RANKS_WAIT = 10.0  # seconds; torchrun ends the other processes as soon as one has failed
 
 
 def prepare_cpu_job(config: JobConfig, args: list[str]) -> None:
