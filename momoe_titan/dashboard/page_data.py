@@ -1,4 +1,4 @@
-"""What the page draws of a run, as JSON can hold it: lines, the load of the experts, health, a summary.
+"""Computes the data that the page draws of a run, as JSON: lines, the load of the experts, health, a summary.
 
 The page stays small however long a run is: each line and the number of frames have a bound.
 """

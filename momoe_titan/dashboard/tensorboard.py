@@ -1,4 +1,4 @@
-"""What a run writes for TensorBoard beside its scalars: groups of charts, the load of every expert as images and
+"""Writes more than scalars for TensorBoard: groups of charts, the load of every expert as images and
 tensors, and a description of the run. `page_data` reads the tensors and the description too."""
 
 import json

@@ -1,4 +1,4 @@
-"""Whether a folder is the model that was trained, by transformers' own computation of a text."""
+"""Checks an exported folder by comparing the logits that transformers computes from it with ours."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""The router of an MoE layer for TorchTitan's trainer."""
+"""The router of an MoE layer for TorchTitan's trainer: logits, chosen experts and scores of each token."""
 
 import torch
 from torch import nn

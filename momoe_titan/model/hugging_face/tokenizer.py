@@ -1,4 +1,4 @@
-"""The tokenizer's files of an exported folder, so that transformers gives a text the ids that we give it."""
+"""Writes the tokenizer files of an exported folder, so that transformers tokenizes texts as this package does."""
 
 import json
 import os
