@@ -336,6 +336,11 @@ def balance_all() -> str:
     return _balance("balance_500m_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
 
 
+def balance_1_4b() -> str:
+    """The flavor of 128 experts, short and with one seed."""
+    return _balance("balance_1.4b_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS, tokens_per_s="tokens/s")
+
+
 def balance_causes() -> str:
     """Where the collapse comes from."""
     return _balance("balance_500m_400", OTHER_BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
@@ -408,7 +413,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
-    + (rates_step_time, eviction, balance_long, balance_all, balance_causes, balance_floor, balance_cost)
+    + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep)
 }

@@ -35,12 +35,12 @@ class PortableGemms:
         self.tile_rows = tiles["up_proj"].block_m
 
     def up_proj(
-        self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor, keeps_z: bool
+        self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor, saves_z: bool
     ) -> None:
         """act of all rows, and z of the first z_S2F.shape[0].
 
         Args:
-            keeps_z: whether save_percent is above 0; not told from the rows, whose number must not compile anything.
+            saves_z: whether save_percent is above 0; not told from the rows, whose number must not compile anything.
         """
         up_proj.up_proj(self.tiles["up_proj"], x_TD, w1_ED2F, routing, act_RF, z_S2F)
 
@@ -101,9 +101,9 @@ class HopperGemms:
     traits = KernelTraits(tile_cols=hopper.BN.value, dz_over_z=True)
 
     def up_proj(
-        self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor, keeps_z: bool
+        self, x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, act_RF: Tensor, z_S2F: Tensor, saves_z: bool
     ) -> None:
-        hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F if keeps_z else None, z_S2F.shape[0], act_RF)
+        hopper.up_proj(x_TD, w1_ED2F, routing, z_S2F if saves_z else None, z_S2F.shape[0], act_RF)
 
     def z_and_dz(self, z_S2F: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[ZRows, ZRows]:
         if over_z:

@@ -146,7 +146,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, keeps_z=save_percent > 0)
+    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, saves_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
     ranges = _schedule(gemms, x_TD, w2_EFD, num_rows, inference).y_ranges
     _combined(gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, ranges)

@@ -118,7 +118,7 @@ class ActivationBudget:
             tokens, slots = 1 + self._rows_L2.max(axis=0)
             logger.info(
                 f"save_percent = auto: rank {rank} receives up to {tokens:.3f} times its fair share of tokens, "
-                f"{slots:.3f} of rows, by MoE layer {self._latest + 1} of {len(self.layers)}, and sheds the z that "
+                f"{slots:.3f} of rows, by MoE layer {self._latest + 1} of {len(self.layers)}, and evicts the z that "
                 "has no room; not said again, see memory/experts_shed"
             )
         return self._over_S()

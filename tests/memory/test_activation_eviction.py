@@ -154,7 +154,7 @@ def test_it_is_said_once(caplog):
     budget = budget_with(3000)
     for _ in range(3):
         forward(budget, [1, 1.5, 1.5])
-    said = [record.message for record in caplog.records if "sheds" in record.message]
+    said = [record.message for record in caplog.records if "evicts" in record.message]
     assert (
         len(said) == 1
         and "rank 0 receives up to 1.500 times its fair share of tokens, 1.500 of rows, by MoE layer 2 of 3" in said[0]
