@@ -410,6 +410,7 @@ def test_other_layouts(jobs, tmp_path, one_document):
         (2, 10, "dp_shard=2"),
         (1, STEPS, "ep=1"),
     ):
+        options += ["--log_level", "debug"]  # shows the device mesh
         part = jobs.run(tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks)
         assert part.status == [0] * ranks, part.log[-3000:]
         assert max(part.losses) == last and f" {shown}," in part.log

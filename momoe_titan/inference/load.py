@@ -42,15 +42,21 @@ def find_checkpoint(folder: str) -> tuple[str, bool]:
     if os.path.isdir(folder):
         if any(name.endswith(".safetensors") for name in os.listdir(folder)):
             return folder, True
+        faults = []
         for step in sorted(saved_steps(folder), reverse=True):
             path = step_folder(folder, step)
             try:
                 found, is_hf = find_checkpoint(path)
                 stored_tensors(found) if is_hf else read_metadata(found)
             except ValueError as e:
-                logger.warning(f"PASSED OVER the checkpoint {path}: {e}")
+                faults.append((path, e))
                 continue
+            for passed, fault in faults:
+                logger.warning(f"PASSED OVER the checkpoint {passed}: {fault}")
             return found, is_hf
+        if faults:
+            said = (f"{passed!r} cannot be read: {fault}" for passed, fault in faults)
+            raise ValueError(f"{folder!r} holds no whole checkpoint: {'; '.join(said)}")
     raise ValueError(
         f"{folder!r} holds no checkpoint: neither .metadata (TorchTitan's), nor *.safetensors "
         "(Hugging Face's), nor a folder step-N with one of them"

@@ -89,10 +89,10 @@ def test_transformers_continues_as_we_do(run, capsys):
 
 @pytest.mark.slow
 def test_training_goes_on_from_hugging_face_and_back(run, tmp_path):
-    options = "--checkpoint.enable --checkpoint.initial_load_in_hf --checkpoint.last_save_in_hf"
+    checkpoint = ("enable", "initial_load_in_hf", "last_save_in_hf", "last_save_model_only")
     output = train(
         tmp_path,
-        *options.split(),
+        *(f"--checkpoint.{field}" for field in checkpoint),
         "--checkpoint.export_dtype=bfloat16",
         "--model.flavor=hf",
         f"--model.hf_assets_path={run / 'hf'}",

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable
 
 from momoe_titan import train
+from momoe_titan.config.command_line import take_log_level
 
 
 def die_in_save(step: int, name: str) -> None:
@@ -75,8 +76,10 @@ def run_job(job: dict) -> None:
         sleep = time.sleep
         time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the trainer sleeps at its end
         sys.argv[1:] = job["args"]
+        for_titan = list(job["args"])
+        take_log_level(for_titan)  # as `train.main` does before TorchTitan is imported
         # bound when TorchTitan was imported
-        ConfigManager.parse_args.__defaults__ = (job["args"],)
+        ConfigManager.parse_args.__defaults__ = (for_titan,)
         status = train.main()
     except SystemExit as e:
         status = e.code
