@@ -400,7 +400,9 @@ def degree(kind: str) -> str:
 @pytest.mark.slow
 def test_other_layouts(jobs, tmp_path, one_document):
     """One process, FSDP, expert parallelism, tensor parallelism, and back."""
-    straight = jobs.run(tmp_path / "straight", *one_document)
+    # By its sign the bias is the same to the bit; solved for, it follows the rounding of the scores.
+    common = [*one_document, "--momoe.load_balance_rule", "sign"]
+    straight = jobs.run(tmp_path / "straight", *common)
     assert straight.status == [0] and straight.losses[STEPS] < straight.losses[1] - 0.5
     for ranks, last, shown, *options in (
         (1, 2, "ep=1"),
@@ -411,7 +413,7 @@ def test_other_layouts(jobs, tmp_path, one_document):
         (1, STEPS, "ep=1"),
     ):
         options += ["--log_level", "debug"]  # shows the device mesh
-        part = jobs.run(tmp_path / "parts", *one_document, f"--training.steps={last}", *options, ranks=ranks)
+        part = jobs.run(tmp_path / "parts", *common, f"--training.steps={last}", *options, ranks=ranks)
         assert part.status == [0] * ranks, part.log[-3000:]
         assert max(part.losses) == last and f" {shown}," in part.log
         for step, loss in part.losses.items():
