@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchtitan.config import ConfigManager
 
 from tests.docs import words
 
@@ -41,17 +42,18 @@ def test_commands_and_files_that_are_named_exist(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_toml_in_a_page_can_be_read(path):
+def test_toml_in_a_page_names_sections_and_fields_that_exist(path):
+    config = ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config"])
     for block in re.findall(r"^```toml\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE):
-        tomllib.loads(block)
+        for section, values in tomllib.loads(block).items():
+            assert hasattr(config, section), f"{name_of(path)}: [{section}]"
+            for field in values:
+                assert hasattr(getattr(config, section), field), f"{name_of(path)}: {section}.{field}"
 
 
 def test_options_that_pages_name_exist():
     """Each --section.field of a page is one that training takes."""
-    from torchtitan.config import ConfigManager
-
-    manager = ConfigManager()
-    config = manager.parse_args(["--job.custom_config_module=momoe_titan.job_config"])
+    config = ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config"])
     for path in COMMAND_FILES:
         for section, field in re.findall(r"--([a-z_]+)\.([a-z_\-]+)", path.read_text()):
             if (section, field) == ("section", "field"):
