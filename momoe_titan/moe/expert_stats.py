@@ -7,18 +7,19 @@ Evaluation must not count at all.
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from momoe_titan.kernels.entropy import add_entropy
 from momoe_titan.kernels.quantile import count_margins
 
 MEAN_TOKENS = 2048  # tokens of a forward that enter the mean token, by which quantile balancing follows the gates
 _entropy_wanted = False
 _paused = False
+_switches: dict[torch.device, torch.Tensor] = {}  # 1 while the entropy is wanted, else 0
 
 
 def inside_backward() -> bool:
@@ -129,7 +130,22 @@ def _(histogram_EB, input_sum_C, x_TD, logits_TE, bias_E, ids_TK, score_func) ->
 def want_entropy(wanted: bool) -> None:
     """Switch the recording of the routers' entropy in this process; it starts switched off."""
     global _entropy_wanted
-    _entropy_wanted = wanted
+    if wanted != _entropy_wanted:
+        _entropy_wanted = wanted
+        for switch in _switches.values():
+            switch.fill_(wanted)
+
+
+def prepare_capture(device: torch.device) -> None:
+    """Make what the ops below read in a CUDA graph, before one is captured on this device."""
+    _switch(device)
+
+
+def _switch(device: torch.device) -> torch.Tensor:
+    """On the device: 1.0 while the entropy is wanted, else 0.0."""
+    if device not in _switches:
+        _switches[device] = torch.full((), float(_entropy_wanted), device=device)
+    return _switches[device]
 
 
 def records_entropy(module: nn.Module) -> bool:
@@ -141,26 +157,27 @@ def records_entropy(module: nn.Module) -> bool:
     return feeds_balancing(module) and (torch.compiler.is_compiling() or _entropy_wanted)
 
 
-def recording_entropy() -> bool:
-    """Whether the forward that runs now is recorded: it is wanted, and neither a recomputation nor paused."""
-    return _entropy_wanted and not _paused and is_first_forward()
+def recording_entropy(device: torch.device) -> torch.Tensor | None:
+    """1.0 or 0.0 on the device, by which what the forward that runs now records is to be multiplied; None for nothing.
+
+    Nothing is recorded in a recomputation, or while paused. A CUDA graph that is being captured records in any case and
+    decides when it runs: whether the entropy is wanted differs from step to step.
+    """
+    if _paused or not is_first_forward():
+        return None
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _switch(device) if captured or _entropy_wanted else None
 
 
 @torch.library.custom_op("momoe_titan::accumulate_entropy", mutates_args=("total_2",))
 def accumulate_entropy(total_2: torch.Tensor, scores_TE: torch.Tensor) -> None:
-    """Add the sum of the tokens' entropies and the number of tokens to total_2, in place.
+    """Add the sum of the tokens' entropies and the number of tokens to total_2, in place; see `add_entropy`.
 
-    Does nothing where the entropy is not wanted, in a recomputation, or while paused. The entropy of a token is
-    that of its scores, divided by their sum, in units of ln E: 1 where all experts score alike, 0
-    where one expert has everything.
+    Does nothing where the entropy is not wanted, in a recomputation, or while paused.
     """
-    if not recording_entropy():
-        return
-    tokens, num_experts = scores_TE.shape
-    tiny = torch.finfo(scores_TE.dtype).tiny
-    p_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp(min=tiny)
-    total_2[0] += torch.special.entr(p_TE).sum() / math.log(max(2, num_experts))
-    total_2[1] += tokens
+    wanted = recording_entropy(total_2.device)
+    if wanted is not None:
+        add_entropy(total_2, scores_TE.contiguous(), wanted)
 
 
 @accumulate_entropy.register_fake

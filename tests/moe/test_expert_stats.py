@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from momoe_titan.moe import expert_stats
 from momoe_titan.moe.expert_stats import (
     accumulate_entropy,
     count_experts,
     record_counts,
+    recording_entropy,
     recording_paused,
     want_entropy,
 )
@@ -53,3 +55,18 @@ def test_records_nothing_while_paused(entropy_wanted):
     assert not total.any() and not entropy.any()
     record()
     assert total.tolist() == [1, 2] and entropy.tolist() == [1, 1]
+
+
+def test_a_captured_forward_asks_when_it_runs(monkeypatch):
+    """The host cannot ask in a CUDA graph: what is captured while nothing is wanted must record once it is."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(expert_stats, "_switches", {gpu: torch.zeros(())})
+    switch = recording_entropy(gpu)
+    assert switch == 0
+    want_entropy(True)
+    assert switch == 1
+    with recording_paused():
+        assert recording_entropy(gpu) is None
+    want_entropy(False)
+    assert switch == 0 and recording_entropy(torch.device("cpu")) is None
