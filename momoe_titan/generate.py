@@ -18,8 +18,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from momoe_titan.data.tokenizer import TextTokenizer
 from momoe_titan.inference.load import args_and_tokenizer, find_checkpoint, load_model, with_positions
 from momoe_titan.inference.sampling import generate, stream_text
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--device {options.device!r} is none of this machine's: {e}") from e
     path, _ = find_checkpoint(options.checkpoint)
     args, assets = args_and_tokenizer(path, job, options.tokenizer)
-    tokenizer = HuggingFaceTokenizer(assets)
+    tokenizer = TextTokenizer(assets, parse_special=True)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     prompt_ids = tokenizer.encode(prompt, add_bos=True, add_eos=False)
     length = len(prompt_ids) + options.max_tokens

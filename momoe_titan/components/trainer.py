@@ -19,6 +19,7 @@ from torchtitan.tools.logging import logger
 from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, SaveError, resumed_checkpoint
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
+from momoe_titan.components.loss import LossInModel
 from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
 from momoe_titan.components.summary import Totals, next_commands, results, resume_line
@@ -71,8 +72,8 @@ def check_config(config: JobConfig) -> None:
     model_args = check_job(config)
     check_folders(config)
     check_hf_weights(config, model_args)
-    num_tokens = build_tokenizer(config).get_vocab_size()
-    check_tokenizer(config, num_tokens, getattr(model_args, "vocab_size", num_tokens))
+    num_ids = build_tokenizer(config).num_ids
+    check_tokenizer(config, num_ids, getattr(model_args, "vocab_size", num_ids))
     check_datasets(config)
 
 
@@ -122,7 +123,7 @@ class Run:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-class Trainer(titan.Trainer):
+class Trainer(LossInModel, titan.Trainer):
     """TorchTitan's, for a job that has been checked. Stops between two steps, and says at its end what came out."""
 
     checkpointer: CheckpointManager

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from momoe_titan.data.tokenizer import TextTokenizer
 from momoe_titan.inference.load import load_model, with_positions
 from momoe_titan.model import MomoeLlamaArgs
 
@@ -77,7 +77,7 @@ def compare(path: str, args: MomoeLlamaArgs, assets: str, folder: str, dtype: to
         import transformers  # of no extra: for this alone
     except ModuleNotFoundError as e:
         raise ValueError(f"--verify: {e}: pip install transformers") from e
-    ids = HuggingFaceTokenizer(assets).encode(TEXT, add_bos=True, add_eos=False)
+    ids = TextTokenizer(assets).encode(TEXT, add_bos=True, add_eos=False)
     if max(ids) >= args.vocab_size:
         raise ValueError(f"the tokenizer in {assets!r} has id {max(ids)}, the model embeds {args.vocab_size}")
     tokens = torch.tensor([ids])

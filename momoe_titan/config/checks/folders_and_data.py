@@ -32,21 +32,20 @@ def check_folders(job_config: JobConfig) -> None:
             raise ValueError(f"checkpoint.folder {checkpoints!r} cannot be written: {e}") from e
 
 
-def check_tokenizer(job_config: JobConfig, num_tokens: int, num_embedded: int) -> None:
-    """Refuse a tokenizer with more entries than the model embeds.
+def check_tokenizer(job_config: JobConfig, num_ids: int, num_embedded: int) -> None:
+    """Refuse a tokenizer with ids that the model does not embed.
 
     Args:
-        num_tokens: entries of the tokenizer.
+        num_ids: one more than the tokenizer's largest id.
         num_embedded: rows of the model's embedding.
 
     Raises:
         ValueError: names the tokenizer's folder, and what to set.
     """
-    if num_tokens > num_embedded:
+    if num_ids > num_embedded:
         raise ValueError(
-            f"model.hf_assets_path {job_config.model.hf_assets_path!r} has a tokenizer of "
-            f"{num_tokens} entries, but the model embeds {num_embedded}; set "
-            f"momoe.vocab_size to {num_tokens} or more"
+            f"model.hf_assets_path {job_config.model.hf_assets_path!r} has a tokenizer with ids up to "
+            f"{num_ids - 1}, but the model embeds {num_embedded}; set momoe.vocab_size to {num_ids} or more"
         )
 
 

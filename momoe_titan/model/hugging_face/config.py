@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.config.hugging_face import FORMATS_WITH_BIAS
 from momoe_titan.config.model_args import ModelArgs
+from momoe_titan.data.tokenizer import TextTokenizer
 from momoe_titan.model.hugging_face.tokenizer import export_tokenizer
 from momoe_titan.model.rope import YarnArgs, yarn_attention_factor
 
@@ -430,7 +430,7 @@ def write_hf_config(folder: str, args: ModelArgs, assets: str, dtype: torch.dtyp
         ValueError: no format holds the model.
     """
     config = hf_config(args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    tokenizer = HuggingFaceTokenizer(assets)
+    tokenizer = TextTokenizer(assets)
     for name, own in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         imported = config[f"{name}_token_id"]
         among = isinstance(imported, list) and own in imported  # several tokens that end a text
