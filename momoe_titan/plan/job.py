@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
+from momoe_titan.components.loss import LossInModel
 from momoe_titan.config.checks import job as checks
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import configured_args
@@ -51,7 +53,7 @@ _PARTS = {
 }
 
 
-class FakeTrainer(titan.Trainer):
+class FakeTrainer(LossInModel, titan.Trainer):
     """TorchTitan's trainer with another constructor, which leaves out everything that takes no GPU memory.
 
     Args:
@@ -106,9 +108,11 @@ class FakeTrainer(titan.Trainer):
 
     def allocate(self) -> None:
         """Parameters and optimizer; under a FakeTensorMode, where the constructor must not run."""
-        self.model_parts[0].to_empty(device="cpu").train()
+        model = self.model_parts[0]
+        with shared_parameters(model):
+            model.to_empty(device="cpu").train()
         if self.buckets is not None:
-            self.buckets.allocate(self.model_parts[0])
+            self.buckets.allocate(model)
         self.optimizers = self.train_spec.build_optimizers_fn(
             self.model_parts, self.job_config.optimizer, self.parallel_dims
         )
@@ -170,6 +174,23 @@ class GradientBuckets:
 
         for p in bucket:
             p.register_post_accumulate_grad_hook(arrived)
+
+
+@contextmanager
+def shared_parameters(model: nn.Module) -> Iterator[None]:
+    """Keep what is one parameter of several modules one, such as tied embeddings, where the block replaces parameters.
+
+    `to_empty` gives each of these modules a parameter of its own. A trainer ties them again when it initialises the
+    weights, which a plan leaves out.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    yield
+    for first, *others in names.values():
+        for other in others:
+            module, _, name = other.rpartition(".")
+            setattr(model.get_submodule(module), name, model.get_parameter(first))
 
 
 def check_job(config: JobConfig, world_size: int) -> None:

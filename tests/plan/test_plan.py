@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchtitan.config import JobConfig
 from torchtitan.distributed import parallel_dims
 from torchtitan.models.llama3.infra import parallelize as llama3
@@ -83,6 +84,34 @@ def test_parameters_and_optimizer_state_are_the_models(plan, model):
         assert moment.parts[PARAMETERS] == sum(parameters) + sum(buffers)
         assert moment.parts[OPTIMIZER] == 2 * sum(parameters) + block_bytes(4) * len(parameters)
     assert plan.peak(0, "optimizer") == plan.peak(100, "optimizer")
+
+
+def test_tied_embeddings_are_planned_as_one_weight(plan, model, monkeypatch):
+    """As in the model that is trained: one parameter, one gradient, one state of the optimizer."""
+    monkeypatch.setitem(flavors, "debugmodel", replace(flavors["debugmodel"], tie_word_embeddings=True))
+    tied = trace_training(job(save_percent=100.0), NO_MESH, H100)
+    one = model.tok_embeddings.weight
+    assert plan.num_parameters - tied.num_parameters == one.numel()
+    whole, with_one = (max((m for m in p.moments if m.phase == "clip"), key=lambda m: m.base) for p in (plan, tied))
+    assert whole.parts[PARAMETERS] - with_one.parts[PARAMETERS] == block_bytes(one.nbytes)
+    assert whole.parts[OPTIMIZER] - with_one.parts[OPTIMIZER] == 2 * block_bytes(one.nbytes) + block_bytes(4)
+    assert whole.base - with_one.base == 4 * block_bytes(one.nbytes) + block_bytes(4)  # its gradient too
+
+
+def test_a_shared_parameter_stays_one_under_fsdp():
+    assert in_forks(1, lambda rank: _stays_one_under_fsdp())
+
+
+def _stays_one_under_fsdp() -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=2)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model[1][0].weight = model[0].weight
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with plan_job.shared_parameters(model):
+        model.to_empty(device="cpu")
+    assert model[1][0].weight is model[0].weight
+    assert [p.device.type for p in model.parameters()] == ["cpu"] * 3
 
 
 @pytest.mark.parametrize("save_percent", [[0.0], [37.0], [100.0], [0.0, 100.0, 12.5]])
