@@ -18,6 +18,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, SaveError, resumed_checkpoint
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
+from momoe_titan.components.cuda_graph import StepFromGraph
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
 from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
@@ -122,7 +123,7 @@ class Run:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-class Trainer(titan.Trainer):
+class Trainer(StepFromGraph, titan.Trainer):
     """TorchTitan's, for a job that has been checked. Stops between two steps, and says at its end what came out."""
 
     checkpointer: CheckpointManager
@@ -141,6 +142,7 @@ class Trainer(titan.Trainer):
         guard = getattr(self.optimizers, "non_finite_guard", None)
         if guard is not None:
             guard.stop_request = run.stop
+        self.set_up_cuda_graphs()
 
     def train(self) -> None:
         """Train to the last step, or to the one after which a signal was heard."""

@@ -1,5 +1,6 @@
 """Validation during training, on this package's data loader."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +18,13 @@ from momoe_titan.data.loader import build_validation_dataloader
 
 
 class TextValidator(Validator):
-    """TorchTitan's validator on the loader of `validation.dataset`."""
+    """TorchTitan's validator on the loader of `validation.dataset`.
+
+    Attributes:
+        before_validation: called before each validation, to free memory.
+    """
+
+    before_validation: Callable[[], None]
 
     def __init__(
         self,
@@ -46,12 +53,14 @@ class TextValidator(Validator):
         self.pp_schedule = pp_schedule
         self.pp_has_first_stage = pp_has_first_stage
         self.pp_has_last_stage = pp_has_last_stage
+        self.before_validation = lambda: None
         self.validation_dataloader = build_validation_dataloader(
             dp_world_size, dp_rank, tokenizer, job_config, infinite=job_config.validation.steps != -1
         )
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """As TorchTitan's, with the experts' load over all of its tokens where our metrics processor logs it."""
+        self.before_validation()
         processor = self.metrics_processor
         counting = processor.counting_validation() if isinstance(processor, MomoeMetricsProcessor) else nullcontext()
         with counting:

@@ -130,6 +130,15 @@ class Momoe:
     only.
     """
 
+    cuda_graphs: bool = False
+    """
+    Run the forward and the backward of a step from a CUDA graph, which
+    the host starts at once, on one GPU with the Triton kernels. Same
+    results. Off by itself, with a line that says why, where a graph
+    cannot be captured. The activations' memory stays allocated between
+    steps, except during a validation.
+    """
+
     check_ids: bool = False
     """
     Debugging: check in every step that the router chose existing

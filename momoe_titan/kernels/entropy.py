@@ -32,7 +32,7 @@ def _entropy_kernel(
 
 @triton.jit(do_not_specialize=["num_parts", "num_tokens"])
 def _add_entropy_kernel(parts_ptr, wanted_ptr, total_ptr, num_parts, num_tokens, unit, BLOCK: tl.constexpr):
-    """One program. Adds the parts, in units of `unit` nats, and the number of tokens to total, where wanted is not 0."""
+    """One program. Adds the parts, in units of `unit` nats, and the number of tokens to total, where wanted."""
     if tl.load(wanted_ptr) != 0:
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, num_parts, BLOCK):

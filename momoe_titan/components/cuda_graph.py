@@ -1,0 +1,195 @@
+"""Runs forward and backward from CUDA graphs: the host starts one graph in place of thousands of kernels."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from momoe_titan.config.compile import compiles_model
+from momoe_titan.config.flavor import MODEL_NAME
+from momoe_titan.config.section import STOCK_BACKEND, Momoe
+from momoe_titan.model.experts import MomoeExperts
+from momoe_titan.moe.expert_stats import prepare_capture
+
+Body = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
+CALLS_BEFORE_CAPTURE = 3  # the first compile kernels, and allocate what is allocated once
+
+
+def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[nn.Module]) -> str | None:
+    """Why the forward and the backward of this job cannot be captured, or None where they can."""
+    momoe = config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
+    checkpointing = config.activation_checkpoint
+    for applies, reason in (
+        (dims.world_size > 1, "there are several GPUs"),
+        (momoe.backend in (STOCK_BACKEND, "torch"), f'momoe.backend = "{momoe.backend}" waits for the GPU'),
+        (momoe.check_ids, "momoe.check_ids waits for the GPU"),
+        (
+            checkpointing.mode != "none" and checkpointing.preserve_rng_state and not compiles_model(config),
+            "activation_checkpoint.preserve_rng_state reads the random generator's state in every block",
+        ),
+        (config.optimizer.early_step_in_backward, "optimizer.early_step_in_backward steps inside the backward"),
+        (bool(config.model.converters), f"model.converters = {config.model.converters} may wait for the GPU"),
+        (
+            getattr(getattr(model_parts[0], "model_args", None), "attn_type", "sdpa") != "sdpa",
+            "the attention's masks are built on the host",
+        ),
+    ):
+        if applies:
+            return reason
+    return None
+
+
+@dataclass
+class _Captured:
+    """A graph, the tensors it reads and those it writes; all are overwritten by its next replay."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: dict[str, Tensor]
+    loss: Tensor
+    gradients: list[tuple[nn.Parameter, Tensor | None]]
+
+    def replay(self, batch: dict[str, Tensor]) -> Tensor:
+        for name, tensor in batch.items():
+            self.batch[name].copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.loss.clone()
+
+
+class CapturedStep:
+    """Forward and backward of a microbatch: `body`, or a CUDA graph of it once it has run a few times.
+
+    A graph repeats what was captured, on the same addresses. Hence there is one for each shape of the batch, each
+    save_percent of the layers, and each set of addresses of parameters, buffers and gradients. A first microbatch makes
+    gradients, and a later one adds to them: these are two graphs. All graphs share one pool of memory, which holds the
+    activations between steps too; `release` gives it back. A capture that fails leaves everything to `body`, with a
+    warning.
+
+    Args:
+        body: called with the inputs by name, the labels and the number of valid tokens; gives the loss.
+        model_parts: what it trains.
+        ready: says whether a graph may be captured now.
+    """
+
+    def __init__(self, body: Body, model_parts: Sequence[nn.Module], ready: Callable[[], bool] = lambda: True):
+        self.body, self.ready = body, ready
+        self.parameters = [p for part in model_parts for p in part.parameters()]
+        self.buffers = [b for part in model_parts for b in part.buffers()]
+        self.experts = [m for part in model_parts for m in part.modules() if isinstance(m, MomoeExperts)]
+        self.failed = False
+        self._calls: dict[Hashable, int] = {}
+        self._graphs: dict[Hashable, _Captured] = {}
+        prepare_capture(self.parameters[0].device)
+
+    def __call__(self, inputs: dict[str, Tensor], labels: Tensor, num_tokens: Tensor) -> Tensor:
+        """The loss, a tensor of its own. Gradients are made or added to, as by `body`."""
+        if self.failed or not self.ready():
+            return self.body(inputs, labels, num_tokens)
+        batch = {**inputs, "labels": labels, "num_tokens": num_tokens}
+        key = self._key(batch)
+        found = self._graphs.get(key)
+        if found is None:
+            if self._is_too_early(batch):
+                return self.body(inputs, labels, num_tokens)
+            found = self._capture(key, batch)
+        return self.body(inputs, labels, num_tokens) if found is None else found.replay(batch)
+
+    def release(self) -> None:
+        """Give the graphs' memory back; the next call captures again."""
+        if self._graphs:
+            torch.cuda.synchronize()  # a graph must not end while it runs
+            self._graphs.clear()
+
+    def _is_too_early(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the kernels of such a call may not all be compiled yet. Counts the call."""
+        kind = (*self._work(batch), all(p.grad is None for p in self.parameters))
+        calls = self._calls.get(kind, 0)
+        self._calls[kind] = calls + 1
+        return calls < CALLS_BEFORE_CAPTURE
+
+    def _work(self, batch: dict[str, Tensor]) -> tuple[Hashable, ...]:
+        shapes = tuple((name, t.shape, t.dtype) for name, t in batch.items())
+        return shapes, tuple(layer.save_percent for layer in self.experts)
+
+    def _key(self, batch: dict[str, Tensor]) -> Hashable:
+        return (
+            self._work(batch),
+            tuple(p.data_ptr() for p in self.parameters),
+            tuple(b.data_ptr() for b in self.buffers),
+            tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters),
+        )
+
+    def _capture(self, key: Hashable, batch: dict[str, Tensor]) -> _Captured | None:
+        static = {name: t.clone() for name, t in batch.items()}
+        inputs = dict(static)
+        labels, num_tokens = inputs.pop("labels"), inputs.pop("num_tokens")
+        before = [(p, p.grad) for p in self.parameters]
+        pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: threads that load data may use the GPU's API meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                loss = self.body(inputs, labels, num_tokens).detach()
+        except RuntimeError as error:
+            self.failed = True
+            self._graphs.clear()
+            for parameter, gradient in before:
+                parameter.grad = gradient
+            logger.warning(f"CUDA graphs are off from here on, since capturing one failed: {_first_line(error)}")
+            return None
+        captured = _Captured(graph, static, loss, [(p, p.grad) for p in self.parameters])
+        self._graphs[key] = captured
+        return captured
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class StepFromGraph:
+    """Mixin for TorchTitan's trainer: runs forward and backward from CUDA graphs, where `momoe.cuda_graphs` says so.
+
+    Attributes:
+        captured: what does, from `set_up_cuda_graphs` on, or None.
+    """
+
+    job_config: JobConfig
+    parallel_dims: ParallelDims
+    model_parts: list[nn.Module]
+    captured: CapturedStep | None = None
+
+    def set_up_cuda_graphs(self) -> None:
+        """To call once all is built. Says why there are no graphs, where a GPU could run them."""
+        config = self.job_config
+        wanted = config.model.name == MODEL_NAME and getattr(config, "momoe", Momoe()).cuda_graphs
+        if not wanted or not torch.cuda.is_available():
+            return
+        reason = reason_against(config, self.parallel_dims, self.model_parts)
+        if reason is not None:
+            logger.info(f"CUDA graphs are off: {reason}")
+            return
+        choices = [part.auto_save_percent for part in self.model_parts if hasattr(part, "auto_save_percent")]
+
+        def memory_is_measured() -> bool:
+            return all(choice.steps_left == 0 for choice in choices)  # pyright: ignore - no part of the model
+
+        self.captured = CapturedStep(self._forward_backward, self.model_parts, memory_is_measured)
+        if (validator := getattr(self, "validator", None)) is not None:
+            validator.before_validation = self.captured.release
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """The loss of a microbatch, whose gradients it makes or adds to."""
+        run = self._forward_backward if self.captured is None else self.captured
+        return run(input_dict, labels, global_valid_tokens)
+
+    def _forward_backward(self, inputs: dict[str, Tensor], labels: Tensor, num_tokens: Tensor) -> Tensor:
+        step: Any = super().forward_backward_step  # pyright: ignore[reportAttributeAccessIssue] - a mixin
+        return step(input_dict=inputs, labels=labels, global_valid_tokens=num_tokens)

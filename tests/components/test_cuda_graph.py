@@ -1,0 +1,211 @@
+"""Forward and backward from CUDA graphs: what is captured when, and that nothing but the time changes."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torchtitan.config import JobConfig
+
+from momoe_titan.components import cuda_graph
+from momoe_titan.components.cuda_graph import CALLS_BEFORE_CAPTURE, CapturedStep, reason_against
+from tests.support.tiny import SEQ, VOCAB, build, tiny_args
+
+
+class FakeGraph:
+    """Repeats on the same memory what was run while it was captured, as a CUDA graph does."""
+
+    capturing: "FakeGraph | None" = None
+    work = ()  # of the last body: (function that computes loss and gradients, the tensors that they go to)
+
+    def replay(self):
+        compute, targets = self.work
+        for target, value in zip(targets, compute(), strict=True):
+            target.copy_(value)
+
+    def pool(self):
+        return 1
+
+
+@contextlib.contextmanager
+def fake_capture(graph, pool=None, capture_error_mode=None):
+    FakeGraph.capturing = graph
+    try:
+        yield
+    finally:
+        FakeGraph.capturing = None
+
+
+class Job:
+    """Trains two weights on batches; counts how often the host ran the body."""
+
+    def __init__(self, monkeypatch, fails=False):
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "graph", fake_capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        self.model = nn.Linear(3, 2)
+        self.fails, self.on_host = fails, 0
+        self.step = CapturedStep(self.body, [self.model])
+
+    def body(self, inputs, labels, num_tokens):
+        self.on_host += 1
+        weights = list(self.model.parameters())
+        added_to = [w.grad for w in weights]
+
+        def compute():
+            loss = ((self.model(inputs["input"]) - labels) ** 2).sum() / num_tokens
+            gradients = torch.autograd.grad(loss, weights)
+            added = [g if a is None else a + g for g, a in zip(gradients, added_to, strict=True)]
+            return loss.detach(), *added
+
+        loss, *gradients = compute()
+        if FakeGraph.capturing is not None and self.fails:
+            weights[0].grad = torch.full_like(weights[0], float("nan"))
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if FakeGraph.capturing is None:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient if weight.grad is None else weight.grad.copy_(gradient)
+        else:  # nothing is computed yet
+            for weight in weights:
+                weight.grad = torch.full_like(weight, float("nan")) if weight.grad is None else weight.grad
+            FakeGraph.capturing.work = compute, [loss, *(w.grad for w in weights)]
+        return loss
+
+    def run(self, call, rows=4):
+        """The loss of a batch and the weights' gradients, which the caller may change."""
+        torch.manual_seed(call)
+        batch = torch.randn(rows, 3), torch.randn(rows, 2), torch.tensor(float(rows))
+        loss = self.step({"input": batch[0]}, *batch[1:])
+        want = ((self.model(batch[0]) - batch[1]) ** 2).sum() / batch[2]
+        torch.testing.assert_close(loss, want.detach())
+        return loss, torch.autograd.grad(want, list(self.model.parameters()))
+
+    def optimizer_step(self, want):
+        for weight, gradient in zip(self.model.parameters(), want, strict=True):
+            torch.testing.assert_close(weight.grad, gradient)
+            weight.data -= 0.1 * weight.grad
+            weight.grad.zero_()  # a replay must not depend on what became of its gradients
+            weight.grad = None
+
+
+def test_replays_after_a_few_calls(monkeypatch):
+    job = Job(monkeypatch)
+    losses = []
+    for call in range(CALLS_BEFORE_CAPTURE + 4):
+        loss, want = job.run(call)
+        losses.append(loss)
+        job.optimizer_step(want)
+    assert job.on_host == CALLS_BEFORE_CAPTURE + 1
+    assert len({float(loss) for loss in losses}) == len(losses)  # tensors of their own, which no replay changes
+    job.step.release()
+    job.optimizer_step(job.run(90)[1])
+    assert job.on_host == CALLS_BEFORE_CAPTURE + 2  # captured anew at once
+
+
+def test_a_second_microbatch_adds_to_the_gradients(monkeypatch):
+    job = Job(monkeypatch)
+    for call in range(CALLS_BEFORE_CAPTURE + 3):
+        first, second = (job.run(10 * call + i)[1] for i in range(2))
+        job.optimizer_step([a + b for a, b in zip(first, second, strict=True)])
+    assert job.on_host == 2 * (CALLS_BEFORE_CAPTURE + 1)
+
+
+def test_what_a_graph_cannot_know_has_graphs_of_its_own(monkeypatch):
+    job = Job(monkeypatch)
+    for call in range(CALLS_BEFORE_CAPTURE + 1):
+        job.optimizer_step(job.run(call)[1])
+    for change in (
+        lambda: None,
+        lambda: setattr(job.model.weight, "data", job.model.weight.data.clone()),  # another address
+    ):
+        change()
+        before = job.on_host
+        for call in range(2):
+            job.optimizer_step(job.run(call, rows=5)[1])
+        assert job.on_host == before + 2
+    job.step.ready = lambda: False
+    before = job.on_host
+    job.optimizer_step(job.run(0)[1])
+    assert job.on_host == before + 1
+
+
+def test_goes_on_without_a_graph_that_cannot_be_captured(monkeypatch, caplog):
+    job = Job(monkeypatch, fails=True)
+    monkeypatch.setattr(cuda_graph.logger, "propagate", True)
+    for call in range(CALLS_BEFORE_CAPTURE + 3):
+        job.optimizer_step(job.run(call)[1])
+    assert job.on_host == CALLS_BEFORE_CAPTURE + 4  # the failed capture among them
+    (line,) = (r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage())
+    assert "operation not permitted" in line and "more" not in line
+
+
+@pytest.mark.parametrize(
+    "section, field, value, says",
+    [
+        ("momoe", "backend", "torchtitan", "backend"),
+        ("momoe", "check_ids", True, "check_ids"),
+        ("optimizer", "early_step_in_backward", True, "early_step"),
+        ("model", "converters", ["float8"], "converters"),
+        ("activation_checkpoint", "mode", "full", "preserve_rng_state"),
+        (None, None, None, None),
+    ],
+)
+def test_says_why_not(section, field, value, says):
+    config = JobConfig()
+    config.momoe = SimpleNamespace(backend="auto", check_ids=False)
+    config.activation_checkpoint.mode = "none"
+    if section:
+        setattr(getattr(config, section), field, value)
+    one = SimpleNamespace(world_size=1)
+    reason = reason_against(config, one, [nn.Linear(1, 1)])
+    assert reason is None if says is None else says in reason
+    assert "several GPUs" in reason_against(config, SimpleNamespace(world_size=2), [nn.Linear(1, 1)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_equals_the_plain_step_on_a_gpu(compiled):
+    """Losses, gradients, counts and entropy of two microbatches a step, over steps, a release and a switch."""
+    from momoe_titan.moe.expert_stats import want_entropy
+
+    results = []
+    for captures in (False, True):
+        torch._dynamo.reset()
+        model = build(tiny_args(dim=64, moe_hidden_dim=64), device="cuda").bfloat16()
+        if compiled:
+            for block in model.layers.values():
+                block.compile(fullgraph=True)
+
+        def body(inputs, labels, num_tokens, model=model):
+            logits = model(inputs["input"]).float()
+            loss = (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_tokens
+            )
+            loss.backward()
+            return loss.detach()
+
+        step = CapturedStep(body, [model]) if captures else body
+        seen = []
+        torch.manual_seed(0)
+        for number in range(10):
+            want_entropy(number % 2 == 0)
+            for _ in range(2):
+                tokens = torch.randint(VOCAB, (2, SEQ + 1), device="cuda")
+                seen.append(step({"input": tokens[:, :-1]}, tokens[:, 1:], torch.tensor(2.0 * SEQ, device="cuda")))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+            if captures and number == 6:
+                assert len(step._graphs) == 2
+                step.release()
+        want_entropy(False)
+        routers = [block.moe.router for block in model.layers.values() if block.moe_enabled]
+        counts = [block.moe.tokens_per_expert for block in model.layers.values() if block.moe_enabled]
+        results.append((seen, [r.entropy_and_tokens for r in routers], counts))
+        if captures:
+            assert not step.failed
+    for plain, captured in zip(*results, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=1e-3, atol=1e-3)
+    assert results[0][1][0][1] == 5 * 2 * 2 * SEQ
