@@ -1,5 +1,6 @@
 """`momoe_titan.train` before the first step: what it refuses, and how it says so."""
 
+import copy
 import functools
 import os
 import re
@@ -13,9 +14,15 @@ from torchtitan.config import ConfigManager
 from momoe_titan import train
 from momoe_titan.components import trainer
 from momoe_titan.config.checks.fields import check_fields
+from tests.support import commands
 
 ROOT = Path(__file__).parent.parent
 DEBUG_MODEL = ROOT / "train_configs" / "debug_model.toml"
+
+
+@functools.cache
+def parsed(*options: str):
+    return ConfigManager().parse_args(["--job.config_file", str(DEBUG_MODEL), *options])
 
 
 @pytest.fixture
@@ -24,30 +31,17 @@ def read(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def read(*options: str):
-        return ConfigManager().parse_args(
-            [
-                "--job.config_file",
-                str(DEBUG_MODEL),
-                "--job.dump_folder",
-                str(tmp_path / "out"),
-                *options,
-            ]
-        )
+        config = copy.deepcopy(parsed(*options))
+        if not any("dump_folder" in option for option in options):
+            config.job.dump_folder = str(tmp_path / "out")
+        return config
 
     return read
 
 
-def launch(*options: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    """`python -m momoe_titan.train` in a process of its own, from the repository's root."""
-    return subprocess.run(
-        [sys.executable, "-m", "momoe_titan.train", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def launch(*options: str) -> subprocess.CompletedProcess:
+    """`python -m momoe_titan.train`, from the repository's root."""
+    return commands.run("-m", "momoe_titan.train", *options)
 
 
 def test_debug_model_is_accepted(read):
@@ -232,8 +226,7 @@ with describe_cpu():
     assert threads_and_timeout(own)[0] == 3
 assert threads_and_timeout()[0] == 2
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    done = commands.run("-c", program)
     assert done.returncode == 0, done.stderr
 
 
@@ -261,7 +254,8 @@ def test_help_shows_the_section_always(tmp_path):
 
 
 def test_no_arguments_give_usage():
-    shown = launch()
+    command = [sys.executable, "-m", "momoe_titan.train"]
+    shown = subprocess.run(command, cwd=ROOT, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.startswith("usage: python -m momoe_titan.train --job.config_file FILE")
     assert len(shown.stderr.splitlines()) < 8

@@ -8,11 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support import commands
 
 ROOT = Path(__file__).parent.parent
 # Some seconds a run: the debug model on short sequences.
@@ -28,27 +31,23 @@ SMALL = [
 ]
 
 
+DEBUG_MODEL = "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 def train(out: Path, *options: str, processes: int = 1, on_gpu: bool = False) -> str:
     """Run debug_model.toml with options to its end; returns what it printed."""
-    start = ["-m", "momoe_titan.train"]
-    if processes > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        start += ["--local-ranks-filter=0", "--tee=3", "-m", "momoe_titan.train"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    env.pop("TRITON_INTERPRET", None)
-    if not on_gpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    run = subprocess.run(
-        [sys.executable, *start, "--job.config_file", "train_configs/debug_model.toml"]
-        + ["--job.dump_folder", str(out), *SMALL, *options],
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
+    command = [*DEBUG_MODEL, "--job.dump_folder", str(out), *SMALL, *options]
+    if on_gpu:
+        start = [sys.executable] if processes == 1 else [*TORCHRUN, "--local-ranks-filter=0", "--tee=3"]
+        env = commands.environment()
+        for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+            env.pop(name)
+            env |= {name: os.environ[name]} if name in os.environ else {}
+        merged = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        run = subprocess.run([*start, *command], cwd=ROOT, env=env, text=True, timeout=900, **merged)
+    else:
+        run = commands.run(*command, merge=True)
     assert run.returncode == 0, run.stdout[-5000:]
     return run.stdout
 
@@ -102,15 +101,6 @@ def test_save_percent_changes_no_loss(tmp_path):
     assert runs[0] == runs[1] == runs[2]
 
 
-@pytest.mark.slow
-def test_two_processes_learn(tmp_path):
-    """FSDP over two processes, on the same global batch of other documents."""
-    output = train(tmp_path, "--training.steps=12", "--training.local_batch_size=2", processes=2)
-    logged = losses(output)
-    assert sorted(logged) == list(range(1, 13))
-    assert logged[12] < logged[1] - 0.3
-
-
 @pytest.mark.gpu
 def test_loss_falls_on_the_gpu(tmp_path):
     output = train(tmp_path, "--training.steps=25", "--momoe.backend=triton", on_gpu=True)
@@ -133,47 +123,76 @@ def test_two_gpus_share_the_sequence(tmp_path, kind):
     assert two == pytest.approx(one, rel=1e-2)
 
 
-def torchrun(out: Path, *options: str, **kwargs) -> subprocess.Popen:
-    """Two processes of debug_model.toml under torchrun, in the foreground of a terminal of their own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env.pop("TRITON_INTERPRET", None)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
-        [*start, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
-        + ["--job.dump_folder", str(out), *SMALL, "--training.local_batch_size=2", *options],
+@dataclass
+class Outcome:
+    """Of a job of two processes under torchrun: its folder, exit status and what it printed."""
+
+    folder: Path
+    status: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Outcome:
+    """FSDP over two processes, in the foreground of a terminal of their own, where Ctrl-C is pressed after step 12."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    options = ["--training.steps=100000", "--training.local_batch_size=2", "--validation.freq=5"]
+    with subprocess.Popen(
+        [*TORCHRUN, *DEBUG_MODEL, "--job.dump_folder", str(folder), *SMALL, *options],
         cwd=ROOT,
-        env=env,
+        env=commands.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        **kwargs,
-    )
+    ) as job:
+        lines = []
+        for line in job.stdout:
+            lines.append(line)
+            if " step: 12 " in line:
+                os.killpg(job.pid, signal.SIGINT)
+                break
+        rest, _ = job.communicate(timeout=120)
+    return Outcome(folder, job.returncode, "".join(lines) + rest)
 
 
-def test_ctrl_c_under_torchrun_saves_one_checkpoint(tmp_path):
+@pytest.mark.slow
+def test_two_processes_learn(interrupted):
+    """On the same global batch of other documents."""
+    logged = losses(interrupted.output)
+    assert sorted(logged)[:12] == list(range(1, 13))
+    assert logged[12] < logged[1] - 0.3
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves_one_checkpoint(interrupted):
     """The terminal's signal reaches all processes, and torchrun sends its workers another one. Each line comes once."""
-    job = torchrun(tmp_path, "--training.steps=100000", "--validation.no-enable")
-    lines = []
-    for line in job.stdout:
-        lines.append(line)
-        if " step:  3 " in line:
-            os.killpg(job.pid, signal.SIGINT)
-            break
-    rest, _ = job.communicate(timeout=120)
-    output = "".join(lines) + rest
-    assert job.returncode != 0
+    output = interrupted.output
+    assert interrupted.status != 0
     (stopped,) = re.findall(r"SIG\w+: stopped after step (\d+); checkpoint \S+/step-\d+; resume: .*torchrun", output)
-    assert (tmp_path / "checkpoint" / f"step-{stopped}" / ".metadata").is_file(), output[-3000:]
+    assert (interrupted.folder / "checkpoint" / f"step-{stopped}" / ".metadata").is_file(), output[-3000:]
     for once in ("Starting job", "Training starts at step 1", " step:  2 ", "Total parameter count"):
         assert output.count(once) == 1, (once, output)
 
 
 def test_what_cannot_be_used_is_said_once_by_all_processes(tmp_path):
-    job = torchrun(tmp_path, "--momoe.vocab_size=100")
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode != 0 and output.count("error: model.hf_assets_path") == 1, output
+    """The first has said it when it ends, which is when torchrun ends the others."""
+    with open(tmp_path / "output", "w") as output:
+        ranks = [
+            commands.start(
+                *(*DEBUG_MODEL, "--job.dump_folder", tmp_path, *SMALL, "--momoe.vocab_size=100"),
+                stdout=output.fileno(),
+                env=commands.environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"),
+            )
+            for rank in (0, 1)
+        ]
+        ranks[0].join(120)
+        ranks[1].terminate()
+        ranks[1].join(120)
+    said = (tmp_path / "output").read_text()
+    assert ranks[0].exitcode == 2 and ranks[1].exitcode != 0
+    assert said.count("error: model.hf_assets_path") == 1, said
 
 
 def test_console_is_quiet_unless_asked(tmp_path):
@@ -194,65 +213,66 @@ def test_summary_s_commands_work(tmp_path):
     assert " step:  3 " in output and "validate step:  3" in output
     assert "Trained to step 3 in" in output and "(perplexity " in output and "tokens/s per device, peak" in output
     assert re.search(r"balance: MaxVio [\d.]+ in the last step, [\d.]+ over the validation set; .* token: \d+", output)
-    commands = dict(re.findall(r"^  (go on|sample|export|dashboard) +(.*)$", output, flags=re.MULTILINE))
+    shown = dict(re.findall(r"^  (go on|sample|export|dashboard) +(.*)$", output, flags=re.MULTILINE))
     assert "(up to step 6: training.steps doubled)" in output
-    assert set(commands) == {"go on", "sample", "export", "dashboard"}
+    assert set(shown) == {"go on", "sample", "export", "dashboard"}
     for name, expected in (
         ("sample", "def main("),
         ("export", ""),
         ("dashboard", "dashboard.html"),
         ("go on", "Training starts at step 4"),
     ):
-        program, *options = shlex.split(commands[name])
+        program, *options = shlex.split(shown[name])
         assert Path(program).name.startswith("python")
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        env.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [sys.executable, *options], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        done = commands.run(*options)
         assert done.returncode == 0 and expected in done.stdout, (name, done.stderr[-3000:])
     assert (tmp_path / "hf" / "config.json").is_file() and (tmp_path / "checkpoint" / "step-6").is_dir()
 
 
 def test_a_run_that_someone_watches_ends_with_a_text(tmp_path):
     shown, terminal = pty.openpty()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"}
-    env.pop("TRITON_INTERPRET", None)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
-        + ["--job.dump_folder", str(tmp_path), *SMALL, "--training.steps=2", "--validation.no-enable"],
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=terminal,
-        stderr=terminal,
-    )
+    options = ["--job.dump_folder", tmp_path, *SMALL, "--training.steps=2", "--validation.no-enable"]
+    job = commands.start(*DEBUG_MODEL, *options, stdout=terminal, env=commands.environment(TERM="dumb"))
     os.close(terminal)
     output = b""
     with contextlib.suppress(OSError):  # the terminal's end
         while part := os.read(shown, 1 << 16):
             output += part
-    assert job.wait(60) == 0
+    os.close(shown)
+    job.join(60)
+    assert job.exitcode == 0
     _, found, text = output.decode(errors="replace").partition("a text by this model: ")
     assert found and len(text.strip()) > 20, output[-2000:]
 
 
-@pytest.mark.parametrize("early, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, early, status):
+def assert_ended_at_once(early: signal.Signals, first: str, rest: str) -> None:
+    assert first and "Traceback" not in rest
+    assert rest.splitlines()[-1].startswith(f"{early.name}: ended at once")
+
+
+def test_ctrl_c_before_the_first_step_ends_the_run_at_once(tmp_path):
     """In one line, whatever it is doing."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    job = subprocess.Popen(
-        [sys.executable, "-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"]
-        + ["--job.dump_folder", str(tmp_path), *SMALL],
+    with subprocess.Popen(
+        [sys.executable, *DEBUG_MODEL, "--job.dump_folder", str(tmp_path), *SMALL],
         cwd=ROOT,
-        env=env,
+        env=commands.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    first = job.stdout.readline()
-    job.send_signal(early)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == status, output
-    assert first and "Traceback" not in output
-    assert output.splitlines()[-1].startswith(f"{early.name}: ended at once")
+    ) as job:
+        first = job.stdout.readline()
+        job.send_signal(signal.SIGINT)
+        rest, _ = job.communicate(timeout=60)
+    assert job.returncode == 130, rest
+    assert_ended_at_once(signal.SIGINT, first, rest)
+
+
+def test_sigterm_before_the_first_step_ends_the_run_at_once(tmp_path):
+    job, output = commands.follow(*DEBUG_MODEL, "--job.dump_folder", tmp_path, *SMALL)
+    with output:
+        first = output.readline()
+        job.terminate()
+        rest = output.read()
+    job.join(60)
+    assert job.exitcode == 143, rest
+    assert_ended_at_once(signal.SIGTERM, first, rest)

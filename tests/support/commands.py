@@ -1,0 +1,155 @@
+"""Commands of this package, each in a process that has imported torch and TorchTitan before it begins.
+
+To import them takes longer than most commands take. Python's fork server does so once (tests/support/preloaded.py),
+and each command is a fork of it, which runs a module, a script or a program as `python` would: under the name
+`__main__`, with arguments, environment, folder and output of its own, and to the end of the process.
+
+The environment comes too late for what libraries read when they are imported: no command sees a GPU, Triton compiles
+in place of interpreting, and OpenMP has one thread. Tests of just that start `python` itself.
+"""
+
+import io
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of this process, for one without a GPU and without Triton's interpreter."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **more}
+    env.pop("TRITON_INTERPRET", None)
+    return env
+
+
+class _Outputs:
+    """File descriptors, of which the process that gets this object has copies."""
+
+    def __init__(self, *fds: int):
+        self.fds = fds
+
+    def __getstate__(self) -> list:
+        return [DupFd(fd) for fd in self.fds]
+
+    def __setstate__(self, copies: list) -> None:
+        self.fds = [copy.detach() for copy in copies]
+
+
+class _CommandLine(Sequence):
+    """sys.argv[1:] as it is when it is read: TorchTitan takes the one of its import for a default."""
+
+    def __getitem__(self, index):
+        return sys.argv[1:][index]
+
+    def __len__(self) -> int:
+        return len(sys.argv) - 1
+
+
+def _run(command: list[str], env: dict[str, str], cwd: str, outputs: _Outputs, before: list[Callable]) -> NoReturn:
+    from torchtitan.config import ConfigManager
+
+    from momoe_titan.train import end_process
+
+    for fd, mine in zip(outputs.fds, (1, 2), strict=True):
+        os.dup2(fd, mine)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    status = 1
+    try:
+        for function in before:
+            function()
+        ConfigManager.parse_args.__defaults__ = (_CommandLine(),)
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            sys.modules.pop(command[1], None)  # which may have been imported, and is run as __main__
+            sys.modules.pop(f"{command[1]}.__main__", None)
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        elif command[0] == "-c":
+            sys.argv = ["-c", *command[2:]]
+            exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = command
+            sys.path.insert(0, os.path.dirname(command[0]))
+            runpy.run_path(command[0], run_name="__main__")
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        if status == 1 and not isinstance(e.code, int):
+            print(e.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        end_process(status)
+
+
+def start(
+    *command: str | Path,
+    stdout: int,
+    stderr: int | None = None,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    before: Sequence[Callable[[], object]] = (),
+) -> ForkServerProcess:
+    """Start what `python COMMAND` would.
+
+    Args:
+        command: a file, `-m` and a module, or `-c` and a program; and the arguments.
+        stdout: file descriptor that the process writes to.
+        stderr: the same for its messages; that of `stdout` where left out.
+        env: its environment; what `environment()` gives where left out.
+        cwd: the folder it is in.
+        before: functions that the process calls before the command; they can be pickled.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preloaded"])
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
+    words = [str(word) for word in command]
+    outputs = _Outputs(stdout, stdout if stderr is None else stderr)
+    process = context.Process(target=_run, args=(words, env or environment(), str(cwd), outputs, list(before)))
+    process.start()
+    return process
+
+
+def follow(*command: str | Path, **options) -> tuple[ForkServerProcess, io.TextIOWrapper]:
+    """Start a command; also gives what it says, line by line as it says it."""
+    reads, writes = os.pipe()
+    try:
+        return start(*command, stdout=writes, **options), open(reads)
+    finally:
+        os.close(writes)
+
+
+def run(*command: str | Path, timeout: float = 300, merge: bool = False, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end. `merge` puts its messages into `stdout`.
+
+    Raises:
+        subprocess.TimeoutExpired: it took more than `timeout` seconds, and was killed.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start(*command, stdout=out.fileno(), stderr=(out if merge else err).fileno(), **options)
+        process.join(timeout)
+        is_late = process.exitcode is None
+        if is_late:
+            process.kill()
+            process.join()
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(command, process.exitcode, out.read(), err.read())
+    if is_late:
+        raise subprocess.TimeoutExpired(command, timeout, done.stdout, done.stderr)
+    return done

@@ -1,0 +1,11 @@
+"""Imports, as on a machine without a GPU, what the commands of this package import: see tests/support/commands.py."""
+
+from momoe_titan.train import describe_cpu
+
+with describe_cpu():
+    import torch.utils.tensorboard  # noqa: F401
+    import torchtitan.train  # noqa: F401
+
+    import momoe_titan.components.trainer  # noqa: F401
+    import momoe_titan.plan.__main__  # noqa: F401
+    import momoe_titan.register  # noqa: F401
