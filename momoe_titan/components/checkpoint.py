@@ -27,6 +27,7 @@ from torchtitan.tools.utils import GarbageCollection
 from momoe_titan.components.resumed_settings import apply_job_settings, log_differences, save_job
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.data.loader import TextDataloader
+from momoe_titan.data.streamed import StreamedDataloader
 from momoe_titan.model.moe import BalancedMoE
 from momoe_titan.model.stock_moe import StockMoE
 
@@ -297,7 +298,7 @@ class CheckpointManager(titan.CheckpointManager):
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         loader = state_dict.get(DATALOADER)
-        if isinstance(loader, TextDataloader):
+        if isinstance(loader, (TextDataloader, StreamedDataloader)):
             saved = FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
             ranks = sum(key.startswith(RANK_PREFIX) for key in saved)
             if ranks not in (0, loader.dp_world_size):
@@ -324,7 +325,7 @@ class CheckpointManager(titan.CheckpointManager):
 class _OtherRanks(Stateful):
     """Takes the place of the loader in a state dict, to load the positions of all ranks of a checkpoint."""
 
-    def __init__(self, loader: TextDataloader, ranks: int):
+    def __init__(self, loader: TextDataloader | StreamedDataloader, ranks: int):
         self.loader = loader
         self.keys = [f"dp_rank_{rank}" for rank in range(ranks)]
 

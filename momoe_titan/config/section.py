@@ -6,8 +6,8 @@ set in the file, on the command line (`--momoe.save_percent 50`) and are listed
 by `--help`.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from momoe_titan.config.field_types import check_types
 from momoe_titan.save_percent import parse_save_percent
@@ -15,12 +15,42 @@ from momoe_titan.save_percent import parse_save_percent
 Backend = Literal["auto", "triton", "torch", "torchtitan"]
 BalanceRule = Literal["sign", "proportional", "quantile"]
 AuxLossScope = Literal["sequence", "batch", "global"]
+Packing = Literal["concatenate", "best_fit"]
+MixedPrecision = Literal["weights", "autocast"]
 
 STOCK_BACKEND: Backend = "torchtitan"
+AUTOCAST: MixedPrecision = "autocast"
 BACKENDS = get_args(Backend)
 OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
 BALANCE_RULES = get_args(BalanceRule)
 AUX_LOSS_SCOPES = get_args(AuxLossScope)
+
+
+@dataclass
+class DataSource:
+    """One of several datasets to train on: a table `[[momoe.data]]`."""
+
+    path: str | list[str] = ""
+    """
+    A file, a folder or a pattern, or a list of these, as
+    training.dataset_path names them; token shards too.
+    """
+
+    dataset: str = "local"
+    """
+    "local" for files at path, or "python_stdlib".
+    """
+
+    text_field: str = "text"
+    """
+    Which field of a .jsonl or .parquet record holds the text.
+    """
+
+    weight: float = 1.0
+    """
+    Share of this dataset's text in training, in any unit. A dataset
+    that is shorter than its share is read several times.
+    """
 
 
 @dataclass
@@ -123,11 +153,39 @@ class Momoe:
 
     data_streaming: bool = False
     """
-    Read .jsonl and .parquet files of datasets named "local" as
-    training goes, in place of converting them before the first step.
-    Starts at once on large data, but finds a corrupt record only when
-    it gets there, and resumes exactly in the first pass over the data
-    only.
+    Without effect, kept for older configurations. Files are read once
+    before the first step, and then from a memory-mapped cache; large
+    data starts at once from token shards (`python -m
+    momoe_titan.data.tokenize`).
+    """
+
+    data: list[DataSource] = field(default_factory=list)
+    """
+    Several datasets to mix, each a table `[[momoe.data]]` with the
+    fields path, dataset, text_field and weight. Needs
+    training.dataset = "local" without a training.dataset_path.
+    """
+
+    data_shuffle: bool = True
+    """
+    Shuffle the documents of the training data anew in each pass over
+    them, by debug.seed. Validation keeps their order.
+    """
+
+    data_packing: Packing = "concatenate"
+    """
+    How documents fill sequences: "concatenate" puts one behind the
+    other and cuts where a sequence is full, "best_fit" chooses whole
+    documents that fit and pads what is left, so that only documents
+    longer than a sequence are cut.
+    """
+
+    loss_chunk_mib: float = 256
+    """
+    How many MiB of logits the loss holds at a time. Output layer, cross
+    entropy and their gradients are computed for so many tokens, then
+    for the next ones, so that all logits never exist at once. 0 holds
+    them all: TorchTitan's loss.
     """
 
     cuda_graphs: bool = False
@@ -137,6 +195,15 @@ class Momoe:
     results. Off by itself, with a line that says why, where a graph
     cannot be captured. The activations' memory stays allocated between
     steps, except during a validation.
+    """
+
+    mixed_precision: MixedPrecision = "weights"
+    """
+    How a job without FSDP computes in training.mixed_precision_param.
+    "weights": as FSDP does, with weights and residuals in it, beside
+    master weights and moments in training.dtype. "autocast": matrix
+    products in it, weights and residuals in training.dtype. Jobs under
+    DistributedDataParallel take autocast whatever this says.
     """
 
     check_ids: bool = False
@@ -152,6 +219,7 @@ class Momoe:
             ValueError: names the field, as written in TOML, and its value.
         """
         self.save_percent = parse_save_percent(self.save_percent, "momoe.save_percent")
+        self.data = [_data_source(i, table) for i, table in enumerate(self.data)]
         check_types("momoe", self)
         infinity = float("inf")
         # Written so that NaN is refused too.
@@ -171,10 +239,29 @@ class Momoe:
                 "a list of layer indices from 0",
             ),
             ("vocab_size", self.vocab_size >= 0, "0 (the flavor's own) or a positive number of tokens"),
+            ("loss_chunk_mib", 0 <= self.loss_chunk_mib < infinity, "0 (all logits at once) or a number of MiB"),
             ("data_text_field", self.data_text_field != "", "the name of a field"),
         ):
             if not is_good:
                 raise ValueError(f"momoe.{name} is {getattr(self, name)!r}, must be {must}")
+
+
+def _data_source(index: int, table: Any) -> DataSource:
+    """One of `momoe.data`: TorchTitan hands over the table of a TOML file as it is."""
+    name = f"momoe.data[{index}]"
+    if isinstance(table, dict):
+        known = [each.name for each in fields(DataSource)]
+        if unknown := sorted(set(table) - set(known)):
+            raise ValueError(f"{name} has no field {unknown[0]!r}, only {', '.join(known)}")
+        table = DataSource(**table)
+    if not isinstance(table, DataSource):
+        raise ValueError(f"{name} is {table!r}, must be a table [[momoe.data]]")
+    check_types(name, table)
+    if not 0 < table.weight < float("inf"):
+        raise ValueError(f"{name}.weight is {table.weight!r}, must be a finite number above 0")
+    if not table.text_field:
+        raise ValueError(f"{name}.text_field is '', must be the name of a field")
+    return table
 
 
 @dataclass

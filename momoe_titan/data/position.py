@@ -1,0 +1,75 @@
+"""The position in the data that a checkpoint holds for each rank, and how other numbers of ranks go on from it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from torchtitan.tools.logging import logger
+
+from momoe_titan.data.pipeline import Place
+
+
+def warn_restart(reason: str) -> None:
+    """Warn that a checkpoint's position in the data has no effect, and why."""
+    logger.warning(
+        f"The checkpoint's position in the data is not used: {reason}. THE DATA STARTS AGAIN FROM ITS BEGINNING."
+    )
+
+
+def is_position(saved: bytes) -> bool:
+    """Whether these bytes are a position, not the pickle of TorchTitan's loader or of this package's former one."""
+    return saved.startswith(b"{")
+
+
+def pack_position(order: dict[str, Any], place: Place) -> bytes:
+    """A rank's position as JSON, which runs no code when it is read.
+
+    Args:
+        order: `Order.described`.
+    """
+    return json.dumps({"order": order, "left": place.left, "next": place.next, "step": place.step}).encode()
+
+
+def unpack_position(saved: bytes) -> tuple[dict[str, Any], Place]:
+    """What `pack_position` was given."""
+    state = json.loads(saved)
+    left = [(position, skip) for position, skip in state["left"]]
+    return state["order"], Place(left, state["next"], state["step"])
+
+
+def why_other_data(then: dict[str, Any], now: dict[str, Any], name: str) -> str:
+    """Why a position in one order means nothing in another; empty if it does.
+
+    Args:
+        then, now: `Order.described`, whose seeds may differ.
+        name: what messages call the data.
+    """
+    if then["documents"] != now["documents"]:
+        return f"{name} had {_numbers(then['documents'])} documents, now it has {_numbers(now['documents'])}"
+    if then["content"] != now["content"]:
+        return f"the text of {name} is another than then"
+    if then["shares"] != now["shares"]:
+        return "the weights of [[momoe.data]] were others"
+    if then["shuffle"] != now["shuffle"]:
+        field = "momoe.data_shuffle"
+        return f"it was written with {field} = {str(then['shuffle']).lower()}, now it is {str(now['shuffle']).lower()}"
+    return ""
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return " + ".join(map(str, numbers))
+
+
+def divide(places: Sequence[Place], rank: int, ranks: int) -> Place:
+    """The place of one of another number of ranks.
+
+    Every old rank had documents left, and would have gone on with every `step`-th from its next position. The new ranks
+    share all unread documents before the farthest of these positions, and then go on from it.
+
+    Args:
+        places: of all old ranks.
+    """
+    farthest = max(place.next for place in places)
+    left = [each for place in places for each in place.left]
+    left += [(position, 0) for place in places for position in range(place.next, farthest, place.step)]
+    return Place(sorted(left)[rank::ranks], farthest + rank, ranks)
