@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.models.llama3.model.model import (
     Attention,
     Transformer,
-    apply_rotary_emb,
     precompute_freqs_cis,
 )
 from torchtitan.models.moe import FeedForward
@@ -20,7 +19,7 @@ from torchtitan.protocols.model import AttentionMasksType
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
-from momoe_titan.model.rope import precompute_yarn_freqs_cis
+from momoe_titan.model.rope import precompute_yarn_freqs_cis, rotate
 from momoe_titan.model.stock_moe import StockMoE
 
 
@@ -67,18 +66,19 @@ class MomoeAttention(Attention):
     ) -> torch.Tensor:
         """x (B, L, D) -> (B, L, D); the other arguments are those of the base class.
 
-        With QK-norm this repeats the base class's forward, which has no place for the norms.
+        With scaled dot-product attention this repeats the base class's forward, which has no place for the norms, and
+        multiplies complex numbers.
         """
-        if self.q_norm is None or self.k_norm is None:
+        if self.attn_type != "sdpa":
             return super().forward(x_BLD, freqs_cis, attention_masks, positions)
         xq, xk, xv = self.wq(x_BLD), self.wk(x_BLD), self.wv(x_BLD)
-        if self.qk_norm == "full":
+        if self.qk_norm == "full" and self.q_norm is not None and self.k_norm is not None:
             xq, xk = self.q_norm(xq), self.k_norm(xk)
         # (B, L, heads, head_dim); heads is -1, because under tensor parallelism a rank has some of them
         xq, xk, xv = (x.unflatten(-1, (-1, self.head_dim)) for x in (xq, xk, xv))
-        if self.qk_norm == "per_head":
+        if self.qk_norm == "per_head" and self.q_norm is not None and self.k_norm is not None:
             xq, xk = self.q_norm(xq), self.k_norm(xk)
-        xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis, positions=positions)
+        xq, xk = rotate(xq, xk, freqs_cis, positions)
         out_BHLd = self.inner_attention(*(x.transpose(1, 2) for x in (xq, xk, xv)), enable_gqa=self.enable_gqa)
         return self.wo(out_BHLd.transpose(1, 2).flatten(-2))
 

@@ -1,9 +1,36 @@
-"""Rotary embeddings whose frequencies are rescaled by YaRN, computed as transformers computes them."""
+"""Rotary embeddings: without complex numbers for compilers, and with the frequencies of YaRN as transformers has them."""
 
 import math
 from dataclasses import dataclass
 
 import torch
+from torchtitan.models.llama3.model.model import apply_rotary_emb
+
+
+def rotate(
+    xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys with rotary embeddings, computed in float32.
+
+    As TorchTitan's `apply_rotary_emb`, which multiplies complex numbers: where torch.compile traces, which has no
+    kernels for them, the same is done with real numbers, in one kernel.
+
+    Args:
+        xq, xk: (B, L, heads, head_dim).
+        freqs_cis: (at least L, head_dim / 2) complex64.
+        positions: (1, L) or (B, L) rows of freqs_cis; None for the first L.
+    """
+    if not torch.compiler.is_compiling():
+        return apply_rotary_emb(xq, xk, freqs_cis=freqs_cis, positions=positions)
+    cos_sin = torch.view_as_real(freqs_cis)
+    cos_sin = cos_sin[: xq.shape[1]][None] if positions is None else cos_sin[positions]
+    cos, sin = cos_sin[:, :, None].unbind(-1)
+    return _rotate_pairs(xq, cos, sin), _rotate_pairs(xk, cos, sin)
+
+
+def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
 @dataclass
