@@ -1,4 +1,4 @@
-"""Rotary embeddings: without complex numbers for compilers, and with the frequencies of YaRN as transformers has them."""
+"""Rotary embeddings: without complex numbers for compilers, and with YaRN's frequencies as transformers has them."""
 
 import math
 from dataclasses import dataclass
