@@ -578,6 +578,16 @@ def test_published_routing_is_kept_unless_the_job_says_otherwise(tmp_path, caplo
     ):
         assert case == default > 0 and "IS OFF" not in caplog.text
 
+    # the flavor "hf" has the folder's format also where it begins with random weights
+    for options, aux_loss in (((), 0.01), (("--momoe.aux_loss_weight=0.3",), 0.3)):
+        job = hf_job(tmp_path / "mixtral")
+        job.model.name, job.model.flavor, job.momoe = "momoe_llama", "hf", Momoe()
+        job.momoe.aux_loss_weight = 0.3 if options else 0.0
+        caplog.clear()
+        keep_published_routing(job, options)
+        assert (job.momoe.load_balance_rate, job.momoe.aux_loss_weight) == (0, aux_loss)
+        assert f"aux_loss_weight is {aux_loss}" in caplog.text and "'mixtral', the format of the model" in caplog.text
+
     args = read_hf_args(tmp_path / "mixtral")
     for rate, warned in ((0.0, False), (1e-3, True)):
         caplog.clear()
