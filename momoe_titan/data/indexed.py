@@ -18,6 +18,7 @@ A document has one sequence in what this package writes, and any number in what 
 
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -108,13 +109,18 @@ class ShardWriter:
     Args:
         path: without .bin and .idx.
         dtype: of `DTYPES`.
+
+    Attributes:
+        lengths: ids of each document so far.
+        crc32: of all ids; after `close` of the lengths too.
     """
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype
         self.lengths: list[int] = []
+        self.crc32 = 0
         self._files = {end: path.with_name(f"{path.name}{end}.partial") for end in (".bin", ".idx")}
-        self._data = open(self._files[".bin"], "wb")
+        self._data = open(self._files[".bin"], "wb")  # noqa: SIM115  # close closes it
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -127,11 +133,13 @@ class ShardWriter:
             for file in self._files.values():
                 file.unlink(missing_ok=True)
 
-    def add(self, documents: Iterable[Sequence[int]]) -> None:
+    def add(self, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
         """Append documents, each by its ids."""
         for ids in documents:
             self.lengths.append(len(ids))
-            self._data.write(np.asarray(ids, dtype=self.dtype).tobytes())
+            raw = np.asarray(ids, dtype=self.dtype).tobytes()
+            self.crc32 = zlib.crc32(raw, self.crc32)
+            self._data.write(raw)
 
     def close(self) -> None:
         """Finish both files, the index last: where there is an index, the ids are whole."""
@@ -143,6 +151,7 @@ class ShardWriter:
         with open(self._files[".idx"], "wb") as index:
             index.write(HEAD.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
             index.write(lengths.tobytes())
+            self.crc32 = zlib.crc32(lengths.tobytes(), self.crc32)
             index.write((starts * self.dtype.itemsize).tobytes())
             index.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             _sync(index)

@@ -53,7 +53,7 @@ class TextTokenizer(HuggingFaceTokenizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process; the library's own pickles forget this setting."""
-        self.__dict__.update(state)
+        vars(self).update(state)
         self.tokenizer.encode_special_tokens = not self.parse_special
 
     @functools.cached_property
