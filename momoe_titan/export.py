@@ -20,6 +20,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+# Before torch loads its OpenMP runtime: threads that wait for one another asleep, as in training. Spinning on cores
+# shared with other work, they make a token of a small model take fifty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from momoe_titan.inference.export import convert
@@ -76,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             write_hf_config(path, args, assets, saved_dtype(path))
             print(f"{path}: config.json and tokenizer written ({name})")
     elif options.verify and options.out and os.path.isfile(os.path.join(options.out, "config.json")):
-        print(f"{options.out}: was exported before, and is left as it is")
+        print(f"{options.out}: was exported before, and is left as it is; compared with {path}")
     else:
         _export(path, args, assets, options)
     return _verify(path, args, assets, path if is_hf else options.out) if options.verify else 0
@@ -94,7 +98,7 @@ def _export(path: str, args: MomoeLlamaArgs, assets: str, options: argparse.Name
     bias_file, dtype = convert(path, options.out, args, dtype, int(options.shard_gib * 2**30))
     write_hf_config(options.out, args, assets, dtype, bias_file)
     name = str(dtype).removeprefix("torch.")
-    print(f"{options.out}: written as {name}, to be loaded by transformers as model_type {hf_format(args)!r}")
+    print(f"{options.out}: {path}, written as {name}, to be loaded by transformers as model_type {hf_format(args)!r}")
 
 
 def _verify(path: str, args: MomoeLlamaArgs, assets: str, folder: str) -> int:
@@ -107,8 +111,16 @@ def _verify(path: str, args: MomoeLlamaArgs, assets: str, folder: str) -> int:
     reason = ""
     if os.path.isfile(os.path.join(folder, BIAS_FILE)):
         reason = f": the format cannot hold the load-balancing bias, which is in {BIAS_FILE}"
+    elif folder != path and _is_older(folder, path):
+        reason = f": {folder} was exported before {path} was saved; export that into another folder"
     print(f"{folder}: TRANSFORMERS COMPUTES ANOTHER MODEL{reason}", file=sys.stderr)
     return 1
+
+
+def _is_older(folder: str, path: str) -> bool:
+    """Whether an export was made before this checkpoint."""
+    times = [os.path.getmtime(os.path.join(at, name)) for at, name in ((folder, "config.json"), (path, ".metadata"))]
+    return times[0] < times[1]
 
 
 def command() -> None:

@@ -288,3 +288,23 @@ def test_corrupt_dataset_file_stops_the_job_before_the_first_step(tmp_path):
     assert refused.returncode == 2
     assert f"{str(file)!r}: line 2 is not JSON" in refused.stderr.splitlines()[-1]
     assert "step:" not in refused.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "export"])
+def test_threads_of_a_command_wait_asleep(command):
+    """Spinning on shared cores, they are fifty times slower. torch reads the setting when it is imported."""
+    program = """
+import importlib, os, sys
+
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+
+sys.meta_path.insert(0, Watch())
+importlib.import_module(sys.argv[1])
+"""
+    env = {name: value for name, value in commands.environment().items() if name != "OMP_WAIT_POLICY"}
+    arguments = [sys.executable, "-c", program, f"momoe_titan.{command}"]
+    assert subprocess.run(arguments, env=env, capture_output=True, text=True, check=True).stdout == "passive\n"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -227,7 +228,11 @@ def test_verify_finds_every_format_equal_and_a_changed_weight(name, tmp_path, mo
     safetensors_torch.save_file(weights, file, {"format": "pt"})
     assert export_hf.main(command) == 1
     shown = capsys.readouterr()
-    assert "was exported before" in shown.out and "TRANSFORMERS COMPUTES ANOTHER MODEL" in shown.err
+    assert f"was exported before, and is left as it is; compared with {tmp_path / 'step-1'}" in shown.out
+    assert "TRANSFORMERS COMPUTES ANOTHER MODEL" in shown.err and "before" not in shown.err
+    os.utime(tmp_path / "step-1/.metadata", (later := os.path.getmtime(out / "config.json") + 1, later))
+    assert export_hf.main(command) == 1
+    assert f"{out} was exported before {tmp_path / 'step-1'} was saved" in capsys.readouterr().err
 
 
 def test_verify_says_what_the_format_cannot_hold(tmp_path, monkeypatch, capsys):
