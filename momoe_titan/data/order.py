@@ -14,6 +14,7 @@ from momoe_titan.data.source import Source
 
 ROUNDS = 6  # of the Feistel network
 BLOCK = 1 << 16  # positions in which each source has its exact share
+KEPT = 1 << 14  # documents of a source up to which whole permutations are kept, not computed place by place
 
 
 class Order:
@@ -73,7 +74,13 @@ class Order:
         for (source, number), at in of_pass.items():
             length = self._lengths[source]
             places = np.array([counted[i][1] % length for i in at], np.uint64)
-            documents = permute(places, length, (self.seed, source, number)) if self.shuffle else places
+            key = self.seed, source, number
+            if not self.shuffle or length == 1:
+                documents = places
+            elif length <= KEPT:
+                documents = _permutation(length, key)[places]
+            else:
+                documents = permute(places, length, key)
             for i, document in zip(at, documents.tolist(), strict=True):
                 found[i] = source, document, number
         return found
@@ -117,6 +124,11 @@ def _scramble(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@lru_cache(maxsize=64)
+def _permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
+    return permute(np.arange(length, dtype=np.uint64), length, key)
 
 
 @lru_cache(maxsize=64)

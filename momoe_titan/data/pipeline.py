@@ -23,7 +23,7 @@ from momoe_titan.data.packing import Packer
 from momoe_titan.data.tokenizer import TextTokenizer
 
 GROUP = 32  # documents that a thread takes at once
-LOOKED_UP = 1024  # positions whose documents are looked up at once
+LOOKED_UP = 256  # positions whose documents are looked up at once
 
 
 @dataclass(frozen=True)
@@ -271,12 +271,13 @@ def build_pipeline(
     Args:
         order, place, end: see `Documents`.
         packer, batch_size, with_positions: see `Batches`.
-        threads: how many tokenize.
-        ahead: batches that are made before they are asked for.
+        threads: how many tokenize; 0 for none beside the caller's.
+        ahead: batches that are made before they are asked for; 0 makes each when it is asked for.
         pin: put them into pinned memory.
     """
     documents = Documents(order, place, end)
     tokens = ParallelMapper(documents, Encode(order, tokenizer), threads, in_order=True, method="thread")
     pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
     node: BaseNode = Batches(tokens, packer, order, place, batch_size, pad, with_positions)
-    return Prefetcher(PinMemory(node) if pin else node, ahead)
+    node = PinMemory(node) if pin else node
+    return Prefetcher(node, ahead) if ahead else node

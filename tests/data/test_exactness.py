@@ -1,0 +1,107 @@
+"""Every document of a pass is read exactly once, whenever a run is killed and on however many ranks it goes on."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from momoe_titan.data.order import Order
+from momoe_titan.data.packing import PACKERS
+from momoe_titan.data.position import unpack_position
+from tests.support.text_data import batches, loaders, numbered, states_of, tokens_in
+
+
+def lengths(documents: int, seed: int) -> list[int]:
+    """Numbers of tokens: mostly short, some longer than a sequence of 8, some empty."""
+    chosen = random.Random(seed)
+    return [chosen.choice([0, 1, 2, 3, 5, 8, 13, 40]) for _ in range(documents)]
+
+
+def read_so_far(order: Order, states: list[bytes]) -> Counter:
+    """How many tokens of each document must have been in batches, by the positions of all ranks."""
+    places = [unpack_position(state)[1] for state in states]
+    farthest = max(place.next for place in places)
+    part = dict.fromkeys(range(farthest), None)  # how many tokens of the document at a position, None for all
+    for place in places:
+        part.update(dict.fromkeys(range(place.next, farthest, place.step), 0))
+        assert not {position for position, _ in place.left} & {p for p, tokens in part.items() if tokens is not None}
+        part.update(dict(place.left))
+    expected: Counter = Counter()
+    for position, (source, document, _) in zip(part, order.find(list(part)), strict=True):
+        number, length = map(int, order.sources[source].read([document])[0].split())
+        expected[number] += length if part[position] is None else part[position]
+    return +expected
+
+
+ORDERS = {
+    "one source": lambda: Order([numbered(1, lengths(37, 1))]),
+    "in order": lambda: Order([numbered(1, lengths(37, 1))], shuffle=False),
+    "one document": lambda: Order([numbered(1, [11])]),
+    "mixed": lambda: Order([numbered(1, lengths(300, 2)), numbered(301, lengths(5, 3))], [0.7, 0.3], seed=4),
+}
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("data", ORDERS)
+def test_killed_at_random_steps_and_resumed_on_other_ranks(data, packing):
+    chosen = random.Random(f"{data} {packing}")
+    order, states, seen = ORDERS[data](), [], Counter()
+    for _ in range(20 if len(order.sources) == 2 else 6):
+        ranks = chosen.choice([1, 2, 3, 5])
+        built = loaders(order, ranks, states, packing=packing)
+        steps = chosen.randrange(12)
+        for loader in built:
+            seen += tokens_in(batches(loader, steps))
+        states = states_of(built)
+        assert seen == read_so_far(order, states)
+
+
+def test_threads_and_batches_read_ahead_change_nothing():
+    order, states, seen = ORDERS["mixed"](), [], Counter()
+    plain = batches(loaders(order, 1)[0], 12)
+    for ranks, threads, ahead in ((1, 1, 1), (2, 3, 4), (1, 2, 9)):
+        built = loaders(order, ranks, states, threads=threads, ahead=ahead)
+        taken = [batches(loader, 6) for loader in built]
+        assert ranks > 1 or states or taken[0] == plain[:6]
+        for each in taken:
+            seen += tokens_in(each)
+        states = states_of(built)
+        assert seen == read_so_far(order, states)
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+def test_the_same_ranks_go_on_to_the_bit(packing):
+    order = ORDERS["mixed"]()
+    for ranks in (1, 3):
+        whole = [batches(loader, 40) for loader in loaders(order, ranks, packing=packing)]
+        for taken in (0, 1, 7, 23):
+            first = loaders(order, ranks, packing=packing)
+            for loader in first:
+                batches(loader, taken)
+            states = states_of(first)
+            resumed = loaders(order, ranks, states, packing=packing)
+            assert states_of(resumed) == states
+            assert [batches(loader, 40 - taken) for loader in resumed] == [each[taken:] for each in whole]
+
+
+def test_a_pass_has_each_document_once_and_the_next_pass_another_order():
+    order = Order([numbered(1, [1] * 1000)])
+    passes = [[order.find([p])[0] for p in range(1000 * n, 1000 * (n + 1))] for n in range(3)]
+    for number, each in enumerate(passes):
+        assert sorted(document for _, document, _ in each) == list(range(1000))
+        assert {n for _, _, n in each} == {number}
+    first, second = ([document for _, document, _ in each] for each in passes[:2])
+    assert first != second and first != sorted(first)
+    assert Order(order.sources, seed=1).find(range(9)) != order.find(range(9)) == Order(order.sources).find(range(9))
+
+
+def test_ranks_of_a_later_pass_share_it(caplog):
+    """More ranks than documents is no fault: they are in different passes."""
+    order = Order([numbered(1, [8])])
+    assert [tokens_in(batches(loader, 2)) for loader in loaders(order, 3)] == [Counter({1: 32})] * 3
+    assert "numbered: begins to read it for time 2" in caplog.text
+
+
+def test_documents_without_a_token_end_in_an_error():
+    with pytest.raises(ValueError, match="numbered: no document has a token"):
+        batches(loaders(Order([numbered(1, [0, 0, 0])]), 1)[0], 1)
