@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from tests.support import commands, faults
 
 ROOT = Path(__file__).parent.parent
 STEPS, INTERVAL, SEQ = 12, 4, 32
@@ -34,22 +38,12 @@ class Outcome:
 
 
 class Jobs:
-    """Starts jobs in the test's folder, at once: see tests/support/job_server.py."""
+    """Starts jobs in the test's folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.count = 0
-        self.env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf")}
-        self.env.pop("TRITON_INTERPRET", None)
-        self.env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.job_server"],
-            cwd=ROOT,
-            env=self.env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.env = commands.environment(HF_HOME=str(folder / "hf"))
         (folder / "various.jsonl").write_text(
             "".join(json.dumps({"text": " ".join(str(i * j) for j in range(20))}) + "\n" for i in range(300))
         )
@@ -66,12 +60,7 @@ class Jobs:
             f"--metrics.disable_color_printing --job.dump_folder {out}"
         ).split() + list(extra)
 
-    def ask(self, **question) -> int:
-        self.server.stdin.write(json.dumps(question) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def run(self, out: Path, *extra: str, ranks: int = 1, **fault) -> Outcome:
+    def run(self, out: Path, *extra: str, ranks: int = 1, fault: Callable[[], object] | None = None) -> Outcome:
         """A job to its end. `fault` befalls the last rank."""
         self.count += 1
         out.mkdir(exist_ok=True)
@@ -79,23 +68,26 @@ class Jobs:
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = str(s.getsockname()[1])
-        pids = [
-            self.ask(
-                args=self.options(out, "--metrics.save_tb_folder", tensorboard, *extra),
-                env={
-                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
-                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": port},
-                },
-                log=str(log),
-                **(fault if rank == ranks - 1 else {}),
-            )
-            for rank in range(ranks)
-        ]
-        last = self.ask(wait=pids[-1])
-        if last == -signal.SIGKILL:  # the others wait for it until their launcher ends them
-            for pid in pids[:-1]:
-                os.kill(pid, signal.SIGKILL)
-        status = [*(self.ask(wait=pid) for pid in pids[:-1]), last]
+        with open(log, "a") as output:
+            processes = [
+                commands.start(
+                    *("-m", "momoe_titan.train", *self.options(out, "--metrics.save_tb_folder", tensorboard, *extra)),
+                    stdout=output.fileno(),
+                    env={
+                        **{**self.env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+                        **{"MASTER_ADDR": "localhost", "MASTER_PORT": port},
+                    },
+                    before=[faults.wait_no_longer] + ([fault] if fault and rank == ranks - 1 else []),
+                )
+                for rank in range(ranks)
+            ]
+        processes[-1].join()
+        if processes[-1].exitcode == -signal.SIGKILL:  # the others wait for it until their launcher ends them
+            for process in processes[:-1]:
+                process.kill()
+        for process in processes:
+            process.join()
+        status = [process.exitcode for process in processes]
         losses = {}
         for run in (out / tensorboard).glob("*"):
             events = EventAccumulator(str(run))
@@ -108,10 +100,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
-    yield jobs
-    jobs.server.stdin.close()
-    jobs.server.wait()
+    return Jobs(tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +162,17 @@ def test_same_seed_same_losses_and_states(jobs, whole, tmp_path):
 
 
 def test_killed_at_any_moment(jobs, whole, tmp_path):
-    options = jobs.options(tmp_path, "--training.steps", "100000")
-    start = [sys.executable, "-m", "momoe_titan.train", *options]
-    with subprocess.Popen(
-        start, cwd=ROOT, env=jobs.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as job:
-        for line in job.stdout:
+    job, output = commands.follow(
+        "-m", "momoe_titan.train", *jobs.options(tmp_path, "--training.steps", "100000"), env=jobs.env
+    )
+    with output:
+        for line in output:
             if " step:  5 " in line:
                 break
         time.sleep(random.random() / 4)
         job.kill()
-    assert job.returncode == -signal.SIGKILL
+    job.join()
+    assert job.exitcode == -signal.SIGKILL
     last = max(int(p.parent.name[5:]) for p in tmp_path.glob("checkpoint/step-*/.metadata"))
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=last)
 
@@ -191,7 +180,7 @@ def test_killed_at_any_moment(jobs, whole, tmp_path):
 @pytest.mark.parametrize("mode, file", [("disabled", "__"), ("disabled", ".metadata"), ("async", "__")])
 def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path, mode, file):
     option = f"--checkpoint.async_mode={mode}"
-    assert jobs.run(tmp_path, option, die=[8, file]).status == [-signal.SIGKILL]
+    assert jobs.run(tmp_path, option, fault=partial(faults.die_in_save, 8, file)).status == [-signal.SIGKILL]
     assert any(step_folder(tmp_path, 8).iterdir())
     resumed = jobs.run(tmp_path, option)
     assert f"PASSED OVER the checkpoint {step_folder(tmp_path, 8)}: it was not" in resumed.log
@@ -202,7 +191,7 @@ def test_killed_while_a_file_of_the_checkpoint_is_written(jobs, whole, tmp_path,
 
 @pytest.mark.slow
 def test_one_of_two_ranks_killed_in_a_save(jobs, whole, tmp_path):
-    first, second = jobs.run(tmp_path, ranks=2, die=[8, "__1"]).status
+    first, second = jobs.run(tmp_path, ranks=2, fault=partial(faults.die_in_save, 8, "__1")).status
     # the first may see that the other is gone before it is killed too
     assert first in (-signal.SIGKILL, 1) and second == -signal.SIGKILL
     assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=4)
@@ -211,7 +200,7 @@ def test_one_of_two_ranks_killed_in_a_save(jobs, whole, tmp_path):
 def test_killed_while_a_complete_checkpoint_is_written_again(jobs, whole, tmp_path):
     shutil.copytree(whole()[0] / "checkpoint", tmp_path / "checkpoint")
     shutil.rmtree(step_folder(tmp_path, STEPS))
-    again = jobs.run(tmp_path, "--checkpoint.load_step=4", die=[8, "__"])
+    again = jobs.run(tmp_path, "--checkpoint.load_step=4", fault=partial(faults.die_in_save, 8, "__"))
     assert again.status == [-signal.SIGKILL]
     assert_goes_on(jobs.run(tmp_path), whole(), tmp_path, after=4)
 
@@ -220,7 +209,7 @@ def test_killed_while_a_complete_checkpoint_is_written_again(jobs, whole, tmp_pa
 def test_a_signal_ends_the_run_between_two_steps(jobs, whole, tmp_path, signum, mode):
     """The step is finished and saved, though it was not due; the exit status and one line say what happened."""
     option = f"--checkpoint.async_mode={mode}"
-    stopped = jobs.run(tmp_path, option, signal=[6, signum])
+    stopped = jobs.run(tmp_path, option, fault=partial(faults.signal_in_step, 6, signum))
     assert stopped.status == [128 + signum] and max(stopped.losses) == 6
     name = signal.Signals(signum).name
     said = [line for line in stopped.log.splitlines() if line.startswith(name)]
@@ -234,18 +223,18 @@ def test_a_signal_ends_the_run_between_two_steps(jobs, whole, tmp_path, signum, 
 
 
 def test_a_signal_after_a_step_that_was_saved_anyway(jobs, tmp_path):
-    stopped = jobs.run(tmp_path, signal=[4, signal.SIGTERM])
+    stopped = jobs.run(tmp_path, fault=partial(faults.signal_in_step, 4, signal.SIGTERM))
     assert stopped.status == [143] and stopped.log.count("Saved the checkpoint") == 1
 
 
 def test_a_signal_without_checkpoints(jobs, tmp_path):
-    stopped = jobs.run(tmp_path, "--checkpoint.no-enable", signal=[3, signal.SIGTERM])
+    stopped = jobs.run(tmp_path, "--checkpoint.no-enable", fault=partial(faults.signal_in_step, 3, signal.SIGTERM))
     assert stopped.status == [143] and sorted(stopped.losses) == [1, 2, 3]
     assert stopped.log.splitlines()[-1].endswith("no checkpoint was kept (checkpoint.enable is false)")
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(jobs, whole, tmp_path):
-    stopped = jobs.run(tmp_path, ranks=2, signal=[6, signal.SIGTERM])
+    stopped = jobs.run(tmp_path, ranks=2, fault=partial(faults.signal_in_step, 6, signal.SIGTERM))
     assert stopped.status == [143, 143], stopped.log[-3000:]
     assert stopped.log.count("stopped after step 6;") == 1
     assert_goes_on(jobs.run(tmp_path, ranks=2), whole(2), tmp_path, after=6)
@@ -286,7 +275,12 @@ def test_a_disk_that_fills_up_or_turns_read_only(jobs, whole, small_disk, tmp_pa
         assert "GiB are free there" in failed.log
     else:
         # no file there may be open for writing
-        failed = jobs.run(tmp_path, *options, "--metrics.no-enable_tensorboard", read_only=[6, str(small_disk)])
+        failed = jobs.run(
+            tmp_path,
+            *options,
+            "--metrics.no-enable_tensorboard",
+            fault=partial(faults.make_read_only, 6, str(small_disk)),
+        )
         assert "Read-only file system" in failed.log
     assert failed.status == [1], failed.log[-3000:]
     said = failed.log.splitlines()[-1]
@@ -298,7 +292,7 @@ def test_a_disk_that_fills_up_or_turns_read_only(jobs, whole, small_disk, tmp_pa
 
 def test_full_disk_ends_the_run_and_loses_no_checkpoint(jobs, whole, tmp_path):
     assert jobs.run(tmp_path, "--training.steps=4").status == [0]
-    full = jobs.run(tmp_path, ranks=1, max_file_bytes=1 << 20)
+    full = jobs.run(tmp_path, fault=partial(faults.limit_files, 1 << 20))
     assert full.status == [1] and "a checkpoint could not be written" in full.log
     assert f"On the disk: {step_folder(tmp_path, 4)} is whole" in full.log.splitlines()[-1]
     assert sorted(full.losses) == [5, 6, 7, 8]
@@ -339,7 +333,7 @@ def test_finished_run_again_with_an_export(jobs, whole, tmp_path):
 
 def test_initial_checkpoint_is_not_forgotten_in_a_kill(jobs, whole, tmp_path):
     load = "--checkpoint.initial_load_path", str(step_folder(whole()[0], STEPS))
-    first = jobs.run(tmp_path, *load, die=[4, "__"])
+    first = jobs.run(tmp_path, *load, fault=partial(faults.die_in_save, 4, "__"))
     assert first.status == [-signal.SIGKILL]
     again = jobs.run(tmp_path, *load)
     assert f"Loading the checkpoint from {load[1]}" in again.log
@@ -427,7 +421,7 @@ def test_other_layouts(jobs, tmp_path, one_document):
 @pytest.mark.gpu
 def test_asynchronous_checkpoints_on_the_gpu(jobs, tmp_path):
     """What they hold, and that a run resumed from one is the uninterrupted one."""
-    env = {name: value for name, value in jobs.env.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env = {name: value for name, value in jobs.env.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     if devices := os.environ.get("CUDA_VISIBLE_DEVICES"):
         env["CUDA_VISIBLE_DEVICES"] = devices
 
