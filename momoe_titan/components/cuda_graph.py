@@ -1,5 +1,6 @@
 """Runs forward and backward from CUDA graphs: the host starts one graph in place of thousands of kernels."""
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,7 @@ class CapturedStep:
         inputs = dict(static)
         labels, num_tokens = inputs.pop("labels"), inputs.pop("num_tokens")
         before = [(p, p.grad) for p in self.parameters]
+        gc.collect()  # a backward kept by a circle of references would bring its stream into the capture
         pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         try:

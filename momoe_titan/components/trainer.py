@@ -17,6 +17,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, SaveError, resumed_checkpoint
+from momoe_titan.components.compile_ahead import compile_kernels_ahead
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
 from momoe_titan.components.cuda_graph import StepFromGraph
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
@@ -137,6 +138,7 @@ class Trainer(StepFromGraph, titan.Trainer):
         keep_balance_rule(job_config, run.args, resumed_checkpoint(job_config))
         keep_published_routing(job_config, run.args)
         check_config(job_config)
+        compile_kernels_ahead(job_config)
         run.config = job_config
         super().__init__(job_config)
         guard = getattr(self.optimizers, "non_finite_guard", None)

@@ -1,10 +1,11 @@
 """Launches kernels: by Triton the first time, and with less host time once they are compiled."""
 
+import contextlib
 import functools
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from triton.runtime.jit import JITFunction
 
 from momoe_titan.kernels import gpu
 
+_compiles_planned = False
+_wait: Callable[[], None] | None = None  # before this process compiles a kernel
 _compiled = {}  # (kernel, device, specialisation) -> its compiled kernel, and the constants that follow its arguments
 
 
@@ -50,7 +53,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
     own way to it. Where Triton's cache of compiled kernels can't be read, written or loaded, a
     temporary one takes its place, with one warning.
     """
-    if not all(grid) or gpu.planned() is not None:
+    if not all(grid):
+        return
+    if gpu.planned() is not None:
+        if _compiles_planned:
+            kernel.warmup(*args, grid=grid, **options)
         return
     if not isinstance(kernel, JITFunction):  # the interpreter's
         _launch_slowly(kernel, grid, args, options)
@@ -68,6 +75,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
     compiled = _launch_slowly(kernel, grid, args, options)
     if compiled is not None:
         _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within the block, launches on a GPU that is only planned compile their kernels."""
+    global _compiles_planned
+    _compiles_planned = True
+    try:
+        yield
+    finally:
+        _compiles_planned = False
+
+
+def before_compiling(wait: Callable[[], None]) -> None:
+    """Have `wait` called once, before this process next asks Triton for a kernel that it has not launched yet."""
+    global _wait
+    _wait = wait
 
 
 def _specialisation(args) -> list:
@@ -89,6 +113,10 @@ def _specialisation(args) -> list:
 
 def _launch_slowly(kernel, grid, args, options):
     """Through Triton, which compiles the kernel if it has to; returns the compiled one."""
+    global _wait
+    if _wait is not None:
+        wait, _wait = _wait, None
+        wait()
     try:
         return kernel[grid](*args, **options)
     except (OSError, json.JSONDecodeError, RuntimeError) as error:

@@ -1,0 +1,191 @@
+"""Compiles the kernels of an MoE layer in processes of their own, before the layer first runs.
+
+The processes have no GPU: they run the launchers on tensors without memory and fill Triton's cache on disk, where the
+first launch then finds the kernels.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from momoe_titan.kernels import entropy, gpu, launch, op, quantile, router
+from momoe_titan.kernels.gemms import select_gemms
+from momoe_titan.kernels.op import Needs
+from momoe_titan.kernels.routing import packed_size, unpack_routing
+from momoe_titan.save_percent import num_saved_rows
+
+TIMEOUT = 120.0  # seconds that a launch waits for kernels being compiled
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """What the kernels of a layer depend on. Letters as in `momoe_mlp`; the logits are those of the router.
+
+    Attributes:
+        num_tokens: T of a forward; another T compiles nothing, so that about right will do.
+        compiled: whether torch.compile has the layer.
+        route: the function's score_func, normalize and scale, and whether there is a bias.
+        counts_margins: whether quantile balancing does.
+    """
+
+    num_tokens: int
+    d_model: int
+    ffn: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+    save_percent: float
+    compiled: bool
+    route: tuple[str, bool, float, bool]
+    counts_margins: bool
+
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(size, dtype=dtype or self.dtype, device="meta")
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens * self.top_k
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        sizes = self.num_experts, self.d_model, self.ffn
+        return self.new(sizes[0], sizes[1], 2 * sizes[2]), self.new(sizes[0], sizes[2], sizes[1])
+
+    @property
+    def choice(self) -> tuple[Tensor, Tensor]:
+        """ids and scores."""
+        shape = self.num_tokens, self.top_k
+        return self.new(*shape, dtype=torch.int64), self.new(*shape, dtype=torch.float32)
+
+    def forward(self) -> None:
+        x = self.new(self.num_tokens, self.d_model)
+        run = op.IMPLEMENTATIONS[torch.ops.momoe_titan.moe_forward.default]
+        run(x, *self.weights, *self.choice, self.num_rows, self.save_percent, False, "triton")
+
+    def backward(self) -> None:
+        """The first part: up to the gradients of the pre-activations and of the scores."""
+        self._backward(Needs(x=False, w1=False, w2=False, scores=True))
+
+    def weight_gradients(self) -> None:
+        self._with_gradient(
+            lambda gemms, x, dz, routing: gemms.weight_grad(x, dz, routing, self.weights[0], gather_a=True)
+        )
+        self._with_gradient(
+            lambda gemms, x, dz, routing: gemms.weight_grad(
+                self.new(self.num_rows, self.ffn), x, routing, self.weights[1], gather_b=True
+            )
+        )
+
+    def input_gradient(self) -> None:
+        """The last part of the backward."""
+        w1, w2 = self.weights
+
+        def input_gradient(gemms, x, dz, routing):
+            ranges = op._schedule(gemms, x, w2, self.num_rows, inference=False).dx_ranges
+            op._combined(gemms.up_proj_backward, dz, w1, routing, None, torch.empty_like(x), ranges)
+
+        self._with_gradient(input_gradient)
+
+    def router(self) -> None:
+        """The choice of experts, its gradient, and what is counted of it."""
+        logits = self.new(self.num_tokens, self.num_experts, dtype=torch.float32)
+        bias = self.new(self.num_experts, dtype=torch.float32)
+        func, normalize, scale, biased = self.route
+        ids, scores = self.choice
+        router._route(logits, bias if biased else None, self.top_k, func, normalize, scale)
+        router._route_backward(scores, logits, ids, func, normalize, scale)
+        if self.dtype == torch.bfloat16:
+            router._bfloat16_parts(logits, False)
+            router._bfloat16_parts(self.new(self.num_experts, self.d_model, dtype=torch.float32), True)
+        if self.counts_margins:
+            histogram = self.new(self.num_experts, quantile.NUM_BINS, dtype=torch.int32)
+            quantile._count_margins(logits, bias, ids, histogram, func)
+        entropy._add_entropy(self.new(2, dtype=torch.float32), logits, self.new(dtype=torch.float32))
+
+    def _sizes(self, tile_rows: int) -> tuple[int, int, int, int, int]:
+        return self.num_tokens, self.top_k, self.num_experts, tile_rows, self.num_rows
+
+    def _packed(self, tile_rows: int) -> Tensor:
+        return self.new(packed_size(*self._sizes(tile_rows)), dtype=torch.int32)
+
+    def _with_gradient(self, call: Callable) -> None:
+        """Call with kernels, x, the gradient of the pre-activations, and the routing."""
+        x = self.new(self.num_tokens, self.d_model)
+        gemms: Any = select_gemms(x, self.ffn)
+        routing = unpack_routing(self._packed(gemms.tile_rows), *self._sizes(gemms.tile_rows))
+        z = self.new(num_saved_rows(self.num_rows, self.save_percent), 2 * self.ffn)
+        _, dz = gemms.z_and_dz(z, self.num_rows, not self.compiled, some=0 < self.save_percent < 100)
+        call(gemms, x, dz, routing)
+
+    def _backward(self, needs: Needs) -> None:
+        x, rows = self.new(self.num_tokens, self.d_model), self.num_rows
+        packed = self._packed(select_gemms(x, self.ffn).tile_rows)
+        z = self.new(num_saved_rows(rows, self.save_percent), 2 * self.ffn)
+        ops = torch.ops.momoe_titan
+        kind = ops.moe_backward if self.compiled else ops.moe_backward_over_z
+        run = op.IMPLEMENTATIONS[kind.default]
+        run(x, x, *self.weights, self.choice[1], z, packed, rows, self.save_percent, needs, "triton")
+
+
+class _Target:
+    """The part of Triton's driver that its compiler asks for, without a GPU."""
+
+    def __init__(self, capability: tuple[int, int]):
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+def compile_here(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
+    """Compile what a function launches for this GPU. The process cannot launch any kernel from then on."""
+    driver.set_active(_Target(target.capability))
+    with gpu.plan_for(target), launch.compiling_ahead(), torch.no_grad():
+        part()
+
+
+def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
+    # What fails here fails again at the first launch, where it is said. The parent's buffers are not this process's.
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    try:
+        compile_here(part, target)
+    finally:
+        os._exit(0)
+
+
+def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
+    """Start compiling; the first launch of this process that would compile waits until that has ended.
+
+    Returns at once. Forks this process, whose threads might hold locks: call it before any are started.
+    """
+    fork = multiprocessing.get_context("fork")
+    parts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient, layer.router
+    children = [fork.Process(target=_in_child, args=(part, target), daemon=True) for part in parts]
+    for child in children:
+        child.start()
+
+    def wait() -> None:
+        for child in children:
+            child.join(TIMEOUT)
+
+    launch.before_compiling(wait)

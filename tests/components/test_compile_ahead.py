@@ -1,0 +1,88 @@
+"""Kernels compiled before a job's first step: those that its layers launch; the first launch waits for them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import momoe_titan.register  # noqa: F401 - the model of the jobs below
+from momoe_titan.components.compile_ahead import layer_kernels
+from momoe_titan.config.reading import read_job
+from momoe_titan.kernels import gpu, launch
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUTER_ONLY = """
+import torch
+from momoe_titan.kernels import compile_ahead, gpu
+layer = compile_ahead.LayerKernels(64, 64, 64, 4, 2, torch.bfloat16, 0.0, True, ("sigmoid", True, 1.0, True), False)
+compile_ahead.compile_here(layer.router, gpu.PlannedGpu((9, 0)))
+"""
+
+
+class Kernel:
+    """What `launch` sees of a kernel."""
+
+    def __init__(self):
+        self.calls = []
+
+    def warmup(self, *args, grid, **options):
+        self.calls.append((args, grid, options))
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.calls.append("launched")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], {"save_percent": 100.0, "compiled": False, "counts_margins": True, "dtype": torch.bfloat16}),
+        (["--momoe.save_percent", "auto", "--compile.enable"], {"save_percent": 50.0, "compiled": True}),
+        (["--momoe.load_balance_rule", "sign"], {"counts_margins": False}),
+        (["--momoe.backend", "torchtitan"], None),
+        (["--parallelism.tensor_parallel_degree", "2"], None),
+    ],
+)
+def test_knows_what_a_job_launches(options, expected):
+    layer = layer_kernels(read_job(["--job.config_file", str(ROOT / "train_configs/500m.toml"), *options]))
+    if expected is None:
+        assert layer is None
+        return
+    sizes = layer.num_tokens, layer.d_model, layer.ffn, layer.num_experts, layer.top_k
+    assert sizes == (8 * 2048, 768, 512, 32, 4)
+    assert {name: getattr(layer, name) for name in expected} == expected
+
+
+def test_a_planned_gpu_compiles_only_where_it_is_asked_to():
+    kernel = Kernel()
+    with gpu.plan_for(gpu.PlannedGpu((9, 0))):
+        launch.launch(kernel, (1,), 3, E=4)
+        with launch.compiling_ahead():
+            launch.launch(kernel, (2,), 3, E=4)
+            launch.launch(kernel, (0,), 3, E=4)
+        launch.launch(kernel, (1,), 3, E=4)
+    assert kernel.calls == [((3,), (2,), {"E": 4})]
+
+
+def test_the_first_launch_waits_once():
+    kernel = Kernel()
+    launch.before_compiling(lambda: kernel.calls.append("waited"))
+    for _ in range(2):
+        launch.launch(kernel, (1,))
+    assert kernel.calls == ["waited", "launched", "launched"]
+
+
+def test_compiles_without_a_gpu(tmp_path):
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    subprocess.run([sys.executable, "-c", ROUTER_ONLY], check=True, env=env, cwd=ROOT)
+    compiled = {file.stem for file in tmp_path.rglob("*.cubin")}
+    assert compiled == {
+        "_route_kernel",
+        "_route_backward_kernel",
+        "_parts_kernel",
+        "_entropy_kernel",
+        "_add_entropy_kernel",
+    }
