@@ -21,6 +21,7 @@ from momoe_titan.components.compile_ahead import compile_kernels_ahead
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
 from momoe_titan.components.cuda_graph import StepFromGraph
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
+from momoe_titan.components.loss import LossInModel
 from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
 from momoe_titan.components.summary import Totals, next_commands, results, resume_line
@@ -124,7 +125,7 @@ class Run:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-class Trainer(StepFromGraph, titan.Trainer):
+class Trainer(StepFromGraph, LossInModel, titan.Trainer):
     """TorchTitan's, for a job that has been checked. Stops between two steps, and says at its end what came out."""
 
     checkpointer: CheckpointManager

@@ -13,11 +13,12 @@ from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 
+from momoe_titan.components.loss import LossInModel
 from momoe_titan.components.metrics import MomoeMetricsProcessor
 from momoe_titan.data.loader import build_validation_dataloader
 
 
-class TextValidator(Validator):
+class TextValidator(LossInModel, Validator):
     """TorchTitan's validator on the loader of `validation.dataset`.
 
     Attributes:

@@ -180,7 +180,7 @@ class Momoe:
     longer than a sequence are cut.
     """
 
-    loss_chunk_mib: float = 256
+    loss_chunk_mib: float = 384
     """
     How many MiB of logits the loss holds at a time. Output layer, cross
     entropy and their gradients are computed for so many tokens, then

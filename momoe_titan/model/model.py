@@ -19,6 +19,7 @@ from torchtitan.protocols.model import AttentionMasksType
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
+from momoe_titan.model.output import OutputLayer
 from momoe_titan.model.rope import precompute_yarn_freqs_cis, rotate
 from momoe_titan.model.stock_moe import StockMoE
 
@@ -187,7 +188,35 @@ class MomoeLlama(Transformer):
         self.n_layers = model_args.n_layers
         for layer_id in range(model_args.n_layers):
             self.layers[str(layer_id)] = MomoeBlock(layer_id, model_args)
+        self.output = OutputLayer(model_args.dim, model_args.vocab_size, model_args.loss_chunk_mib)
         self.tie_weights()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        attention_masks: AttentionMasksType | None = None,
+        positions: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """TorchTitan's, and where labels are given the loss in place of the logits.
+
+        Args:
+            tokens: (B, L) int64; of later pipeline stages the hidden states (B, L, D).
+            attention_masks, positions: as in the base class.
+            labels: see `OutputLayer.forward`; only the last pipeline stage reads them.
+
+        Returns:
+            What `OutputLayer.forward` does; of earlier pipeline stages (B, L, D).
+        """
+        h_BLD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            h_BLD = layer(h_BLD, self.freqs_cis, attention_masks=attention_masks, positions=positions)
+        if self.norm is not None:
+            h_BLD = self.norm(h_BLD)
+        if self.output is None:
+            return h_BLD
+        # By keyword: hooks of the module may replace its positional arguments.
+        return self.output(h_BLD) if labels is None else self.output(h_BLD, labels=labels)
 
     def tie_weights(self) -> None:
         """Give the output layer the embedding's weight if the model has one for both.

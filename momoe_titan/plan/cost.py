@@ -126,12 +126,14 @@ class StepCost:
             left, right = args[:2]
             self._add(micro, "grouped matmul", 2 * left.shape[-2] * left.shape[-1] * right.shape[-1])
         elif packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            operands = [a for a in args if not isinstance(a, torch.dtype)]  # torch's formulas know no output dtype
+            flops = flop_registry[packet](*operands, **kwargs, out_val=out)
             name = str(packet)
             if _ATTENTION in name:
                 self._add(micro, "attention", flops / 2)  # causal
             else:
-                single = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args)
+                factors = _tensors(args)[-2:]  # behind what the product is added to
+                single = any(a.dtype == torch.float32 for a in factors)
                 self._add(micro, "float32 matmul" if single else "matmul", flops)
         elif _moves_data(func):
             moved = sum(map(_num_bytes, (*_tensors(args), *_tensors(kwargs.values()), *_tensors([out]))))

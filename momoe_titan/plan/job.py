@@ -39,7 +39,7 @@ DDP_BUCKET_BYTES = 100 << 20  # what TorchTitan's apply_ddp asks for
 # Names of modules and the part that their memory counts as; the innermost one counts.
 _PARTS = {
     "tok_embeddings": "embedding",
-    "output": "logits",
+    "output": "output and loss",
     "attention": "attention",
     "attention_norm": "norms",
     "ffn_norm": "norms",

@@ -51,7 +51,7 @@ class _Block:
     part: str
     z_layer: str | None = None  # the MoE layer whose z this is
     layer: str | None = None  # the MoE layer that allocated it
-    position: int | None = None  # index of this allocation within the step's backwards
+    position: tuple[bool, int] | None = None  # whether in a backward; index among the step's allocations there
 
 
 @dataclass
@@ -97,8 +97,8 @@ class MemoryTrace(TorchDispatchMode):
         self._blocks: dict[int, _Block] = {}
         self._watched: dict[int, weakref.ref] = {}
         self._number = 0
-        self._backward_position = 0
-        self._gradients: set[int | None] = set()
+        self._positions = [0, 0]
+        self._gradients: set[tuple[bool, int] | None] = set()
         self._base = 0
         self._parts: dict[str, int] = defaultdict(int)
         self._z: dict[str, int] = {}
@@ -112,11 +112,12 @@ class MemoryTrace(TorchDispatchMode):
     def begin_step(self) -> None:
         """Forget the moments so far.
 
-        Allocations of a backward come in the same order every step. Those that ended as gradients in the last step are
-        counted as gradients in this one.
+        Allocations of a forward come in the same order every step, and those of a backward too. What ended as a
+        gradient in the last step is counted as one in this step as soon as it is allocated. The loss makes one in its
+        forward.
         """
         self._gradients = {block.position for block in self._blocks.values() if block.part == GRADIENTS}
-        self._backward_position = 0
+        self._positions = [0, 0]
         self.moments.clear()
 
     def relabel(self, tensor: torch.Tensor, part: str) -> None:
@@ -258,11 +259,12 @@ class MemoryTrace(TorchDispatchMode):
         key = storage._cdata
         if key in self._blocks or tensor.device.type == "meta":
             return
-        part, position = self._places[-1].part, None
-        if in_backward():
-            position = self._backward_position
-            part = GRADIENTS if position in self._gradients else BACKWARD
-            self._backward_position += 1
+        backward = in_backward()
+        position = backward, self._positions[backward]
+        self._positions[backward] += 1
+        part = BACKWARD if backward else self._places[-1].part
+        if position in self._gradients:
+            part = GRADIENTS
         self._blocks[key] = _Block(self._number, 0, part, layer=self._places[-1].layer, position=position)
         self._number += 1
         self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))

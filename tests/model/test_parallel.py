@@ -1,6 +1,7 @@
 """Every parallelism, and pairs of them, trains as one process does.
 
-Under TorchTitan's own trainer on gloo, from the same weights on the same batches, in float32.
+Under TorchTitan's trainer on gloo, from the same weights on the same batches, in float32. The model computes the loss,
+from the logits of a few tokens at a time, but where a run's name has logits in it.
 Losses and gradient norms of three optimizer steps agree within a relative 1e-5, the last step's
 gradient of each parameter within 1e-4 of its norm; counts of tokens, biases (but those of quantile
 balancing, within 1e-6) and metrics exactly. A
@@ -30,7 +31,9 @@ def mesh(**degrees) -> dict:
 
 
 ACCUMULATED = {"training.local_batch_size": 2}
+WHOLE_LOGITS = {"momoe.loss_chunk_mib": 0}
 LOCAL_LOSS = {
+    **WHOLE_LOGITS,
     "parallelism.disable_loss_parallel": True,
     "activation_checkpoint.mode": "full",
     **ACCUMULATED,
@@ -68,6 +71,7 @@ QUANTILE = {
 SAVED = {"checkpoint.enable": True}
 ONE_PROCESS = {
     "one": mesh(),
+    "whole logits, one": mesh() | WHOLE_LOGITS,
     "one, stock": mesh() | STOCK,
     "one, 6 experts": mesh() | SIX_EXPERTS,
     "one, 8 experts": mesh() | EIGHT_EXPERTS,
@@ -83,6 +87,7 @@ TWO_PROCESSES = {
     "tp, compiled": mesh(tp=2) | COMPILED,
     "tp, QK-norm": mesh(tp=2) | QK_NORM,
     "tp, tied": mesh(tp=2) | TIED,
+    "tp, shared logits": mesh(tp=2) | WHOLE_LOGITS,
     "tp, whole logits, accumulated, recomputed": mesh(tp=2) | LOCAL_LOSS,
     "pp, a stage without MoE, accumulated": mesh(pp=2) | DENSE_STAGE,
     "pp, interleaved": mesh(pp=2) | INTERLEAVED,

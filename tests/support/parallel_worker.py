@@ -113,9 +113,13 @@ def set_weights(parts, weights) -> None:
 
 
 def run(settings: dict, folder: str) -> dict:
-    from torchtitan.train import Trainer
+    from torchtitan import train as titan
 
+    from momoe_titan.components.loss import LossInModel
     from tests.support.tiny import build
+
+    class Trainer(LossInModel, titan.Trainer):
+        """TorchTitan's, with the labels for the model."""
 
     last_step = settings.pop("stop", STEPS)
     config = config_of(settings, folder)

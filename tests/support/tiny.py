@@ -8,6 +8,7 @@ from torchtitan.config import JobConfig
 from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.components.optimizer import build_momoe_optimizers
+from momoe_titan.config.section import Momoe
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs
 
 VOCAB, SEQ = 64, 16
@@ -74,17 +75,11 @@ def job_config(**momoe) -> JobConfig:
     config.activation_checkpoint.mode = "none"
     if momoe:
         defaults = {
+            **vars(Momoe()),
             "save_percent": [0.0],
-            "backend": "auto",
-            "load_balance_rate": 1e-3,
             "load_balance_rule": "sign",
             "load_balance_average": 1.0,
-            "aux_loss_weight": 0.0,
-            "aux_loss_scope": "global",
-            "router_z_loss_weight": 0.0,
-            "load_balance_off_layers": [],
-            "vocab_size": 0,
-            "check_ids": False,
+            "loss_chunk_mib": 0.002,  # 8 tokens of the tiny model
         }
         config.momoe = SimpleNamespace(**{**defaults, **momoe})
     return config

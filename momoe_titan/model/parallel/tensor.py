@@ -31,7 +31,15 @@ def apply_tp(model: nn.Module, parallel_dims: ParallelDims, loss_parallel: bool)
     To be called after expert parallelism, which shards the experts' weights itself.
     """
     mesh = parallel_dims.get_mesh("tp")
+    output = model.output
+    if output is not None:
+        # The layer gathers its input itself: TorchTitan's style would take the loss that it returns for logits.
+        model.output = nn.Linear(1, mesh.size(), bias=False, device="meta")
     apply_non_moe_tp(model, mesh, loss_parallel, enable_float8_tensorwise_tp=False)
+    if output is not None:
+        model.output = output
+        shard(output, mesh, {"weight": Shard(0)})
+        output.gathers_logits = not loss_parallel
     for block in blocks_of(model):
         if block.attention.q_norm is not None:
             # A norm over each head is sharded by heads, dimension 2 of (B, L, heads, head_dim), as
