@@ -412,9 +412,13 @@ def float32_product(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     Exact products, summed in float32; the gradient of x is rounded to its dtype. A bfloat16 x on a
     GPU is multiplied on tensor cores; where it is infinite, the result is NaN there.
     """
+    # Tensors are plain while torch.compile traces too. The fake ones of a plan are not, and stand for plain ones.
     plain = type(x_TD) in (Tensor, torch.nn.Parameter) and type(w_ED) in (Tensor, torch.nn.Parameter)
     tensor_cores = (
-        plain and runs_here(x_TD) and x_TD.dtype == torch.bfloat16 and w_ED.dtype in (torch.bfloat16, torch.float32)
+        (plain or gpu.planned() is not None)
+        and runs_here(x_TD)
+        and x_TD.dtype == torch.bfloat16
+        and w_ED.dtype in (torch.bfloat16, torch.float32)
     )
     with torch.autocast(x_TD.device.type, enabled=False):
         return (_TensorCoreProduct if tensor_cores else _Float32Product).apply(x_TD, w_ED)

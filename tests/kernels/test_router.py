@@ -173,3 +173,33 @@ def test_both_routers_use_it(device, monkeypatch):
         assert len(calls) == 2 * kernels
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_gate_has_no_product_of_float32(dtype, monkeypatch):
+    """Of its forward and backward as torch.compile traces them, for a GPU: CUDA cores would multiply float32."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import default_partition
+
+    class Traced(Exception):
+        pass
+
+    joint = []
+
+    def partition(graph, *args, **kwargs):
+        joint.append(graph)
+        return default_partition(graph, *args, **kwargs)
+
+    def run_nothing(graph, inputs):
+        raise Traced
+
+    monkeypatch.setattr(router, "runs_here", lambda t: True)
+    x = torch.randn(32, 16).bfloat16().requires_grad_()
+    w = torch.randn(8, 16).to(dtype).requires_grad_()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="Traced"):
+        torch.compile(float32_product, backend=aot_autograd(fw_compiler=run_nothing, partition_fn=partition))(x, w)
+    products = [node for node in joint[0].graph.nodes if "mm" in str(node.target)]
+    assert len(products) == 3
+    operands = {operand.meta["val"].dtype for product in products for operand in product.args[:2]}
+    assert operands == {torch.bfloat16}
