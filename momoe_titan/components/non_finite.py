@@ -4,8 +4,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from momoe_titan.components.stopping import StopRequest
-
 
 class NonFiniteGuard:
     """Optimizer step pre-hook that skips a step if any rank's gradient has a NaN or an infinity.
@@ -18,14 +16,12 @@ class NonFiniteGuard:
     gradient, and with several ranks an all-reduce of one number.
 
     Attributes:
-        stop_request: reduces its own flag by the same collective, where it is set.
         skipped_steps: how many steps were skipped since the start: 0 before the first step, then a
             0-dimensional tensor on the device.
     """
 
     def __init__(self):
         self.skipped_steps: torch.Tensor | int = 0
-        self.stop_request: StopRequest | None = None
 
     @torch.no_grad()
     def __call__(self, optimizers: OptimizersContainer, *hook_args) -> None:
@@ -38,10 +34,7 @@ class NonFiniteGuard:
         found_inf = (~torch.stack(norms).sum().isfinite()).float()
         # Not with one rank: NCCL's first collective allocates memory, which the first step may have filled.
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            if self.stop_request is not None:
-                found_inf = self.stop_request.reduce_with(found_inf)
-            else:
-                torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(found_inf, op=torch.distributed.ReduceOp.MAX)
         # For the hooks that follow. TorchTitan's class does not declare it.
         setattr(optimizers, "found_inf", found_inf)  # noqa: B010
         if all(g["fused"] for optimizer in optimizers for g in optimizer.param_groups):

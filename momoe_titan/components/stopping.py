@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A SIGINT within this time of the first is torchrun's copy of the same Ctrl-C, not a second one.
@@ -28,25 +29,23 @@ class StoppedError(BaseException):
 class StopRequest:
     """Handles the signals of a process while open, and knows when all ranks have agreed to stop.
 
-    Before training a signal raises `StoppedError`. While `in_training` it is noted, and the current step is finished.
-    With several processes the noted signal is reduced together with the flag of `NonFiniteGuard` in every step, so that
-    a signal to any rank stops all of them after the same step. On a GPU the result is read one step later, so the host
-    never waits for the running step. A second Ctrl-C raises `StoppedError`.
+    Before training a signal raises `StoppedError`. While `in_training` it is noted, and the current step is finished,
+    with all its microbatches. Between two steps the ranks agree: a signal to any of them stops all after the same step.
+    They do so on the CPU, by one small collective of gloo, so that no host waits for a GPU and any model will do. A
+    second Ctrl-C raises `StoppedError`.
 
     Attributes:
         in_training: whether steps are being trained.
         noted: the signal that this process has received, or 0.
-        agreed: the signal that stops the run after the current step, or 0; the same on all ranks.
     """
 
     def __init__(self):
         self.in_training = False
         self.noted = 0
-        self.agreed = 0
         self._noted_at = 0.0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
-        self._in_flight: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequest":
         for signum in SIGNALS:
@@ -73,30 +72,13 @@ class StopRequest:
                 name = signal.Signals(signum).name
                 os.write(2, f"{name}: stopping after this step. Ctrl-C ends the run at once\n".encode())
         self.noted = max(self.noted, signum)
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            self.agreed = self.noted
 
-    def reduce_with(self, flag: torch.Tensor) -> torch.Tensor:
-        """The maximum of a flag over all ranks, by a collective that also carries the signals they have got.
-
-        Args:
-            flag: a number, on the device of the collective.
-        """
-        both = torch.stack([flag, torch.full_like(flag, float(self.noted))])
-        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX)
-        self._hear(both[1])
-        return both[0]
-
-    def _hear(self, signum: torch.Tensor) -> None:
-        if signum.device.type == "cpu":
-            self.agreed = int(signum)
-            return
-        if self._in_flight is not None:
-            before, copied = self._in_flight
-            copied.synchronize()
-            self.agreed = int(before)
-        on_host = torch.empty((), dtype=signum.dtype, pin_memory=True)
-        on_host.copy_(signum, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._in_flight = on_host, copied
+    def agree(self) -> int:
+        """The highest signal that any rank has noted, or 0; all ranks call it between the same two steps."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.noted
+        if self._group is None:
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        heard = torch.tensor(self.noted, device="cpu")
+        dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self._group)
+        return int(heard)

@@ -142,9 +142,6 @@ class Trainer(StepFromGraph, LossInModel, titan.Trainer):
         compile_kernels_ahead(job_config)
         run.config = job_config
         super().__init__(job_config)
-        guard = getattr(self.optimizers, "non_finite_guard", None)
-        if guard is not None:
-            guard.stop_request = run.stop
         self.set_up_cuda_graphs()
 
     def train(self) -> None:
@@ -171,8 +168,8 @@ class Trainer(StepFromGraph, LossInModel, titan.Trainer):
             if not run.has_trained:
                 self._nothing_to_train()
             return False
-        if run.stop.agreed and run.has_trained:
-            run.stopped_by = run.stop.agreed
+        if run.has_trained and (signum := run.stop.agree()):
+            run.stopped_by = signum
             self.checkpointer.save_now(self.step)
             return False
         run.has_trained = True

@@ -1,0 +1,48 @@
+"""How a signal ends a run: on all ranks, after the step in which one of them got it."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import torch.distributed as dist
+
+from momoe_titan.components.stopping import StopRequest
+from momoe_titan.components.trainer import Trainer
+from tests.support.forks import in_gloo_forks
+
+
+def test_a_signal_in_a_microbatch_stops_all_ranks_after_the_step(tmp_path):
+    """Whatever the model: nothing of it, nor of its optimizer, takes part."""
+    assert in_gloo_forks(2, tmp_path / "store", _stop_in_a_microbatch)
+
+
+def _stop_in_a_microbatch() -> None:
+    done, saved = [], []
+    with StopRequest() as stop:
+        stop.in_training = True
+        trainer = SimpleNamespace(
+            run=SimpleNamespace(stop=stop, has_trained=False, stopped_by=0),
+            job_config=SimpleNamespace(training=SimpleNamespace(steps=5)),
+            checkpointer=SimpleNamespace(save_now=saved.append),
+            step=0,
+        )
+        while Trainer.should_continue_training(trainer):
+            trainer.step += 1
+            for microbatch in range(3):
+                if (trainer.step, microbatch, dist.get_rank()) == (2, 1, 1):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                done.append((trainer.step, microbatch))
+    assert done[-1] == (2, 2) and saved == [2] and trainer.run.stopped_by == signal.SIGTERM
+
+
+def test_the_highest_signal_of_any_rank_is_heard(tmp_path):
+    assert in_gloo_forks(2, tmp_path / "store", _hear_the_highest)
+
+
+def _hear_the_highest() -> None:
+    with StopRequest() as stop:
+        stop.in_training = True
+        assert stop.agree() == 0
+        os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[dist.get_rank()])
+        assert stop.noted == (signal.SIGINT, signal.SIGTERM)[dist.get_rank()]
+        assert stop.agree() == signal.SIGTERM
