@@ -9,6 +9,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
 from momoe_titan.data.position import is_position, warn_restart
 from momoe_titan.data.tokenizer import TextTokenizer
+from momoe_titan.data.worker_signals import ignore_signals
 
 
 class StreamedDataloader(ParallelAwareDataloader):
@@ -40,5 +41,5 @@ def build_streamed(
     dataset = HuggingFaceTextDataset(
         config.dataset, config.dataset_path, tokenizer, config.seq_len, dp_rank, dp_world_size, infinite
     )
-    options = asdict(config.dataloader)
+    options = asdict(config.dataloader) | {"worker_init_fn": ignore_signals}
     return StreamedDataloader(dataset, dp_rank, dp_world_size, batch_size=config.local_batch_size, **options)
