@@ -37,6 +37,7 @@ class ModelArgs(Protocol):
     router_z_loss_weight: float
     load_balance_off_layers: list[int]
     check_ids: bool
+    document_mask: bool
     hf_fields: dict[str, Any]
 
     @property

@@ -180,6 +180,13 @@ class Momoe:
     longer than a sequence are cut.
     """
 
+    document_mask: bool = False
+    """
+    Attention stays inside documents: a token does not attend to those
+    that are packed before its own. By flex attention, which skips what
+    is masked. Not with context parallelism.
+    """
+
     loss_chunk_mib: float = 384
     """
     How many MiB of logits the loss holds at a time. Output layer, cross

@@ -54,6 +54,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         aux_loss_weight, aux_loss_scope, router_z_loss_weight: see `moe.router_losses`.
         load_balance_off_layers: ids of MoE layers whose bias stays as it is.
         check_ids: debug flag of `momoe_mlp`.
+        document_mask: attention stays inside documents; sets `attn_type` and `attn_mask_type`.
         loss_chunk_mib: MiB of logits that the loss holds at a time; see `model.output`.
         from_hf: take the shape from the config.json of the Hugging Face folder that the job loads
             (checkpoint.initial_load_path or model.hf_assets_path), in place of what stands here.
@@ -81,6 +82,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
     router_z_loss_weight: float = 0.0
     load_balance_off_layers: list[int] = field(default_factory=list)
     check_ids: bool = False
+    document_mask: bool = False
     loss_chunk_mib: float = Momoe.loss_chunk_mib
     from_hf: bool = False
     hf_fields: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -148,6 +150,9 @@ class MomoeLlamaArgs(TransformerModelArgs):
         self.router_z_loss_weight = momoe.router_z_loss_weight
         self.load_balance_off_layers = list(momoe.load_balance_off_layers)
         self.check_ids = momoe.check_ids
+        if momoe.document_mask:
+            # TorchTitan's trainer asks the model for masks.
+            self.document_mask, self.attn_type, self.attn_mask_type = True, "flex", "block_causal"
         self.loss_chunk_mib = momoe.loss_chunk_mib
         self.vocab_size = momoe.vocab_size or self.vocab_size
 

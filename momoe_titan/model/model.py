@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.models.llama3.model.model import (
     Attention,
     Transformer,
@@ -18,6 +19,7 @@ from torchtitan.protocols.model import AttentionMasksType
 
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.model.args import MomoeLlamaArgs
+from momoe_titan.model.attention import DocumentAttention, document_mask, number_documents
 from momoe_titan.model.moe import BalancedMoE, MomoeMoE
 from momoe_titan.model.output import OutputLayer
 from momoe_titan.model.rope import precompute_yarn_freqs_cis, rotate
@@ -38,6 +40,8 @@ class MomoeAttention(Attention):
 
     def __init__(self, model_args: MomoeLlamaArgs):
         super().__init__(model_args)
+        if model_args.document_mask:
+            self.attn_type, self.inner_attention = "sdpa", DocumentAttention()
         head_dim, dim = model_args.attention_head_dim, model_args.dim
         if head_dim != self.head_dim:
             self.head_dim = head_dim
@@ -80,7 +84,9 @@ class MomoeAttention(Attention):
         if self.qk_norm == "per_head" and self.q_norm is not None and self.k_norm is not None:
             xq, xk = self.q_norm(xq), self.k_norm(xk)
         xq, xk = rotate(xq, xk, freqs_cis, positions)
-        out_BHLd = self.inner_attention(*(x.transpose(1, 2) for x in (xq, xk, xv)), enable_gqa=self.enable_gqa)
+        options = {} if attention_masks is None else {"mask": attention_masks}
+        xq, xk, xv = (x.transpose(1, 2) for x in (xq, xk, xv))
+        out_BHLd = self.inner_attention(xq, xk, xv, enable_gqa=self.enable_gqa, **options)
         return self.wo(out_BHLd.transpose(1, 2).flatten(-2))
 
 
@@ -180,6 +186,8 @@ class MomoeLlama(Transformer):
         ValueError: arguments that do not fit together.
     """
 
+    model_args: MomoeLlamaArgs
+
     def __init__(self, model_args: MomoeLlamaArgs):
         model_args.validate()
         # The base class would fill the layers with dense blocks: it gets none.
@@ -194,7 +202,7 @@ class MomoeLlama(Transformer):
     def forward(
         self,
         tokens: torch.Tensor,
-        attention_masks: AttentionMasksType | None = None,
+        attention_masks: Any = None,
         positions: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -202,12 +210,15 @@ class MomoeLlama(Transformer):
 
         Args:
             tokens: (B, L) int64; of later pipeline stages the hidden states (B, L, D).
-            attention_masks, positions: as in the base class.
+            attention_masks: from `get_attention_masks`; None for attention to all tokens before.
+            positions: as in the base class.
             labels: see `OutputLayer.forward`; only the last pipeline stage reads them.
 
         Returns:
             What `OutputLayer.forward` does; of earlier pipeline stages (B, L, D).
         """
+        if isinstance(attention_masks, torch.Tensor):
+            attention_masks = document_mask(attention_masks)
         h_BLD = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         for layer in self.layers.values():
             h_BLD = layer(h_BLD, self.freqs_cis, attention_masks=attention_masks, positions=positions)
@@ -246,6 +257,26 @@ class MomoeLlama(Transformer):
         for module in self.modules():
             if isinstance(module, BalancedMoE):
                 module.reset_balance_state(buffer_device)
+
+    def get_attention_masks(
+        self,
+        input_batch: torch.Tensor,
+        tokenizer: BaseTokenizer,
+        extra_inputs: dict[str, torch.Tensor] | None = None,
+    ) -> Any:
+        """As the base class's; with `document_mask` what `forward` takes as attention_masks.
+
+        Args:
+            extra_inputs: "positions" is taken out of it. RoPE tells distances between tokens only, which are the same
+                whether positions begin anew in each document or not.
+
+        Returns:
+            (B, L) int32, which pipeline schedules cut into microbatches: see `number_documents`.
+        """
+        if not self.model_args.document_mask:
+            return super().get_attention_masks(input_batch, tokenizer, extra_inputs)
+        positions_BL = None if extra_inputs is None else extra_inputs.pop("positions", None)
+        return number_documents(input_batch, positions_BL, tokenizer.eos_id)
 
     def _precompute_freqs_cis(self) -> torch.Tensor:
         args = self.model_args

@@ -236,6 +236,9 @@ def trace_job(
     if momoe is not None:
         momoe.save_percent = [100.0]
         momoe.check_ids = False  # reads the ids, of which fake ones have none
+    if momoe is not None and momoe.document_mask:
+        momoe.document_mask = False
+        notes.append("momoe.document_mask: planned as without it, which takes as much memory and more time")
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")

@@ -68,6 +68,7 @@ QUANTILE = {
     "momoe.aux_loss_scope": "sequence",
     "momoe.router_z_loss_weight": 0.1,
 }
+DOCUMENTS = {"momoe.document_mask": True}
 SAVED = {"checkpoint.enable": True}
 ONE_PROCESS = {
     "one": mesh(),
@@ -78,6 +79,7 @@ ONE_PROCESS = {
     "one, QK-norm": mesh() | QK_NORM,
     "one, tied": mesh() | TIED,
     "one, quantile": mesh() | QUANTILE,
+    "one, documents": mesh() | DOCUMENTS,
 }
 TWO_PROCESSES = {
     "fsdp, accumulated": mesh(shard=2) | ACCUMULATED,
@@ -94,6 +96,9 @@ TWO_PROCESSES = {
     "tp, quantile": mesh(tp=2) | QUANTILE,
     "tp, whole logits, accumulated, recomputed, quantile": mesh(tp=2) | LOCAL_LOSS | QUANTILE,
     "pp, interleaved, quantile": mesh(pp=2) | INTERLEAVED | QUANTILE,
+    "fsdp, compiled, documents": mesh(shard=2) | COMPILED | DOCUMENTS,
+    "tp, recomputed, accumulated, documents": mesh(tp=2) | RECOMPUTED | ACCUMULATED | DOCUMENTS,
+    "pp, interleaved, documents": mesh(pp=2) | INTERLEAVED | DOCUMENTS,
 }
 FOUR_PROCESSES = {
     "hsdp": mesh(replicate=2, shard=2),
@@ -154,6 +159,11 @@ def test_trains_as_one_process_does(results, name):
     for key, grad in run["grads"].items():
         expected = one["grads"][key]
         assert (grad - expected).norm() <= 1e-4 * expected.norm(), key
+
+
+def test_documents_change_the_loss(results):
+    first, masked = (results[name]["logged"][0]["loss_metrics/global_avg_loss"] for name in ("one", "one, documents"))
+    assert abs(first - masked) > 1e-4
 
 
 def test_biases_move_where_balancing_is_on(results):

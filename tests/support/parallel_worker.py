@@ -55,6 +55,7 @@ class Batches:
     def __init__(self, dp_world_size, dp_rank, job_config, **kwargs):
         self.ranks, self.rank = dp_world_size, dp_rank
         self.size = job_config.training.local_batch_size
+        self.in_documents = job_config.momoe.document_mask
         self.steps_done = 0
 
     def __iter__(self):
@@ -63,7 +64,10 @@ class Batches:
         for step in range(self.steps_done, STEPS):
             for rows in zip(*(t.split(self.size * self.ranks) for t in batch(step, BATCH)), strict=True):
                 tokens, labels = (t.split(self.size)[self.rank] for t in rows)
-                yield {"input": tokens}, labels
+                inputs = {"input": tokens}
+                if self.in_documents:  # which begin at other places in each sequence
+                    inputs["positions"] = (torch.arange(tokens.shape[1]) + tokens[:, :1]) % 6
+                yield inputs, labels
 
     def state_dict(self):
         return {}
@@ -124,6 +128,7 @@ def run(settings: dict, folder: str) -> dict:
     last_step = settings.pop("stop", STEPS)
     config = config_of(settings, folder)
     trainer = Trainer(config)
+    trainer.tokenizer = SimpleNamespace(eos_id=0)
     parts = trainer.model_parts
     set_weights(parts, dict(build(trainer.model_args).named_parameters()))
     moes = {n: block.moe for part in parts for n, block in part.layers.items() if block.moe_enabled}

@@ -30,6 +30,7 @@ MISSING_UNDER_TORCHTITAN = (
     "and tokenizer before anything is built; resuming from the last whole checkpoint, with the job's own learning "
     "rate and a list of what has changed; training without a GPU; config.json and tokenizer beside Hugging Face weights"
 )
+FLEX_HEAD_DIM = 16  # the least
 _CHECKED = "_checked_by_momoe_titan"  # attribute of a job's configuration
 
 
@@ -94,6 +95,7 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
         logger.warning(f"training.seq_len is {args.max_seq_len}, longer than the model's own maximum, {longest}")
     check_model_args(args, section="momoe.")
     check_backend(args, now.machine)
+    check_document_mask(args, now.machine)
     check_save_percent(args, job_config)
     check_activation_checkpoint(args, job_config)
     check_converters_and_validation(job_config)
@@ -103,6 +105,15 @@ def configure(args: ModelArgs, job_config: JobConfig) -> None:
     check_expert_parallel(args, job_config, now.machine)
     check_parallelism(args, job_config, now.machine)
     vars(job_config)[_CHECKED] = now
+
+
+def check_document_mask(args: ModelArgs, machine: Machine) -> None:
+    """Refuse heads that flex attention has no kernel for."""
+    if args.document_mask and machine.has_gpu and args.attention_head_dim < FLEX_HEAD_DIM:
+        raise ValueError(
+            f"momoe.document_mask is true, but the model's heads are {args.attention_head_dim} wide, must be at least "
+            f"{FLEX_HEAD_DIM}: flex attention has no kernel for them"
+        )
 
 
 def check_backend(args: ModelArgs, machine: Machine) -> None:

@@ -64,7 +64,7 @@ def _check_attention(args: ModelArgs) -> None:
         )
     if args.qk_norm not in QK_NORMS:
         raise ValueError(f"qk_norm is {args.qk_norm!r}, must be one of {QK_NORMS}")
-    if args.qk_norm != "none" and args.attn_type != "sdpa":
+    if args.qk_norm != "none" and args.attn_type != "sdpa" and not args.document_mask:
         raise ValueError(
             f"qk_norm is {args.qk_norm!r} and attn_type is {args.attn_type!r}: normalised "
             "queries and keys need attn_type 'sdpa'"

@@ -120,6 +120,11 @@ def _check_context_parallel(args: ModelArgs, job_config: JobConfig) -> None:
     cp = parallelism.context_parallel_degree
     if cp == 1:
         return
+    if args.document_mask:
+        raise ValueError(
+            f"parallelism.context_parallel_degree is {cp}, must be 1 with momoe.document_mask: the documents of a "
+            "sequence would lie on several ranks"
+        )
     if args.attn_type != "sdpa":
         raise ValueError(
             f"parallelism.context_parallel_degree is {cp} and attn_type {args.attn_type!r}: only "

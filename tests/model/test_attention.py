@@ -1,0 +1,116 @@
+"""Attention inside documents: a packed document gets what it would get alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+
+from momoe_titan.config.checks.job import check_document_mask
+from momoe_titan.config.machine import Machine
+from momoe_titan.model.attention import BLOCK, DocumentAttention, block_mask, document_mask, number_documents
+from tests.support.tiny import SEQ, VOCAB, build, tiny_args
+
+# Lengths of the documents of two sequences, one of a single token among them.
+LENGTHS = [[5, 1, 7, 3], [16]]
+
+
+def positions_of(lengths: list[list[int]]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "per_head", "full"])
+def test_packed_documents_get_what_each_gets_alone(qk_norm):
+    """Logits, and the gradients of all weights; without a mask they differ."""
+    model = build(tiny_args(qk_norm=qk_norm, document_mask=True, load_balance_rate=0.0))
+    tokens = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+
+    def gradients(loss):
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    extra = {"positions": positions_of(LENGTHS)}
+    masks = model.get_attention_masks(tokens, Tokenizer, extra)
+    assert extra == {}, "positions would be an argument of the first pipeline stage only"
+    packed = model(tokens, attention_masks=masks)
+    of_packed = gradients(F.cross_entropy(packed.flatten(0, 1), labels.flatten(), reduction="sum"))
+    alone, loss = [], torch.zeros(())
+    for row, lengths in enumerate(LENGTHS):
+        for x, y in zip(tokens[row].split(lengths), labels[row].split(lengths), strict=True):
+            alone.append(model(x[None]))
+            loss = loss + F.cross_entropy(alone[-1][0], y, reduction="sum")
+    torch.testing.assert_close(packed.flatten(0, 1), torch.cat(alone, dim=1)[0], rtol=1e-4, atol=1e-5)
+    of_alone = gradients(loss)
+    assert of_packed.keys() == of_alone.keys()
+    for name, grad in of_packed.items():
+        assert (grad - of_alone[name]).norm() <= 1e-4 * of_alone[name].norm(), name
+    assert not torch.allclose(model(tokens)[0], packed[0], atol=1e-3)
+
+
+class Tokenizer:
+    eos_id = 7
+
+
+def test_documents_end_with_eos_where_nobody_gives_positions():
+    """TorchTitan's loaders of streamed data."""
+    tokens = torch.tensor([[1, 7, 2, 3, 7, 7, 4], [1, 2, 3, 4, 5, 6, 7]])
+    model = build(tiny_args(document_mask=True))
+    numbers = model.get_attention_masks(tokens, Tokenizer, {})
+    assert numbers.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7] and numbers.dtype == torch.int32
+    assert number_documents(tokens, positions_of([[2, 3, 1, 1], [7]]), 7).tolist() == (numbers + 1).tolist()
+    with pytest.raises(TypeError):  # which TorchTitan's validator takes for: no masks
+        build(tiny_args()).get_attention_masks(tokens, Tokenizer, {})
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([[3 * BLOCK], [1] * (3 * BLOCK)], id="one document, and one for each token"),
+        pytest.param([[BLOCK] * 3, [BLOCK - 1, BLOCK + 1, BLOCK]], id="on the edges of blocks"),
+        pytest.param([[300, 50], [1, 200, 149]], id="a last block that is not whole"),
+        pytest.param([[5, 9, 3]], id="shorter than a block"),
+    ],
+)
+def test_blocks_that_are_left_out_or_not_masked(lengths):
+    """Flex attention skips a block, or computes it without the mask: both must be right for every pair of tokens."""
+    numbers = number_documents(torch.empty(0), positions_of(lengths), None)
+    B, L = numbers.shape
+    dense = document_mask(numbers)
+    mask = block_mask(numbers)
+    b, q, k = torch.meshgrid(torch.arange(B), torch.arange(L), torch.arange(L), indexing="ij")
+    assert torch.equal(mask.mask_mod(b, torch.zeros_like(b), q, k), dense[:, 0])
+
+    N = -(-L // BLOCK)
+    padded = F.pad(dense[:, 0], (0, N * BLOCK - L, 0, N * BLOCK - L)).unflatten(1, (N, BLOCK)).unflatten(3, (N, BLOCK))
+    some, every = padded.any(4).any(2), padded.all(4).all(2)
+    for counts, indices, wanted in (
+        (mask.full_kv_num_blocks, mask.full_kv_indices, every),
+        (mask.kv_num_blocks, mask.kv_indices, some & ~every),
+    ):
+        listed = torch.zeros(B, N, N, dtype=torch.bool)
+        for i, j in ((i, j) for i in range(B) for j in range(N)):
+            listed[i, j, indices[i, 0, j, : counts[i, 0, j]].long()] = True
+        assert torch.equal(listed, wanted)
+
+
+def test_flex_attention_agrees_and_does_not_compile_again():
+    """On new documents. The backward of flex attention needs a GPU: tests/model/test_model_gpu.py."""
+    counter, attention = CompileCounter(), DocumentAttention()
+    compiled = torch.compile(attention, backend=counter, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 160, 16, generator=generator) for heads in (4, 2, 2))
+    for lengths in ([[160], [100, 60]], [[1] * 160, [10, 20, 130]], [[159, 1], [64, 96]]):
+        numbers = number_documents(torch.empty(0), positions_of(lengths), None)
+        expected = attention(q, k, v, mask=document_mask(numbers), enable_gqa=True)
+        got = compiled(q, k, v, mask=block_mask(numbers), enable_gqa=True)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_heads_that_flex_attention_cannot_compute_are_refused():
+    with pytest.raises(ValueError, match=r"^momoe.document_mask is true, but the model's heads are 8 wide"):
+        check_document_mask(tiny_args(document_mask=True), Machine(1, has_gpu=True))
+    check_document_mask(tiny_args(document_mask=True), Machine(1, has_gpu=False))
+    check_document_mask(tiny_args(document_mask=True, head_dim=16), Machine(1, has_gpu=True))
