@@ -11,6 +11,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from momoe_titan.components.compute_weights import ComputeWeights
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
@@ -182,6 +183,9 @@ class StepFromGraph:
             return all(choice.steps_left == 0 for choice in choices)  # pyright: ignore - no part of the model
 
         self.captured = CapturedStep(self._forward_backward, self.model_parts, memory_is_measured)
+        weights: ComputeWeights | None = getattr(self, "weights", None)
+        if weights is not None:  # their gradients are made first, before the parameters get them
+            self.captured.parameters += weights.copies.values()
         if (validator := getattr(self, "validator", None)) is not None:
             validator.before_validation = self.captured.release
 

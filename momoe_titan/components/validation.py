@@ -64,7 +64,7 @@ class TextValidator(LossInModel, Validator):
         self.before_validation()
         processor = self.metrics_processor
         counting = processor.counting_validation() if isinstance(processor, MomoeMetricsProcessor) else nullcontext()
-        with counting:
+        with counting, self.maybe_enable_amp:  # TorchTitan enters it without pipeline stages only
             super().validate(model_parts, step)
 
     def should_validate(self, step: int) -> bool:

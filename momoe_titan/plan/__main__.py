@@ -247,8 +247,6 @@ def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -
     # The ranks of one stage, but with all layers; `_times` divides their time.
     world_size //= stages
     config.parallelism.pipeline_parallel_degree = 1
-    if world_size == config.parallelism.tensor_parallel_degree:  # no FSDP: TorchTitan then leaves autocast off
-        config.training.mixed_precision_param = config.training.dtype
     plan = trace_job(config, world_size, capability, cost)
     if stages > 1:
         plan.notes.append(f"memory is as without pipeline stages; one of {stages} stages has about 1/{stages} of it")

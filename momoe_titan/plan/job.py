@@ -19,6 +19,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
 from momoe_titan.components.loss import LossInModel
+from momoe_titan.components.training_step import TrainingStep
 from momoe_titan.config.checks import job as checks
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import configured_args
@@ -33,6 +34,7 @@ from momoe_titan.save_percent import AUTO
 
 H100 = (9, 0)
 PARAMETERS = "parameters"
+NARROW_WEIGHTS = "narrow copies of the weights"
 OPTIMIZER = "optimizer state"
 BUCKETS = "gradient buckets of DDP"
 DDP_BUCKET_BYTES = 100 << 20  # what TorchTitan's apply_ddp asks for
@@ -53,7 +55,7 @@ _PARTS = {
 }
 
 
-class FakeTrainer(LossInModel, titan.Trainer):
+class FakeTrainer(TrainingStep, LossInModel, titan.Trainer):
     """TorchTitan's trainer with another constructor, which leaves out everything that takes no GPU memory.
 
     Args:
@@ -116,6 +118,7 @@ class FakeTrainer(LossInModel, titan.Trainer):
         self.optimizers = self.train_spec.build_optimizers_fn(
             self.model_parts, self.job_config.optimizer, self.parallel_dims
         )
+        self.set_up_precision()
 
     def train_step(self, data_iterator: Any) -> None:
         self.microbatches_left = self.gradient_accumulation_steps
@@ -264,6 +267,8 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
                 trace.relabel(tensor, BUCKETS)
             for tensor in [*model.parameters(), *model.buffers()]:
                 trace.relabel(tensor, PARAMETERS)
+            for tensor in trainer.weights.copies.values() if trainer.weights else ():
+                trace.relabel(tensor, NARROW_WEIGHTS)
             kept, layer_kept = _watch_phases(trainer, trace)
             batches = trainer.batches()
             for _ in range(2):  # the first makes the optimizer state

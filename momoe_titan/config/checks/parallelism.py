@@ -7,6 +7,7 @@ from momoe_titan.config.checks.pipeline_parallel import check_pipeline_parallel
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.machine import Machine
 from momoe_titan.config.model_args import ModelArgs
+from momoe_titan.config.section import AUTOCAST, Momoe
 
 DEGREES = ("data_parallel_replicate", "data_parallel_shard", "tensor_parallel", "pipeline_parallel", "context_parallel")
 
@@ -53,16 +54,17 @@ def _check_degrees(job_config: JobConfig, world_size: int | None) -> None:
 
 
 def _warn_of_float32(job_config: JobConfig) -> None:
-    """TorchTitan 0.2.2 leaves mixed precision to FSDP, and takes autocast only where there is no other parallelism."""
+    """TorchTitan 0.2.2 takes autocast only where there is no other parallelism."""
     training = job_config.training
+    if getattr(job_config, "momoe", Momoe()).mixed_precision != AUTOCAST:
+        return
     given = [f"{name}_degree {degree}" for name in ("tensor_parallel", "pipeline_parallel")
              if (degree := getattr(job_config.parallelism, f"{name}_degree")) > 1]  # fmt: skip
     if given and training.mixed_precision_param != training.dtype:
         logger.warning(
             f"training.mixed_precision_param = {training.mixed_precision_param!r} HAS NO EFFECT: the job computes in "
             f"{training.dtype}, several times slower, because parallelism.{' and '.join(given)} stand without FSDP, "
-            "which alone mixes precision here. Set parallelism.data_parallel_shard_degree above 1, on more ranks or "
-            "in place of the others"
+            'where momoe.mixed_precision = "autocast" does not work. Set it to "weights"'
         )
 
 

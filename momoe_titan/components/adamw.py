@@ -1,0 +1,120 @@
+"""AdamW whose step on a GPU is one kernel, and torch's own elsewhere, with the same state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from momoe_titan.kernels.adamw import Adamw, Rates, Updated
+from momoe_titan.kernels.multi_tensor import runs_here
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: of a DTensor its shard, of any other itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose step on a GPU reads every gradient once and writes none.
+
+    The state is torch's, under the same names. Where not all tensors are contiguous and on one GPU, torch's own step is
+    taken, after the gradients were scaled and cast in place.
+
+    Attributes:
+        clip_coefficient: float32 of no dimension, by which the next step multiplies the gradients; None for 1.
+        found_inf: the same; where it is not 0, the step leaves parameters and state as they are.
+        copies: of a parameter one in a narrower dtype, which a step on a GPU writes too.
+        wrote_copies: whether the last step did.
+
+    Raises:
+        ValueError: an option that the kernel does not have.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: Any, **options: Any):
+        for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+            if options.get(name):
+                raise ValueError(f"{name} is {options[name]!r}, must be False: AdamW's kernel does not have it")
+        if isinstance(options.get("lr"), Tensor):
+            raise ValueError("lr is a tensor, must be a number")
+        super().__init__(params, **{**options, "fused": True, "foreach": False})
+        self.clip_coefficient: Tensor | None = None
+        self.copies: Mapping[Any, Tensor] = {}
+        self.wrote_copies = False
+        self._kernels: list[Adamw] = []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch has overloads
+        """Take one step; the result is the closure's, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, self.clip_coefficient = self.clip_coefficient, None
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return loss
+        self.wrote_copies = self._kernel_takes([local(p) for p in parameters])
+        if not self.wrote_copies:
+            self._prepare_for_torch(parameters, scale)
+            super().step()
+            return loss
+        device = local(parameters[0]).device
+        scale = torch.ones((), device=device) if scale is None else scale
+        skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        self._kernels += [Adamw() for _ in self.param_groups[len(self._kernels) :]]
+        for kernel, group in zip(self._kernels, self.param_groups, strict=True):
+            updated = [self._updated(p) for p in group["params"] if p.grad is not None]
+            if updated:
+                rates = Rates(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+                kernel.step(updated, rates, scale, skip)
+                # as torch does for its own operations: a graph that has saved one of them can be used no more
+                torch.autograd.graph.increment_version([u.parameter if u.copy is None else u.copy for u in updated])
+        return loss
+
+    def _kernel_takes(self, parameters: list[Tensor]) -> bool:
+        device = parameters[0].device
+        return runs_here(parameters[0]) and all(
+            p.device == device and p.dtype in _DTYPES and p.is_contiguous() for p in parameters
+        )
+
+    def _updated(self, parameter: Tensor) -> Updated:
+        """What the kernel needs of a parameter. Makes its state in the first step."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if not local(state[name]).is_contiguous():
+                state[name] = state[name].contiguous()
+        copy = self.copies.get(parameter)
+        return Updated(
+            parameter=local(parameter),
+            gradient=local(parameter.grad).contiguous(),  # pyright: ignore[reportArgumentType] - asked before
+            exp_avg=local(state["exp_avg"]),
+            exp_avg_sq=local(state["exp_avg_sq"]),
+            step=state["step"],
+            copy=None if copy is None else local(copy),
+        )
+
+    def _prepare_for_torch(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
+        for p in parameters:
+            gradient = p.grad
+            if gradient is not None and gradient.dtype != p.dtype:
+                p.grad = gradient.to(p.dtype)
+        if scale is not None:
+            scale_gradients(parameters, scale)
+
+
+def scale_gradients(parameters: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiply all gradients, in place, by a number on a device."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        # no public name
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage] - as above

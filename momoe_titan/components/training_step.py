@@ -1,0 +1,152 @@
+"""A training step of TorchTitan's trainer that reads every gradient twice, for its norm and for the update."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools.logging import logger
+
+from momoe_titan.components.adamw import AdamW, scale_gradients
+from momoe_titan.components.compute_weights import ComputeWeights
+from momoe_titan.components.non_finite import NonFiniteGuard
+from momoe_titan.config.flavor import MODEL_NAME
+from momoe_titan.config.section import AUTOCAST, Momoe
+
+Batch = tuple[dict[str, Tensor], Tensor]
+CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
+
+
+def reason_for_autocast(config: JobConfig, dims: ParallelDims) -> str | None:
+    """Why a job without FSDP mixes precision by autocast, or None where it computes with narrow weights."""
+    for applies, reason in (
+        (getattr(config, "momoe", Momoe()).mixed_precision == AUTOCAST, 'momoe.mixed_precision = "autocast"'),
+        (dims.dp_replicate_enabled, "DistributedDataParallel reduces the gradients of the weights it was given"),
+        (config.optimizer.early_step_in_backward, "optimizer.early_step_in_backward steps inside the backward"),
+    ):
+        if applies:
+            return reason
+    return None
+
+
+class TrainingStep:
+    """Mixin for TorchTitan's trainer: the step, and the precision that it computes in.
+
+    The step is TorchTitan's, in its order: gradients of all microbatches, clipping, optimizer, schedule, metrics. But
+    clipping writes no gradient. One norm serves clipping, the guard against NaN gradients, and the log. Our AdamW
+    scales each gradient while it reads it; for other optimizers the gradients are scaled before the step.
+
+    Attributes:
+        weights: what the modules compute with, from `set_up_precision` on; None under FSDP, autocast or in one
+            precision.
+    """
+
+    job_config: JobConfig
+    parallel_dims: ParallelDims
+    model_parts: list[nn.Module]
+    device: torch.device
+    optimizers: Any
+    lr_schedulers: Any
+    checkpointer: Any
+    metrics_processor: Any
+    gradient_accumulation_steps: int
+    ntokens_seen: int
+    step: int
+    maybe_enable_amp: contextlib.AbstractContextManager[Any]
+    weights: ComputeWeights | None = None
+
+    def set_up_precision(self) -> None:
+        """Decide how a job without FSDP computes in `training.mixed_precision_param`, and say so. To call once all is
+        built, on every rank."""
+        config, dims = self.job_config, self.parallel_dims
+        if dims.fsdp_enabled or config.model.name != MODEL_NAME:
+            return
+        wanted, own = config.training.mixed_precision_param, config.training.dtype
+        if (reason := reason_for_autocast(config, dims)) is not None:
+            if wanted != own:
+                logger.info(f"Precision: autocast to {wanted}, {own} weights and residuals ({reason})")
+            return
+        self.maybe_enable_amp = contextlib.nullcontext()
+        if wanted != own:
+            self.maybe_enable_amp = self.weights = self._narrow_weights(TORCH_DTYPE_MAP[wanted])
+            logger.info(f"Precision: {wanted} weights and residuals as under FSDP, {own} master weights and moments")
+        if (validator := getattr(self, "validator", None)) is not None:
+            validator.maybe_enable_amp = self.maybe_enable_amp
+
+    def _narrow_weights(self, dtype: torch.dtype) -> ComputeWeights:
+        ours = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AdamW)]
+        once = self.gradient_accumulation_steps == 1 and not self.parallel_dims.pp_enabled
+        narrow = once and len(ours) == len(self.optimizers)  # torch's optimizers want gradients in the weights' dtype
+        weights = ComputeWeights(self.model_parts, dtype, sums_in_parameters_dtype=not narrow)
+        for optimizer in ours:
+            optimizer.copies = weights.copies
+        return weights
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """Train one step, and log it where that is due."""
+        if self.job_config.model.name != MODEL_NAME:
+            return super().train_step(data_iterator)  # pyright: ignore[reportAttributeAccessIssue] - a mixin
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        local_valid_tokens = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in microbatches]).sum()
+        local_valid_tokens = local_valid_tokens.to(self.device)
+        global_valid_tokens: Any = local_valid_tokens.float()
+        if self.parallel_dims.dp_enabled:
+            global_valid_tokens = dist_utils.dist_sum(local_valid_tokens, self.parallel_dims.get_mesh("batch"))
+
+        with self.weights or contextlib.nullcontext():
+            losses = [self._microbatch(*batch, global_valid_tokens) for batch in microbatches]
+        grad_norm = self._clip()
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        if self.weights is not None:
+            self.weights.written = all(getattr(optimizer, "wrote_copies", False) for optimizer in self.optimizers)
+        self.lr_schedulers.step()
+
+        loss = torch.stack(losses).sum()
+        if self.metrics_processor.should_log(self.step):
+            self._log(loss, global_valid_tokens, local_valid_tokens, grad_norm, lr)
+
+    def _microbatch(self, inputs: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor) -> Tensor:
+        """The loss of a microbatch, sent to the device, whose gradients are made or added to."""
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        trainer: Any = self
+        loss = trainer.forward_backward_step(
+            input_dict=inputs, labels=labels.to(self.device), global_valid_tokens=global_valid_tokens
+        )
+        return loss.detach()
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor:
+        """Have the optimizers clip the gradient in their next step; its norm before that."""
+        guard: NonFiniteGuard = self.optimizers.non_finite_guard
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        guard.norm = norm = guard.compute_norm(parameters, self.device)
+        scale = (self.job_config.training.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+        ours = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AdamW)]
+        for optimizer in ours:
+            optimizer.clip_coefficient = scale
+        if len(ours) < len(self.optimizers):
+            scale_gradients(parameters, scale)
+        return norm
+
+    def _log(self, loss: Tensor, global_tokens: Any, local_tokens: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Hand the losses over all ranks to the metrics processor, as TorchTitan does."""
+        mean: Any
+        worst: Any
+        seen: Any = self.ntokens_seen
+        if self.parallel_dims.dp_cp_enabled:
+            mesh = self.parallel_dims.get_optional_mesh("loss")
+            mean = dist_utils.dist_sum(loss, mesh)
+            worst = dist_utils.dist_max(loss * global_tokens / local_tokens, mesh)
+            seen = dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh)
+        else:
+            mean = worst = loss.item()
+        extra_metrics = {"n_tokens_seen": seen, "lr": lr}
+        self.metrics_processor.log(self.step, mean, worst, grad_norm.item(), extra_metrics=extra_metrics)
