@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from momoe_titan.config.command_line import install_command
 from momoe_titan.inference.export import convert
 from momoe_titan.inference.load import args_and_tokenizer, find_checkpoint
 from momoe_titan.inference.verify import compare
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import safetensors  # noqa: F401
     except ModuleNotFoundError as e:
-        raise ValueError(f"{e}: pip install 'momoe_titan[hf]'") from e
+        raise ValueError(f"{e}: {install_command('hf')}") from e
     path, is_hf = find_checkpoint(options.checkpoint)
     args, assets = args_and_tokenizer(path, job, options.tokenizer)
     name = hf_format(args)

@@ -3,16 +3,15 @@
 import math
 import os
 import shlex
-import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from statistics import median
 
 from torchtitan.config import JobConfig
 
 from momoe_titan.components.checkpoint import find_fault, saved_steps, step_folder
-from momoe_titan.config.command_line import SECTION_OPTION
+from momoe_titan.config.command_line import SECTION_OPTION, install_command, program
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.dashboard.console import duration
 
@@ -74,10 +73,10 @@ def train_command(args: Sequence[str], *more: tuple[str, str]) -> str:
         args: the options of the job.
         more: further options as (option, value), which replace those of the same fields.
     """
-    launcher = [_program("python")]
+    launcher = [program("python")]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        launcher = [_program("torchrun"), f"--nproc_per_node={ranks}"]
+        launcher = [program("torchrun"), f"--nproc_per_node={ranks}"]
         world = int(os.environ["WORLD_SIZE"])
         if world > int(ranks):
             launcher.append(f"--nnodes={world // int(ranks)}")
@@ -113,31 +112,46 @@ def next_commands(config: JobConfig, args: Sequence[str]) -> list[str]:
         fault = find_fault(last, checkpoint.exclude_from_loading, model_only=False)
         lines.append(f"{folder}: last checkpoint {last}" + (" (weights alone)" if fault else ""))
         if fault is None:
-            steps = 2 * config.training.steps
-            lines.append(f"  go on       {train_command(args, ('--training.steps', str(steps)))}")
-            lines.append(f"              (up to step {steps:,}: training.steps doubled)")
+            twice = 2 * config.training.steps
+            lines.append(f"  go on       {train_command(args, ('--training.steps', str(twice)))}")
+            lines.append(f"              (up to step {twice:,}: training.steps doubled)")
         if config.model.name == MODEL_NAME:
             place, job = (last, []) if in_hf else (checkpoints, _of_model(args))
             lines.append(f"  sample      {_python('generate', place, *job, '--prompt', 'def main(')}")
             if not in_hf:
-                lines.append(f"  export      {_python('export', place, os.path.join(folder, 'hf'), *job)}")
+                out = os.path.join(folder, f"hf-step-{max(steps)}")  # a folder that no earlier export has filled
+                lines.append(f"  export      {_python('export', place, out, *job)}")
+                lines += _needs("hf", "safetensors")
     if config.metrics.enable_tensorboard:
         out = os.path.join(folder, "dashboard.html")
         lines.append(f"  dashboard   {_python('dashboard', folder, '-o', out)}")
+        lines += _needs("dashboard", "plotly")
     return lines
 
 
+def data_line(config: JobConfig) -> str:
+    """What the job trains and validates on."""
+    sources = [(each.dataset, each.path) for each in getattr(getattr(config, "momoe", None), "data", [])]
+    sources = sources or [(config.training.dataset, config.training.dataset_path)]
+    line = f"Training on {', '.join(_dataset(*source) for source in sources)}"
+    if config.validation.enable:
+        line += f"; validating on {_dataset(config.validation.dataset, config.validation.dataset_path)}"
+    return line
+
+
+def _dataset(name: str, path: str | list[str] | None) -> str:
+    """The name of a dataset and where it is."""
+    places = [path] if isinstance(path, str) else path or []
+    return f"{name} ({', '.join(places)})" if any(places) else name
+
+
+def _needs(extra: str, module: str) -> list[str]:
+    """A line that says how to install what the command above needs, where it is missing."""
+    return [] if find_spec(module) else [f"              (needs {install_command(extra)})"]
+
+
 def _python(command: str, *options: str) -> str:
-    return shlex.join([_program("python"), "-m", f"momoe_titan.{command}", *options])
-
-
-def _program(name: str) -> str:
-    """The command for a program of this Python's environment: its name alone if PATH leads to it, else its path."""
-    beside = os.path.join(os.path.dirname(sys.executable), name)
-    if shutil.which(name) == beside:
-        return name
-    here = os.path.relpath(beside)
-    return beside if here.startswith("..") else here
+    return shlex.join([program("python"), "-m", f"momoe_titan.{command}", *options])
 
 
 def _options(args: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -1,5 +1,9 @@
-"""Reads a few options from a job's command line before TorchTitan parses it."""
+"""Reads a few options of a job's command line before TorchTitan does, and writes commands for users to type."""
 
+import os
+import shlex
+import shutil
+import sys
 import tomllib
 from collections.abc import Sequence
 
@@ -56,3 +60,17 @@ def take_log_level(args: list[str]) -> str:
 def missing_section_option(args: Sequence[str]) -> list[str]:
     """What to add to these options so that TorchTitan knows the section [momoe]; nothing where they name a module."""
     return [] if was_given("job.custom_config_module", args) else [SECTION_OPTION]
+
+
+def program(name: str) -> str:
+    """The command for a program of this Python's environment: its name alone if PATH leads to it, else its path."""
+    beside = os.path.join(os.path.dirname(sys.executable), name)
+    if shutil.which(name) == beside:
+        return name
+    here = os.path.relpath(beside)
+    return beside if here.startswith("..") else here
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra of this package to this Python's environment."""
+    return shlex.join([program("python"), "-m", "pip", "install", f"momoe_titan[{extra}]"])

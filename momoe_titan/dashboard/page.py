@@ -24,6 +24,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from momoe_titan.config.command_line import install_command
 from momoe_titan.dashboard.events import Run, find_runs
 from momoe_titan.dashboard.page_data import page_data
 
@@ -131,7 +132,7 @@ def main() -> None:
         live = Live(runs, args.out, args.live)
         server = live.serve(args.port)
     except ModuleNotFoundError as e:
-        sys.exit(f"momoe_titan.dashboard: {e}: pip install 'momoe_titan[dashboard]'")
+        sys.exit(f"momoe_titan.dashboard: {e}: {install_command('dashboard')}")
     except (ValueError, OSError) as e:
         parser.error(str(e))
     print(

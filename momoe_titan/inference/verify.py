@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from momoe_titan.config.command_line import install_command
 from momoe_titan.data.tokenizer import TextTokenizer
 from momoe_titan.inference.load import load_model, with_positions
 from momoe_titan.model import MomoeLlamaArgs
@@ -74,9 +75,9 @@ def compare(path: str, args: MomoeLlamaArgs, assets: str, folder: str, dtype: to
         ValueError: there is no transformers, or a model or tokenizer cannot be loaded.
     """
     try:
-        import transformers  # of no extra: for this alone
+        import transformers  # of the extra "hf"
     except ModuleNotFoundError as e:
-        raise ValueError(f"--verify: {e}: pip install transformers") from e
+        raise ValueError(f"--verify: {e}: {install_command('hf')}") from e
     ids = TextTokenizer(assets).encode(TEXT, add_bos=True, add_eos=False)
     if max(ids) >= args.vocab_size:
         raise ValueError(f"the tokenizer in {assets!r} has id {max(ids)}, the model embeds {args.vocab_size}")
