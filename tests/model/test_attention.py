@@ -1,5 +1,7 @@
 """Attention inside documents: a packed document gets what it would get alone."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,9 @@ from torch._dynamo.testing import CompileCounter
 
 from momoe_titan.config.checks.job import check_document_mask
 from momoe_titan.config.machine import Machine
+from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.attention import BLOCK, DocumentAttention, block_mask, document_mask, number_documents
-from tests.support.tiny import SEQ, VOCAB, build, tiny_args
+from tests.support.tiny import ONE_PROCESS, SEQ, VOCAB, build, job_config, tiny_args
 
 # Lengths of the documents of two sequences, one of a single token among them.
 LENGTHS = [[5, 1, 7, 3], [16]]
@@ -107,6 +110,77 @@ def test_flex_attention_agrees_and_does_not_compile_again():
         got = compiled(q, k, v, mask=block_mask(numbers), enable_gqa=True)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+def of_all(out, tensors, dout):
+    return [t.float().cpu() for t in (out.detach(), *torch.autograd.grad(out, tensors, dout))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length, width", [(512, 64), (300, 32), (384, 128)])
+def test_flex_attention_on_a_gpu(length, width):
+    """Output and gradients near those in float32, the same each time; new documents wait for nothing."""
+    attention, generator = DocumentAttention(), torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(2, heads, length, width, generator=generator).cuda() for heads in (6, 2, 2, 6))
+    narrow = [t.bfloat16().requires_grad_() for t in (q, k, v)]
+    wide = [t.detach().float().requires_grad_() for t in narrow]
+    attention(*narrow, mask=document_mask(torch.zeros(2, length, device="cuda").int()), enable_gqa=True)  # compiles
+    for row in ([[length], [length - 3, 3]], [[100, length - 100], [1] * length]):
+        numbers = number_documents(torch.empty(0), positions_of(row), None)
+        expected = attention(*wide, mask=document_mask(numbers).cuda(), enable_gqa=True)
+        expected = of_all(expected, wide, dout)
+        numbers, runs = numbers.cuda(), []
+        for sync in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(sync)
+            try:
+                out = attention(*narrow, mask=document_mask(numbers), enable_gqa=True)
+                gradients = torch.autograd.grad(out, narrow, dout.bfloat16())
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            runs.append([out.detach(), *gradients])
+        for mine, again, theirs in zip(*runs, expected, strict=True):
+            assert torch.equal(mine, again)
+            assert (mine.float().cpu() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_recomputed_and_compiled_blocks_on_a_gpu():
+    """In bfloat16, near what a CPU computes in float32."""
+    widths = {"dim": 128, "head_dim": 32, "moe_hidden_dim": 64, "dense_hidden_dim": 256}
+    tokens = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(0))
+    numbers = number_documents(tokens, positions_of(LENGTHS), None)
+
+    def losses(device, **settings):
+        config = job_config()
+        for name, value in settings.items():
+            section, field = name.split("__")
+            setattr(getattr(config, section), field, value)
+        apply = partial(parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config)
+        moe = {"num_experts": 8, "top_k": 2}
+        model = build(tiny_args(moe, document_mask=True, **widths), parallelize=apply, device=device)
+        found = []
+        for _ in range(3):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                logits = model(tokens.to(device), attention_masks=numbers.to(device))
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.to(device).flatten())
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+            found.append(loss.item())
+        return found
+
+    expected = losses("cpu")
+    for settings in (
+        {},
+        {"activation_checkpoint__mode": "full"},
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"},
+        {"compile__enable": True},
+        {"compile__enable": True, "activation_checkpoint__mode": "full"},
+    ):
+        torch._dynamo.reset()
+        assert losses("cuda", **settings) == pytest.approx(expected, rel=0.02), settings
 
 
 def test_heads_that_flex_attention_cannot_compute_are_refused():
