@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create a virtual environment and install the package into it, if not done yet.
 #
-#   scripts/install.sh [EXTRA]      EXTRA: "test" for what the tests need, "dev" for what changing the code needs
+#   scripts/install.sh [EXTRA[,EXTRA]]      "test" for what the tests need, "dev" for what changing the code needs
 #
 # VENV    folder of the environment (.venv)
 # PYTHON  interpreter to make it with (the first of python3, python3.12,
@@ -34,7 +34,7 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 
 if [[ ! -e $stamp || pyproject.toml -nt $stamp ]]; then
-  echo "Installing momoe_titan${extra:+ with the extra \"$extra\"} into $venv (PyTorch is a large download)"
+  echo "Installing momoe_titan${extra:+[$extra]} into $venv (PyTorch is a large download)"
   "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
     --editable ".${extra:+[$extra]}"
   touch "$stamp"

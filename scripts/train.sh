@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scripts/install.sh
+scripts/install.sh dashboard,hf   # for the page of runs, and for exports
 config=train_configs/debug_model.toml
 if [[ ${1:-} == *.toml ]]; then
   config=$1

@@ -226,7 +226,7 @@ def test_summary_s_commands_work(tmp_path):
         assert Path(program).name.startswith("python")
         done = commands.run(*options)
         assert done.returncode == 0 and expected in done.stdout, (name, done.stderr[-3000:])
-    assert (tmp_path / "hf" / "config.json").is_file() and (tmp_path / "checkpoint" / "step-6").is_dir()
+    assert (tmp_path / "hf-step-3" / "config.json").is_file() and (tmp_path / "checkpoint" / "step-6").is_dir()
 
 
 def test_a_run_that_someone_watches_ends_with_a_text(tmp_path):
@@ -241,8 +241,9 @@ def test_a_run_that_someone_watches_ends_with_a_text(tmp_path):
     os.close(shown)
     job.join(60)
     assert job.exitcode == 0
-    _, found, text = output.decode(errors="replace").partition("a text by this model: ")
-    assert found and len(text.strip()) > 20, output[-2000:]
+    _, found, text = output.decode(errors="replace").partition("a text by this model:\r\n")
+    lines = [line for line in text.splitlines() if line.startswith("  | ")]
+    assert found and text.startswith("  | ") and len("".join(lines)) > 20 + 4 * len(lines), output[-2000:]
 
 
 def assert_ended_at_once(early: signal.Signals, first: str, rest: str) -> None:
