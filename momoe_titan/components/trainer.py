@@ -17,6 +17,7 @@ from torchtitan import train as titan
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
+from momoe_titan.components.batches import BatchesToDevice
 from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, SaveError, resumed_checkpoint
 from momoe_titan.components.compile_ahead import compile_kernels_ahead
 from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start, set_up_console
@@ -127,7 +128,7 @@ class Run:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-class Trainer(TrainingStep, StepFromGraph, LossInModel, titan.Trainer):
+class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, LossInModel, titan.Trainer):
     """TorchTitan's, for a job that has been checked. Stops between two steps, and says at its end what came out."""
 
     checkpointer: CheckpointManager
