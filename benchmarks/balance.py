@@ -494,6 +494,51 @@ def time_rule(flavor: str) -> None:
     print(f"{flavor}: hooks {hooks:.2f} ms a step", flush=True)
 
 
+def time_steps(flavor: str, turns: int = 12, steps: int = 4) -> None:
+    """Print what a step takes with the rule and without balancing, in turns, without torch.compile.
+
+    The learning rate is 0: both models route alike all the time, so that the rule's own work is all they differ in.
+    """
+    job, device = JOBS[flavor], torch.device("cuda")
+    arms = {"none": DEFAULTS | {"rate": 0.0}, "quantile": DEFAULTS | {"rule": "quantile"}}
+    shape = job["batch"], job["seq_len"] + 1
+    text = torch.randint(0, flavors[flavor].vocab_size, shape, device=device)
+    models = {name: build_model(flavor, arm, job, 0, device, compiled=False) for name, arm in arms.items()}
+    optimizers = {name: build_optimizers(models[name], arm, 0.0) for name, arm in arms.items()}
+
+    def step(name: str) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = Run._cross_entropy(models[name](text[:, :-1].contiguous()), text[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0, foreach=True)
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+    for _ in range(3):
+        for name in arms:
+            step(name)
+    torch.cuda.synchronize()
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(turns):
+        for name in list(arms)[:: 1 if turn % 2 else -1]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            host = time.perf_counter()
+            start.record()
+            for _ in range(steps):
+                step(name)
+            end.record()
+            host = time.perf_counter() - host
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(end) / steps)
+    differences = [b - a for a, b in zip(found["none"], found["quantile"], strict=True)]
+    medians = {name: round(statistics.median(times), 3) for name, times in found.items()}
+    print(
+        f"{flavor}: ms a step {medians}, quantile - none: median {statistics.median(differences):.3f}, "
+        f"from {min(differences):.3f} to {max(differences):.3f}; host {1e3 * host / steps:.1f} ms a step",
+        flush=True,
+    )
+
+
 # ---- all runs ------------------------------------------------------------------------------------
 
 
@@ -609,6 +654,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.time_rule:
         for flavor in ("500M", "1.4B"):
             time_rule(flavor)
+            gc.collect()
+            torch.cuda.empty_cache()
+            time_steps(flavor)
         return
     jobs = jobs_of(options)
     gpus = torch.cuda.device_count()

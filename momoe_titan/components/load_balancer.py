@@ -5,9 +5,9 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from momoe_titan.kernels.balance import BalanceStep
 from momoe_titan.model.moe import BalancedMoE
-from momoe_titan.moe.balancing import QUANTILE, bias_delta, quantile_delta
-from momoe_titan.moe.router import expert_scores
+from momoe_titan.moe.balancing import QUANTILE, bias_delta
 
 
 class ExpertLoadBalancer:
@@ -66,7 +66,8 @@ class ExpertLoadBalancer:
         self.rule = on[0].load_balance_rule if on else "sign"
         # Where every token chooses all experts, the routers count no margins.
         self.solved = [layer for layer in on if layer.router.margins_EB is not None]
-        self._gates = _GateFollower(self.solved)
+        self._step = BalanceStep()
+        self._gates = _GateFollower(self.solved, self._step)
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer | None = None, *hook_args) -> None:
@@ -74,18 +75,14 @@ class ExpertLoadBalancer:
         if not self.layers:
             return
         found_inf = getattr(optimizer, "found_inf", None)
-        counts_LE = torch.stack([layer.tokens_per_expert for layer in self.layers])
-        totals = [layer.tokens_per_expert for layer in self.layers]
+        counts = [layer.tokens_per_expert for layer in self.layers]
         if self.solved:
-            counts_LE, histogram_LEB, input_sum_LC = self._sum_with_margins(counts_LE)
-            bias_LE = torch.stack([layer.expert_bias for layer in self.solved])
-            first = self.solved[0]
-            delta_LE = quantile_delta(histogram_LEB, bias_LE, first.router.top_k, first.load_balance_average)
-            _move_biases(self.solved, delta_LE, found_inf)
+            counts_LE, histogram_LEB, input_sum_LC = self._sum_with_margins(counts)
+            first, biases = self.solved[0], [layer.expert_bias for layer in self.solved]
+            self._step.solve(biases, histogram_LEB, first.router.top_k, first.load_balance_average, found_inf)
             self._gates.before_step(input_sum_LC)
-            totals += [layer.router.margins_EB for layer in self.solved]
-            totals += [layer.router.input_sum_C for layer in self.solved]
         else:
+            counts_LE = torch.stack(counts)
             for group in self.groups:
                 torch.distributed.all_reduce(counts_LE, group=group)
             if self.balanced and self.rule != QUANTILE:
@@ -94,8 +91,7 @@ class ExpertLoadBalancer:
                 )  # an index list would wait for the device
                 delta_LE = bias_delta(balanced_LE, self.rate, self.rule)
                 _move_biases([self.layers[i] for i in self.balanced], delta_LE, found_inf)
-        # no public name; the routers of `solved` have their margins
-        torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType] - as above
+            torch._foreach_zero_(counts)  # pyright: ignore[reportPrivateImportUsage] - torch has no public name for it
         self.counts_LE = counts_LE
         if any(layer.router.last_shares_E is not None for layer in self.layers):
             shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
@@ -113,57 +109,52 @@ class ExpertLoadBalancer:
         after. Hence the bias takes back what the score of the mean token has gained.
         """
         if self.solved:
-            _move_biases(self.solved, -self._gates.gained_scores(), getattr(optimizer, "found_inf", None))
+            biases = [layer.expert_bias for layer in self.solved]
+            before_LE, after_LE = self._gates.logits_of_step()
+            score_func = self.solved[0].router.score_func
+            self._step.follow(biases, before_LE, after_LE, score_func, getattr(optimizer, "found_inf", None))
 
-    def _sum_with_margins(self, counts_LE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Counts, margins and sums of inputs over all ranks, by one all-reduce in float64, which is
-        exact for integers up to 2^53."""
-        parts = [
-            counts_LE,
-            torch.stack([layer.router.margins_EB for layer in self.solved]),  # pyright: ignore[reportArgumentType] - have them
-            torch.stack([layer.router.input_sum_C for layer in self.solved]),  # pyright: ignore[reportArgumentType] - have them
-        ]
-        flat = torch.cat([part.double().flatten() for part in parts])
+    def _sum_with_margins(self, counts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Counts, margins and sums of inputs over all ranks, by one all-reduce; those of this rank are zeroed."""
+        routers = [layer.router for layer in self.solved]
+        margins = [margins_EB for router in routers if (margins_EB := router.margins_EB) is not None]
+        sums = [input_sum_C for router in routers if (input_sum_C := router.input_sum_C) is not None]
+        flat, (counts_LE, histogram_LEB, input_sum_LC) = self._step.collect([counts, margins, sums])
         for group in self.groups:
             torch.distributed.all_reduce(flat, group=group)
         if self.router_group is not None:
             torch.distributed.all_reduce(flat[counts_LE.numel() :], group=self.router_group)
-        sums = flat.split([part.numel() for part in parts])
-        counts, histogram, input_sum = (s.view(part.shape) for s, part in zip(sums, parts, strict=True))
-        return counts.long(), histogram.long(), input_sum
+        return counts_LE.long(), histogram_LEB, input_sum_LC
 
 
 class _GateFollower:
-    """Scores that gates give to the mean token of a step, before and after the optimizer's step."""
+    """Logits that gates give to the mean token of a step, before and after the optimizer's step."""
 
-    def __init__(self, layers: list[BalancedMoE]):
+    def __init__(self, layers: list[BalancedMoE], step: BalanceStep):
         self.routers = [layer.router for layer in layers]
-        self.mean_LD: torch.Tensor | None = None
+        self.step = step
+        self.input_sum_LC: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None  # which experts' rows of the gates this rank holds
 
     def before_step(self, input_sum_LC: torch.Tensor) -> None:
-        self.mean_LD = (input_sum_LC[:, :-1] / input_sum_LC[:, -1:].clamp(min=1)).float()
-        self.before = self._local_logits(self.mean_LD)
+        self.input_sum_LC = input_sum_LC
+        self.before_Le = self._local_logits(input_sum_LC)
 
-    def gained_scores(self) -> torch.Tensor:
-        """(L, E) float32, of mean 0 over the experts; 0 where a NaN came in."""
-        assert self.mean_LD is not None, "before_step first"
-        num_experts = self.routers[0].num_experts
-        local_2Le = torch.stack([self.before, self._local_logits(self.mean_LD)])
-        gate = self.routers[0].gate.weight
-        if isinstance(gate, DTensor):
-            logits_2LE = local_2Le.new_zeros(*local_2Le.shape[:2], num_experts)
-            logits_2LE[..., self._rows(gate)] = local_2Le
-            for dim, placement in enumerate(gate.placements):
-                if isinstance(placement, Shard):
-                    torch.distributed.all_reduce(logits_2LE, group=gate.device_mesh.get_group(dim))
-        else:
-            logits_2LE = local_2Le
-        scores = [expert_scores(logits_LE, self.routers[0].score_func) for logits_LE in logits_2LE]
-        gained_LE = (scores[1] - scores[0]).to(self.mean_LD.device)
-        self.mean_LD = None
-        gained_LE = gained_LE - gained_LE.mean(dim=1, keepdim=True)
-        return gained_LE.where(gained_LE.isfinite(), 0)
+    def logits_of_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L, E) float32 each, of all experts: before the optimizer's step, and after it."""
+        assert self.input_sum_LC is not None, "before_step first"
+        before_Le, after_Le = self.before_Le, self._local_logits(self.input_sum_LC)
+        gate, device = self.routers[0].gate.weight, self.input_sum_LC.device
+        self.input_sum_LC = None
+        if not isinstance(gate, DTensor):
+            return before_Le.to(device), after_Le.to(device)
+        logits_2LE = before_Le.new_zeros(2, len(self.routers), self.routers[0].num_experts)
+        logits_2LE[..., self._rows(gate)] = torch.stack([before_Le, after_Le])
+        for dim, placement in enumerate(gate.placements):
+            if isinstance(placement, Shard):
+                torch.distributed.all_reduce(logits_2LE, group=gate.device_mesh.get_group(dim))
+        before_LE, after_LE = logits_2LE.to(device)
+        return before_LE, after_LE
 
     def _rows(self, gate: DTensor) -> torch.Tensor:
         if self.rows is None:
@@ -171,16 +162,11 @@ class _GateFollower:
             self.rows = distribute_tensor(ids, gate.device_mesh, gate.placements, src_data_rank=None).to_local()
         return self.rows
 
-    def _local_logits(self, mean_LD: torch.Tensor) -> torch.Tensor:
-        """Logits of the mean token, for the rows of the gates that this rank holds.
-
-        Computed in float32 at every matmul precision, because a step changes only the last bits of a weight.
-        """
-        rows_LeD = torch.stack([_local(router.gate.weight) for router in self.routers]).float()
-        logits_Le = (rows_LeD * mean_LD.to(rows_LeD.device)[:, None, :]).sum(dim=-1)
-        if self.routers[0].gate.bias is not None:
-            logits_Le += torch.stack([_local(router.gate.bias) for router in self.routers])
-        return logits_Le
+    def _local_logits(self, input_sum_LC: torch.Tensor) -> torch.Tensor:
+        """(L, rows) of the rows of the gates that this rank holds."""
+        weights = [_local(router.gate.weight) for router in self.routers]
+        biases = [_local(bias) for router in self.routers if (bias := router.gate.bias) is not None]
+        return self.step.mean_logits(weights, biases, input_sum_LC)
 
 
 def _local(weight: torch.Tensor) -> torch.Tensor:

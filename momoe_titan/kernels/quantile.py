@@ -137,3 +137,43 @@ def count_margins(logits_TE: Tensor, bias_E: Tensor, ids_TK: Tensor, histogram_E
     """
     count = _count_margins if runs_here(logits_TE) else _count_margins_ref
     count(logits_TE, bias_E, ids_TK.contiguous(), histogram_EB, score_func)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_tokens_kernel(x_ptr, stride, sum_ptr, num_rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid (cdiv(D, BLOCK_D),). A program owns BLOCK_D entries of sum (D + 1) float32, the first one the last too.
+
+    Rows of x are added in the same order whatever the grid, so that the sum is the same to the bit.
+    """
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, num_rows, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < num_rows)[:, None] & (cols < D)[None, :]
+        acc += tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(sum_ptr + cols, mask=cols < D, other=0.0) + tl.sum(acc, axis=0)
+    tl.store(sum_ptr + cols, total, mask=cols < D)
+    if tl.program_id(0) == 0:
+        tl.store(sum_ptr + D, tl.load(sum_ptr + D) + num_rows)
+
+
+@on_its_device
+def add_tokens(x_SD: Tensor, input_sum_C: Tensor) -> None:
+    """Add the sum of these tokens to the first D entries of input_sum_C, and their number to its last one, in place.
+
+    Args:
+        x_SD: any floating dtype; its rows may lie apart.
+        input_sum_C: float32, C = D + 1.
+    """
+    if not runs_here(x_SD) or x_SD.stride(1) != 1:
+        input_sum_C[:-1] += x_SD.sum(dim=0, dtype=torch.float32)
+        input_sum_C[-1] += x_SD.shape[0]
+        return
+    _add_tokens(x_SD, input_sum_C)
+
+
+def _add_tokens(x_SD, input_sum_C):
+    num_rows, dim = x_SD.shape
+    sizes = {"BLOCK_R": 256, "BLOCK_D": 32}
+    grid = (cdiv(dim, sizes["BLOCK_D"]),)
+    launch(_add_tokens_kernel, grid, x_SD, x_SD.stride(0), input_sum_C, num_rows, dim, **sizes, num_warps=8)

@@ -3,7 +3,7 @@
 import torch
 
 from momoe_titan.config.section import BALANCE_RULES
-from momoe_titan.kernels.quantile import bin_edges
+from momoe_titan.kernels.balance import centred_move, quantiles_ref
 
 __all__ = ["BALANCE_RULES", "QUANTILE", "bias_delta", "quantile_delta"]
 
@@ -62,17 +62,5 @@ def quantile_delta(
     Returns:
         float32 (L, E). All zero for a layer that saw no token.
     """
-    num_experts = histogram_LEB.shape[-2]
-    cumulative_LEB = histogram_LEB.cumsum(dim=-1).double()
-    total_LE1 = cumulative_LEB[..., -1:]
-    wanted_LE1 = total_LE1 * (top_k / num_experts)
-    index_LE1 = torch.searchsorted(cumulative_LEB, wanted_LE1).clamp(max=histogram_LEB.shape[-1] - 1)
-    count_LE1 = histogram_LEB.gather(-1, index_LE1)
-    below_LE1 = cumulative_LEB.gather(-1, index_LE1) - count_LE1
-    edges = bin_edges(histogram_LEB.device)
-    lower_LE1, upper_LE1 = edges[index_LE1], edges[index_LE1 + 1]
-    part_LE1 = (wanted_LE1 - below_LE1) / count_LE1.clamp(min=1)
-    quantile_LE = (lower_LE1 + part_LE1 * (upper_LE1 - lower_LE1)).squeeze(-1)
-    new_LE = bias_LE + average * quantile_LE
-    delta_LE = new_LE - new_LE.mean(dim=-1, keepdim=True) - bias_LE
-    return torch.where(total_LE1.squeeze(-1) > 0, delta_LE, 0).float()
+    change_LE = average * quantiles_ref(histogram_LEB, top_k)
+    return centred_move(bias_LE, change_LE) - bias_LE

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from momoe_titan.kernels.entropy import add_entropy
-from momoe_titan.kernels.quantile import count_margins
+from momoe_titan.kernels.quantile import add_tokens, count_margins
 
-MEAN_TOKENS = 2048  # tokens of a forward that enter the mean token, by which quantile balancing follows the gates
+MEAN_TOKENS = 1024  # tokens of a forward that enter the mean token, by which quantile balancing follows the gates
 _entropy_wanted = False
 _paused = False
 _switches: dict[torch.device, torch.Tensor] = {}  # 1 while the entropy is wanted, else 0
@@ -117,9 +117,7 @@ def accumulate_margins(
         return
     count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
     if input_sum_C is not None and x_TD is not None:
-        some_SD = x_TD[:: max(1, x_TD.shape[0] // MEAN_TOKENS)]
-        input_sum_C[:-1] += some_SD.sum(dim=0, dtype=torch.float32)
-        input_sum_C[-1] += some_SD.shape[0]
+        add_tokens(x_TD[:: max(1, x_TD.shape[0] // MEAN_TOKENS)], input_sum_C)
 
 
 @accumulate_margins.register_fake

@@ -123,3 +123,15 @@ def test_equal_scores_are_counted_by_who_was_chosen(device):
     middle = NUM_BINS // 2
     assert histogram_EB[:, middle - 1].tolist() == [10, 10, 0, 0]
     assert histogram_EB[:, middle].tolist() == [0, 0, 10, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [1, 3])
+def test_sum_of_tokens(device, dtype, every):
+    x_SD = torch.randn(700, 40, device=device).to(dtype)[::every]
+    got, want = torch.ones(41, device=device), torch.ones(41, device=device)
+    quantile._add_tokens(x_SD, got)
+    quantile.add_tokens(x_SD[:0], got)  # adds nothing
+    want[:-1] += x_SD.float().sum(dim=0)
+    want[-1] += len(x_SD)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
