@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
@@ -34,7 +35,7 @@ def environment(**more: str) -> dict[str, str]:
     return env
 
 
-class _Outputs:
+class _Streams:
     """File descriptors, of which the process that gets this object has copies."""
 
     def __init__(self, *fds: int):
@@ -57,14 +58,15 @@ class _CommandLine(Sequence):
         return len(sys.argv) - 1
 
 
-def _run(command: list[str], env: dict[str, str], cwd: str, outputs: _Outputs, before: list[Callable]) -> NoReturn:
+def _run(command: list[str], env: dict[str, str], cwd: str, streams: _Streams, before: list[Callable]) -> NoReturn:
     from torchtitan.config import ConfigManager
 
     from momoe_titan.train import end_process
 
-    for fd, mine in zip(outputs.fds, (1, 2), strict=True):
+    for mine, fd in enumerate(streams.fds):
         os.dup2(fd, mine)
         os.close(fd)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -83,7 +85,7 @@ def _run(command: list[str], env: dict[str, str], cwd: str, outputs: _Outputs, b
             exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = command
-            sys.path.insert(0, os.path.dirname(command[0]))
+            sys.path.insert(0, os.path.abspath(os.path.dirname(command[0])))
             runpy.run_path(command[0], run_name="__main__")
         status = 0
     except SystemExit as e:
@@ -100,6 +102,7 @@ def start(
     *command: str | Path,
     stdout: int,
     stderr: int | None = None,
+    stdin: int | None = None,
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
     before: Sequence[Callable[[], object]] = (),
@@ -110,6 +113,7 @@ def start(
         command: a file, `-m` and a module, or `-c` and a program; and the arguments.
         stdout: file descriptor that the process writes to.
         stderr: the same for its messages; that of `stdout` where left out.
+        stdin: file descriptor that the process reads from; it finds nothing to read where left out.
         env: its environment; what `environment()` gives where left out.
         cwd: the folder it is in.
         before: functions that the process calls before the command; they can be pickled.
@@ -117,11 +121,12 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preloaded"])
     with mock.patch.dict(os.environ, environment(), clear=True):
-        forkserver.ensure_running()
+        forkserver._forkserver.ensure_running()
     words = [str(word) for word in command]
-    outputs = _Outputs(stdout, stdout if stderr is None else stderr)
-    process = context.Process(target=_run, args=(words, env or environment(), str(cwd), outputs, list(before)))
-    process.start()
+    with open(os.devnull) as nothing:
+        streams = _Streams(nothing.fileno() if stdin is None else stdin, stdout, stdout if stderr is None else stderr)
+        process = context.Process(target=_run, args=(words, env or environment(), str(cwd), streams, list(before)))
+        process.start()
     return process
 
 
@@ -134,14 +139,20 @@ def follow(*command: str | Path, **options) -> tuple[ForkServerProcess, io.TextI
         os.close(writes)
 
 
-def run(*command: str | Path, timeout: float = 300, merge: bool = False, **options) -> subprocess.CompletedProcess:
-    """Run a command to its end. `merge` puts its messages into `stdout`.
+def run(
+    *command: str | Path, timeout: float = 300, merge: bool = False, stdin: str = "", **options
+) -> subprocess.CompletedProcess:
+    """Run a command to its end. `merge` puts its messages into `stdout`; `stdin` is what it reads.
 
     Raises:
         subprocess.TimeoutExpired: it took more than `timeout` seconds, and was killed.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = start(*command, stdout=out.fileno(), stderr=(out if merge else err).fileno(), **options)
+    with ExitStack() as open_files:
+        given, out, err = (open_files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        given.write(stdin)
+        given.seek(0)
+        streams = {"stdin": given.fileno(), "stdout": out.fileno(), "stderr": (out if merge else err).fileno()}
+        process = start(*command, **streams, **options)
         process.join(timeout)
         is_late = process.exitcode is None
         if is_late:
@@ -153,3 +164,35 @@ def run(*command: str | Path, timeout: float = 300, merge: bool = False, **optio
     if is_late:
         raise subprocess.TimeoutExpired(command, timeout, done.stdout, done.stderr)
     return done
+
+
+class Popen:
+    """In place of subprocess.Popen, as far as this package uses it: for `python` commands that run to their end."""
+
+    def __init__(self, args: Sequence[str], stdin=None, stdout=None, stderr=None, text: bool = False, **options):
+        self.args, self.stdout, self.stderr, self.text, self.options = args, stdout, stderr, text, options
+        assert args[0] == sys.executable
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def communicate(self, input=None, timeout: float | None = None) -> tuple:
+        given = input if self.text or input is None else input.decode()
+        done = run(*self.args[1:], stdin=given or "", merge=self.stderr == subprocess.STDOUT, **self.options)
+        self.returncode = done.returncode
+        for file, said in ((self.stdout, done.stdout), (self.stderr, done.stderr)):
+            if hasattr(file, "write"):
+                file.write(said)
+        return done.stdout if self.text else done.stdout.encode(), None
+
+
+def fork_children() -> None:
+    """For `before` of `start`: commands that the command starts come from the same fork server."""
+    forkserver._forkserver.ensure_running = lambda: None  # it is of the test's process, and runs
+    subprocess.Popen = Popen
