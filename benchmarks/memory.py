@@ -81,9 +81,11 @@ def make_trainer(config_file: str, options: list[str], folder: str):
     from torchtitan import train as titan
     from torchtitan.config import ConfigManager
 
+    from momoe_titan.components.loss import LossInModel
     from momoe_titan.components.trainer import check_config, prepare_cpu_job
+    from momoe_titan.components.training_step import TrainingStep
 
-    class Trainer(titan.Trainer):
+    class Trainer(TrainingStep, LossInModel, titan.Trainer):
         def forward_backward_step(self, **batch):
             self.loss = super().forward_backward_step(**batch)
             return self.loss
@@ -125,10 +127,13 @@ def build(trainer) -> None:
     trainer.lr_schedulers = spec.build_lr_schedulers_fn(trainer.optimizers, config.lr_scheduler, config.training.steps)
     trainer.metrics_processor.optimizers = trainer.optimizers
     trainer.metrics_processor.model_parts = trainer.model_parts
+    trainer.set_up_precision()
 
 
 def discard_model(trainer) -> None:
     trainer.model_parts = trainer.optimizers = trainer.lr_schedulers = trainer.loss = None
+    if trainer.weights is not None:
+        trainer.weights, trainer.maybe_enable_amp = None, nullcontext()
     trainer.checkpointer.states.clear()  # else it would keep the first model
     trainer.metrics_processor.optimizers = trainer.metrics_processor.model_parts = None
     torch._dynamo.reset()
