@@ -54,7 +54,7 @@ def describe(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(part) for part in parts)
     if origin is list:
-        return f"list ({describe(parts[0])})"
+        return "tables" if dataclasses.is_dataclass(parts[0]) else f"list ({describe(parts[0])})"
     return NAMES[hint]
 
 
@@ -73,18 +73,21 @@ def page() -> str:
     Raises:
         ValueError: a field that nothing is said about.
     """
-    from momoe_titan.config.section import Momoe
+    from momoe_titan.config.section import DataSource, Momoe
 
-    docs, hints = field_docs(Momoe), typing.get_type_hints(Momoe)
-    parts = [INTRO]
-    for field in dataclasses.fields(Momoe):
+    fields = _fields(Momoe, "##") + ["# The tables [[momoe.data]]\n", *_fields(DataSource, "###")]
+    return "\n".join([INTRO, *fields])
+
+
+def _fields(cls: type, heading: str) -> list[str]:
+    docs, hints, parts = field_docs(cls), typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
         if field.name not in docs:
-            raise ValueError(f"momoe.{field.name} has no docstring in momoe_titan/config/section.py")
+            raise ValueError(f"{cls.__name__.lower()}.{field.name} has no docstring in momoe_titan/config/section.py")
         default = field.default_factory() if callable(field.default_factory) else field.default
-        parts.append(
-            f"## {field.name}\n\n{describe(hints[field.name])}; default `{literal(default)}`\n\n{docs[field.name]}\n"
-        )
-    return "\n".join(parts)
+        kind = f"{describe(hints[field.name])}; default `{literal(default)}`"
+        parts.append(f"{heading} {field.name}\n\n{kind}\n\n{docs[field.name]}\n")
+    return parts
 
 
 def main(argv: list[str]) -> int:

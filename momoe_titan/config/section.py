@@ -16,6 +16,7 @@ Backend = Literal["auto", "triton", "torch", "torchtitan"]
 BalanceRule = Literal["sign", "proportional", "quantile"]
 AuxLossScope = Literal["sequence", "batch", "global"]
 Packing = Literal["concatenate", "best_fit"]
+OwnDataset = Literal["local", "python_stdlib", "python_stdlib_validation"]  # all others are TorchTitan's
 MixedPrecision = Literal["weights", "autocast"]
 
 STOCK_BACKEND: Backend = "torchtitan"
@@ -36,9 +37,9 @@ class DataSource:
     training.dataset_path names them; token shards too.
     """
 
-    dataset: str = "local"
+    dataset: OwnDataset = "local"
     """
-    "local" for files at path, or "python_stdlib".
+    "local" for files at path, or a dataset that comes with Python.
     """
 
     text_field: str = "text"

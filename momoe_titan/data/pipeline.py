@@ -153,8 +153,9 @@ class Encode:
                 read: list[Any] = source.read([group.documents[i][1] for i in of_source])
                 if not source.holds_tokens:
                     read = self.tokenizer.encode_documents(read)
+                    read = [np.fromiter(ids, np.int32, len(ids)) for ids in read]
                 for i, ids in zip(of_source, read, strict=True):
-                    tokens[i] = np.asarray(ids, None if source.holds_tokens else np.int32)[group.at[i][1] :]
+                    tokens[i] = ids[group.at[i][1] :]
         except DataError as e:
             group.error = e
         except OSError as e:
@@ -207,7 +208,7 @@ class Batches(_Node):
             except DataError as e:
                 return e
             except StopIteration:
-                pass
+                self.packer.ended = True
             if (parts := self.packer.take()) is None:
                 break
             rows.append(parts)

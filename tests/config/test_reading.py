@@ -115,6 +115,31 @@ def test_a_wrong_name_gets_the_next_right_one(option, hint):
         check_datasets(config)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--training.dataset=c4", "--momoe.data_packing=best_fit"], "momoe.data_packing .* training.dataset 'c4'"),
+        (["--training.dataloader.num_workers=-1"], "training.dataloader.num_workers is -1, must be at least 0"),
+        (["--training.dataloader.prefetch_factor=0"], "training.dataloader.prefetch_factor is 0, must be at least 1"),
+        (["--validation.dataloader.prefetch_factor=0"], "validation.dataloader.prefetch_factor is 0"),
+    ],
+)
+def test_options_that_the_data_does_not_have_are_refused(options, message):
+    config = read_job([f"--job.config_file={DEBUG_MODEL}", *options])
+    import_custom_module(config)
+    with pytest.raises(ValueError, match=message):
+        check_datasets(config)
+
+
+def test_sources_beside_another_dataset_are_refused(tmp_path):
+    (tmp_path / "job.toml").write_text(DEBUG_MODEL.read_text() + '\n[[momoe.data]]\npath = "a"\n')
+    for option in ("--training.dataset=python_stdlib", "--training.dataset=local --training.dataset_path=b"):
+        config = read_job([f"--job.config_file={tmp_path}/job.toml", *option.split()])
+        import_custom_module(config)
+        with pytest.raises(ValueError, match=r"training.dataset is .* \[\[momoe.data\]\] names the data"):
+            check_datasets(config)
+
+
 def test_nothing_is_suggested_where_nothing_is_close():
     assert did_you_mean("zzz", ["save_percent"]) == ""
 

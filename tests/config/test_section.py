@@ -1,11 +1,12 @@
 """The [momoe] section: read from TOML and from the command line, refused when wrong."""
 
 import math
+import re
 
 import pytest
 from torchtitan.config import ConfigManager
 
-from momoe_titan.config.section import Momoe
+from momoe_titan.config.section import DataSource, Momoe
 
 MODULE = "momoe_titan.job_config"
 
@@ -74,6 +75,8 @@ def test_bad_save_percent_on_the_command_line_is_refused(read, capsys, values):
         {"vocab_size": 2.5},
         {"data_text_field": ""},
         {"data_streaming": "yes"},
+        {"data_shuffle": 0},
+        {"data_packing": "best"},
         {"check_ids": 1},
     ],
     ids=lambda fields: str(fields),
@@ -84,6 +87,31 @@ def test_bad_field_is_named_with_its_value(fields):
         Momoe(**fields)
     assert f"momoe.{name}" in str(refused.value)
     assert repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"path": "a", "wieght": 1}, " has no field 'wieght', only path, dataset, text_field, weight"),
+        ({"path": 3}, ".path is 3, must be of type str or a list of str"),
+        ({"path": "a", "weight": 0}, ".weight is 0, must be a finite number above 0"),
+        ({"path": "a", "weight": math.inf}, ".weight is inf, must be a finite number above 0"),
+        ({"path": "a", "text_field": ""}, ".text_field is '', must be the name of a field"),
+        ({"dataset": "c4"}, ".dataset is 'c4', must be one of 'local', 'python_stdlib'"),
+        ("a.jsonl", " is 'a.jsonl', must be a table"),
+    ],
+)
+def test_a_bad_source_of_data_is_named(table, message):
+    with pytest.raises(ValueError, match=re.escape(f"momoe.data[1]{message}")):
+        Momoe(data=[{"path": "a"}, table])
+
+
+def test_sources_of_data_come_from_tables_and_can_be_overridden(read):
+    tables = '[[momoe.data]]\npath = "a"\n[[momoe.data]]\npath = ["b", "c"]\nweight = 2'
+    assert read(tables, "--momoe.data.0.weight=3").data == [
+        DataSource("a", weight=3.0),
+        DataSource(["b", "c"], weight=2),
+    ]
 
 
 def test_defaults_are_the_documented_ones():
@@ -97,6 +125,9 @@ def test_defaults_are_the_documented_ones():
         vocab_size=0,
         data_text_field="text",
         data_streaming=False,
+        data=[],
+        data_shuffle=True,
+        data_packing="concatenate",
         check_ids=False,
     )
 

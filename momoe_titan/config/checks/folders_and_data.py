@@ -2,10 +2,12 @@
 
 import os
 import tempfile
+from typing import get_args
 
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
+from momoe_titan.config.section import OwnDataset
 from momoe_titan.config.suggestions import did_you_mean
 
 
@@ -50,18 +52,32 @@ def check_tokenizer(job_config: JobConfig, num_ids: int, num_embedded: int) -> N
 
 
 def check_datasets(job_config: JobConfig) -> None:
-    """Refuse data sets that neither TorchTitan nor this package knows.
+    """Refuse data sets that neither TorchTitan nor this package knows, and options that these do not have.
 
     Raises:
         ValueError: names the field and its value.
     """
-    datasets = [("training.dataset", job_config.training.dataset)]
-    if job_config.validation.enable:
-        datasets.append(("validation.dataset", job_config.validation.dataset))
-    for field, name in datasets:
+    training, momoe = job_config.training, job_config.momoe  # pyright: ignore[reportAttributeAccessIssue] - custom
+    if momoe.data and (training.dataset.lower() != "local" or training.dataset_path):
+        raise ValueError(
+            f"training.dataset is {training.dataset!r} and training.dataset_path {training.dataset_path!r}, "
+            "must be 'local' and left out: [[momoe.data]] names the data"
+        )
+    sections = {"training": training} | ({"validation": job_config.validation} if job_config.validation.enable else {})
+    for section, config in sections.items():
+        field, name = f"{section}.dataset", config.dataset
         if name.lower() not in DATASETS:
             names = ", ".join(map(repr, DATASETS))
             raise ValueError(f"{field} {name!r} is none of {names}{did_you_mean(name.lower(), DATASETS)}")
+        if name.lower() not in get_args(OwnDataset) and momoe.data_packing != "concatenate":
+            raise ValueError(
+                f"momoe.data_packing is {momoe.data_packing!r}, must be 'concatenate' with {field} {name!r}, which "
+                "TorchTitan reads"
+            )
+        if (workers := config.dataloader.num_workers) < 0:
+            raise ValueError(f"{section}.dataloader.num_workers is {workers}, must be at least 0")
+        if (ahead := config.dataloader.prefetch_factor) is not None and ahead < 1:
+            raise ValueError(f"{section}.dataloader.prefetch_factor is {ahead}, must be at least 1, or left out")
 
 
 def check_cpu(job_config: JobConfig) -> None:
