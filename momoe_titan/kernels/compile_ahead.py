@@ -159,7 +159,7 @@ class _Target:
 
 def compile_here(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
     """Compile what a function launches for this GPU. The process cannot launch any kernel from then on."""
-    driver.set_active(_Target(target.capability))
+    driver.set_active(_Target(target.capability))  # pyright: ignore[reportArgumentType] - all of it that is used
     with gpu.plan_for(target), launch.compiling_ahead(), torch.no_grad():
         part()
 

@@ -1,0 +1,52 @@
+"""The breakdown of a profiler's trace by part of the step."""
+
+import json
+
+import pytest
+
+from benchmarks.step_breakdown import Trace, breakdown, gaps_between, part_of
+
+
+def event(cat, name, ts, dur, tid=1, **args):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+def test_counts_parts_gaps_and_host(tmp_path):
+    events = [
+        event("user_annotation", "ProfilerStep#1", 0, 90),
+        event("cpu_op", "aten::mm", 0, 10, **{"Input Dims": [[4, 8], [8, 100]]}),
+        event("cuda_runtime", "cudaLaunchKernel", 2, 3, correlation=7),
+        event("kernel", "nvjet", 20, 30, 9, correlation=7),
+        event("cpu_op", "momoe_titan::moe_forward", 60, 20),
+        event("cuda_runtime", "cudaLaunchKernel", 61, 1, correlation=8),
+        event("kernel", "up_proj_kernel", 70, 20, 9, correlation=8),
+        event("kernel", "from a graph", 80, 20, 9),  # at the same time as the one before
+        {"ph": "M", "name": "thread_name"},
+    ]
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    result = breakdown(Trace(tmp_path / "trace.json"), 2, 100, 8)
+    assert result["parts_ms"] == pytest.approx({"loss": 0.015, "experts": 0.01, "elementwise": 0.01})
+    assert (result["busy_ms"], result["whole_ms"]) == pytest.approx((0.03, 0.04))
+    assert result["gaps_ms_by_length"] == pytest.approx({"from 20 us": 0.01})
+    (ended_by,) = result["gaps_ms_before"]
+    assert ended_by == "momoe_titan::moe_forward > cudaLaunchKernel > up_proj_kernel"
+    assert result["host_ms"]["aten::mm"] == pytest.approx(0.0035)
+
+
+@pytest.mark.parametrize(
+    "names, shapes, part",
+    [
+        (["aten::mm", "nvjet"], "[[64, 16], [16, 32]]", "router"),
+        (["aten::mm", "nvjet"], "[[64, 16], [16, 80]]", "dense"),
+        (["Optimizer.step#AdamW.step", "aten::mul", "vectorized"], "", "optimizer"),
+        (["triton_per_fused__fused_rms_norm_0"], "", "norm"),
+        (["rows_kernel"], "", "experts"),
+        (["Memcpy HtoD"], "", "copies"),
+    ],
+)
+def test_knows_the_part_of_a_kernel(names, shapes, part):
+    assert part_of(names, shapes, 100, 8) == part
+
+
+def test_gaps_lie_between_what_is_covered():
+    assert gaps_between([(0, 2), (1, 5), (2, 3), (7, 8)]) == (6, [(5, 7)])
