@@ -9,6 +9,7 @@ Letters: T tokens, D width of the input, V classes (of this rank), C tokens of a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -244,7 +245,20 @@ def _multiply_in_place(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(t.shape)
 
 
-@torch.compiler.disable
+def _compute(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, dtype: torch.dtype, chunk_bytes: int, shard: Shard | None
+) -> Tensor:
+    with torch.autocast(x_TD.device.type, enabled=False):
+        if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
+            return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, dtype, chunk_bytes, shard)
+        x_TD, weight_VD = x_TD.to(dtype), weight_VD.to(dtype)
+        return _by_chunks(x_TD, weight_VD, labels_T, chunk_bytes, shard, (False, False))[0]
+
+
+# A compiled caller's graph breaks here: a loop over chunks would be traced for each number of tokens.
+_uncompiled: Any = torch.compiler.disable(_compute)
+
+
 def linear_cross_entropy(
     x_TD: Tensor,
     weight_VD: Tensor,
@@ -269,9 +283,4 @@ def linear_cross_entropy(
             gradient each rank has a part of a sum, of the weight's its rows.
     """
     dtype = weight_VD.dtype if dtype is None else dtype
-    wanted = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        if wanted:
-            return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T.contiguous(), dtype, chunk_bytes, shard)
-        x_TD, weight_VD = x_TD.to(dtype), weight_VD.to(dtype)
-        return _by_chunks(x_TD, weight_VD, labels_T.contiguous(), chunk_bytes, shard, (False, False))[0]
+    return _uncompiled(x_TD, weight_VD, labels_T.contiguous(), dtype, chunk_bytes, shard)

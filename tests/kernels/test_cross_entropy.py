@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,9 +176,9 @@ def test_the_backward_repeats_only_where_the_graph_is_kept():
 def test_the_weights_gradient_is_not_copied():
     x_TD, weight_VD, labels_T = case(4, 8, 50)
     loss = linear_cross_entropy(x_TD, weight_VD, labels_T)
-    address = loss.grad_fn.gradients[1].data_ptr()
+    address = loss.grad_fn.gradients[1].data_ptr()  # pyright: ignore - of our autograd function
     (loss * 0.5).backward()
-    assert weight_VD.grad.data_ptr() == address
+    assert weight_VD.grad is not None and weight_VD.grad.data_ptr() == address
 
 
 def test_chunks_are_even_and_fit():
@@ -201,7 +202,7 @@ def test_is_planned_as_on_a_gpu():
         linear_cross_entropy(x_TD, weight_VD, torch.empty(4, dtype=torch.int64)).backward()
     sums = [dtypes for func, dtypes in seen if func is torch.ops.aten.addmm.dtype_out]
     assert sums == [[torch.float32, torch.bfloat16, torch.bfloat16]]
-    assert weight_VD.grad.shape == (50, 8) and weight_VD.grad.dtype == torch.bfloat16
+    assert weight_VD.grad is not None and weight_VD.grad.shape == (50, 8) and weight_VD.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [1, 5, 1 << 20, (1 << 20) + 1, 5 << 20])
@@ -210,3 +211,18 @@ def test_a_wide_gradient_is_multiplied_in_its_own_memory(size):
     want, address = (wide * factor).bfloat16(), wide.data_ptr()
     narrow = cross_entropy._multiply_in_place(wide, factor, torch.bfloat16)
     assert torch.equal(narrow, want) and narrow.data_ptr() == address
+
+
+def test_a_compiled_caller_calls_it_uncompiled_at_any_number_of_tokens():
+    counter, counts = CompileCounter(), []
+
+    @torch.compile(backend=counter)
+    def loss_of(x_TD, weight_VD, labels_T):
+        return 2 * linear_cross_entropy(x_TD + 1, weight_VD, labels_T)
+
+    for num_tokens in (5, 9, 12, 20, 33):
+        x_TD, weight_VD, labels_T = case(num_tokens, 8, 50)
+        want = 2 * linear_cross_entropy(x_TD + 1, weight_VD, labels_T)
+        assert torch.equal(loss_of(x_TD, weight_VD, labels_T), want)
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[2] < 10  # for 5 tokens, for 9, and for any number

@@ -35,6 +35,7 @@ def config_of(settings: dict, folder: str):
         "training.mixed_precision_param": "float32",
         "optimizer.implementation": "for-loop",
         "optimizer.lr": 1e-2,
+        "optimizer.eps": 1e-5,  # or rounding decides how far weights move whose gradient is 0 but for rounding
         "lr_scheduler.warmup_steps": 0,
         "metrics.log_freq": 1,
         "metrics.disable_color_printing": True,

@@ -22,6 +22,7 @@ from torchtitan.models.llama4.infra.parallelize import apply_non_moe_tp
 
 from momoe_titan.model.model import blocks_of
 from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.output import OutputLayer
 from momoe_titan.model.stock_moe import StockMoE
 
 
@@ -31,7 +32,7 @@ def apply_tp(model: nn.Module, parallel_dims: ParallelDims, loss_parallel: bool)
     To be called after expert parallelism, which shards the experts' weights itself.
     """
     mesh = parallel_dims.get_mesh("tp")
-    output = model.output
+    output: OutputLayer | None = model.output  # pyright: ignore[reportAssignmentType] - of the model's
     if output is not None:
         # The layer gathers its input itself: TorchTitan's style would take the loss that it returns for logits.
         model.output = nn.Linear(1, mesh.size(), bias=False, device="meta")
