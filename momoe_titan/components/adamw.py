@@ -22,7 +22,7 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step on a GPU reads every gradient once and writes none.
 
     The state is torch's, under the same names. Where not all tensors are contiguous and on one GPU, torch's own step is
-    taken, after the gradients were scaled and cast in place.
+    taken, after the gradients were scaled and laid out as it needs them.
 
     Attributes:
         clip_coefficient: float32 of no dimension, by which the next step multiplies the gradients; None for 1.
@@ -106,8 +106,9 @@ class AdamW(torch.optim.AdamW):
     def _prepare_for_torch(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
         for p in parameters:
             gradient = p.grad
-            if gradient is not None and gradient.dtype != p.dtype:
-                p.grad = gradient.to(p.dtype)
+            # torch's fused step takes other layouts for the parameter's
+            if gradient is not None and (gradient.dtype != p.dtype or gradient.stride() != p.stride()):
+                p.grad = torch.empty_like(p).copy_(gradient)
         if scale is not None:
             scale_gradients(parameters, scale)
 
