@@ -8,6 +8,7 @@ enables them, and sees the same batches; "stop" is the step it ends with. Its re
 
 import functools
 import json
+import math
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -119,16 +120,28 @@ def set_weights(parts, weights) -> None:
 
 def run(settings: dict, folder: str) -> dict:
     from torchtitan import train as titan
+    from torchtitan.distributed import utils as dist_utils
 
     from momoe_titan.components.loss import LossInModel
+    from momoe_titan.components.training_step import TrainingStep
     from tests.support.tiny import build
 
-    class Trainer(LossInModel, titan.Trainer):
-        """TorchTitan's, with the labels for the model."""
+    class Trainer(TrainingStep, LossInModel, titan.Trainer):
+        """TorchTitan's with our step, and with the labels for the model."""
+
+        def _clip(self):
+            parameters = [p for part in self.model_parts for p in part.parameters()]
+            meshes = self.parallel_dims.get_optional_mesh("pp"), self.parallel_dims.ep_enabled
+            expected = dist_utils.clip_grad_norm_(parameters, math.inf, pp_mesh=meshes[0], ep_enabled=meshes[1])
+            norm = super()._clip()
+            rtol = 1e-6 if expected.dtype == torch.float32 else 1e-2  # which TorchTitan rounds to the gradients' dtype
+            assert torch.allclose(norm, expected.float(), rtol=rtol, atol=0), (norm, expected)
+            return norm
 
     last_step = settings.pop("stop", STEPS)
     config = config_of(settings, folder)
     trainer = Trainer(config)
+    trainer.set_up_precision()
     trainer.tokenizer = SimpleNamespace(eos_id=0)
     parts = trainer.model_parts
     set_weights(parts, dict(build(trainer.model_args).named_parameters()))
