@@ -18,6 +18,8 @@ A run's results:
     entropy           of the router's scores in units of ln E, mean of the layers, by step
     dead_experts      experts without a token in the validation text, over all layers
     tokens_per_s      of the second half of the steps
+    curve             with --val_every: (step, seconds of training up to it, loss of 8 validation batches); the seconds
+                      begin with the first step's compilation, hence count from the value of step 5 on
     floor             with --floor: MaxVio with weights frozen and the bias solved on half of the
                       validation text, on the other half: over all of it, and in batches of a step
 """
@@ -46,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.config import JobConfig
+from torchtitan.models.llama4.infra.parallelize import apply_compile
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
@@ -97,6 +100,8 @@ DEFAULTS = {
     "router_norm": "none",
     "router_init_scale": 1.0,
     "gate_lr_scale": 1.0,
+    "backend": "auto",
+    "coupled": 1,
 }
 # lr, warm-up and schedule of train_configs/; batch is in sequences
 JOBS = {
@@ -243,7 +248,7 @@ class CentredGate(Float32Linear):
 def build_model(flavor: str, arm: dict, job: dict, seed: int, device: torch.device, compiled: bool) -> MomoeLlama:
     args = flavors[flavor]
     args.max_seq_len = job["seq_len"]
-    args.save_percent = [100.0]
+    args.save_percent, args.backend = [100.0], arm["backend"]
     args.load_balance_rule, args.load_balance_rate = arm["rule"], arm["rate"]
     args.load_balance_average = arm["average"]
     args.aux_loss_weight, args.aux_loss_scope = arm["aux"], arm["scope"]
@@ -260,7 +265,9 @@ def build_model(flavor: str, arm: dict, job: dict, seed: int, device: torch.devi
     with torch.no_grad():
         for moe in moe_layers(model):
             moe.router.gate.weight.mul_(arm["router_init_scale"])
-    if compiled:
+    if compiled and arm["backend"] == "torchtitan":
+        apply_compile(model, JobConfig().compile, ep_enabled=False)  # as TorchTitan compiles its MoE layers
+    elif compiled:
         for block in model.layers.values():
             block.compile(fullgraph=True)
     return model.train()
@@ -346,13 +353,16 @@ class Run:
 
     def train(self) -> dict:
         steps, start = self.options.steps, time.perf_counter()
-        losses, counts, entropy = [], [], {}
-        half_time = start
+        losses, counts, entropy, curve = [], [], {}, []
+        half_time, validating, validated = start, 0.0, 0.0
         for step in range(1, steps + 1):
             factor = lr_factor(step, steps, self.warmup, self.job["decay"])
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * factor * group["lr_scale"]
+            if self.arm["coupled"]:  # as `components.lr_schedule` does it
+                share = 1.0 if step <= self.warmup else factor
+                self.optimizers.load_balancer.average_factor = lambda share=share: share
             records = step % 50 == 0 or step == steps
             want_entropy(records)
             loss = self._forward(*self.train_batches[step - 1])
@@ -367,8 +377,14 @@ class Run:
                 entropy[step] = statistics.fmean((s[0] / s[1]).item() for s in sums)
                 for total in sums:
                     total.zero_()
+            if self.options.val_every and (step % self.options.val_every == 0 or step == 5):
+                before = self._synchronize()
+                loss_now, _ = self._count_validation(range(min(8, self.num_val)))
+                self._restart()
+                curve.append((step, round(before - start - validating, 3), round(loss_now.item(), 4)))
+                validating += self._synchronize() - before
             if step == steps // 2:
-                half_time = self._synchronize()
+                half_time, validated = self._synchronize(), validating
             if step % 100 == 0 or step == 1:
                 worst, mean = maxvio(counts[-1]).max().item(), maxvio(counts[-1]).mean().item()
                 seconds = time.perf_counter() - start
@@ -377,7 +393,7 @@ class Run:
                     f"MaxVio {mean:.3f} worst {worst:.3f} {seconds:.0f} s",
                     flush=True,
                 )
-        seconds = self._synchronize() - half_time
+        seconds = self._synchronize() - half_time - (validating - validated)
         counts_SLE = torch.stack(counts)
         tokens = self.job["batch"] * self.job["seq_len"] * (steps - steps // 2)
         return {
@@ -388,6 +404,7 @@ class Run:
             "entropy": {k: round(v, 4) for k, v in entropy.items()},
             "tokens_per_s": round(tokens / seconds),
             "bias_max": round(max(moe.expert_bias.abs().max().item() for moe in self.layers), 4),
+            "curve": curve,
             "train_seconds": round(time.perf_counter() - start, 1),
         }
 
@@ -632,6 +649,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="sequences a step; 0: the flavor's own")
     parser.add_argument("--seq_len", type=int, default=0, help="0: the flavor's own")
     parser.add_argument("--val_tokens", type=float, default=1_050_000)
+    parser.add_argument("--val_every", type=int, default=0, help="steps between values of the curve; 0 leaves it out")
     parser.add_argument("--floor", action="store_true", help="measure what sampling alone leaves of MaxVio")
     parser.add_argument("--floor_rounds", type=int, default=8)
     parser.add_argument("--no_compile", dest="compile", action="store_false")

@@ -1,7 +1,6 @@
 """Target of `experimental.custom_import`: makes `model.name = "momoe_llama"` known to TorchTitan."""
 
 from torch import nn
-from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import train_spec as titan
@@ -10,6 +9,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
 from momoe_titan.components.checkpoint import allow_missing_balance_state
 from momoe_titan.components.loss import build_loss, scale_router_losses
+from momoe_titan.components.lr_schedule import build_momoe_lr_schedulers
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
@@ -41,7 +41,7 @@ def get_train_spec() -> TrainSpec:
         parallelize_fn=prepare_and_parallelize,
         pipelining_fn=pipeline_momoe_llama,
         build_optimizers_fn=build_momoe_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_lr_schedulers_fn=build_momoe_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,

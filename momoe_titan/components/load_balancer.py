@@ -1,5 +1,7 @@
 """Updates the load-balancing biases once per optimizer step, with the same result on all ranks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -35,6 +37,8 @@ class ExpertLoadBalancer:
     Attributes:
         counts_LE: (MoE layers, E) int64 on the device, tokens per expert of the last step over all
             ranks; None before the first step or without MoE layers.
+        average_factor: by which the layers' `load_balance_average` is multiplied in the step to come;
+            to set (see `lr_schedule`). 1 until then.
 
     Raises:
         ValueError: layers that differ in number of experts or rule, or, where on, in rate or average.
@@ -51,6 +55,7 @@ class ExpertLoadBalancer:
         self.groups = [group for group in (process_group, tp_group) if group is not None]
         self.router_group = router_group
         self.counts_LE: torch.Tensor | None = None
+        self.average_factor: Callable[[], float] = lambda: 1.0
         self.balanced = [i for i, layer in enumerate(self.layers) if layer.load_balance_rate]
         on = [self.layers[i] for i in self.balanced]
         alike = {
@@ -79,7 +84,8 @@ class ExpertLoadBalancer:
         if self.solved:
             counts_LE, histogram_LEB, input_sum_LC = self._sum_with_margins(counts)
             first, biases = self.solved[0], [layer.expert_bias for layer in self.solved]
-            self._step.solve(biases, histogram_LEB, first.router.top_k, first.load_balance_average, found_inf)
+            average = first.load_balance_average * self.average_factor()
+            self._step.solve(biases, histogram_LEB, first.router.top_k, average, found_inf)
             self._gates.before_step(input_sum_LC)
         else:
             counts_LE = torch.stack(counts)

@@ -105,11 +105,12 @@ class Momoe:
     of the load. docs/balancing.md says when to choose which.
     """
 
-    load_balance_average: float = 0.5
+    load_balance_average: float = 1.0
     """
     For "quantile": the share of the way to the solved bias that one
     step goes, above 0 and up to 1. Below 1 the bias is an average
-    over steps.
+    over steps. After the warm-up the share falls with the learning
+    rate: the slower the weights move, the longer the average.
     """
 
     load_balance_off_layers: list[int] = field(default_factory=list)

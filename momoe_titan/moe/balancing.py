@@ -5,9 +5,10 @@ import torch
 from momoe_titan.config.section import BALANCE_RULES
 from momoe_titan.kernels.balance import centred_move, quantiles_ref
 
-__all__ = ["BALANCE_RULES", "QUANTILE", "bias_delta", "quantile_delta"]
+__all__ = ["AVERAGE", "BALANCE_RULES", "QUANTILE", "bias_delta", "quantile_delta"]
 
 QUANTILE = "quantile"
+AVERAGE = 0.5  # of the rule "quantile" where no schedule of the learning rate is known
 
 
 def bias_delta(counts_LE: torch.Tensor, rate: float | torch.Tensor, rule: str = "sign") -> torch.Tensor:

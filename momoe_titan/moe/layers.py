@@ -22,7 +22,7 @@ from momoe_titan.moe.arguments import (
     refuse_torch_func,
     weight_device_dtype,
 )
-from momoe_titan.moe.balancing import BALANCE_RULES, QUANTILE, bias_delta, quantile_delta
+from momoe_titan.moe.balancing import AVERAGE, BALANCE_RULES, QUANTILE, bias_delta, quantile_delta
 from momoe_titan.moe.expert_stats import accumulate_margins, feeds_balancing, record_counts
 from momoe_titan.moe.float32_buffers import Float32Buffers
 from momoe_titan.moe.router import expert_scores, route_tokens
@@ -449,7 +449,7 @@ class MoE(Float32Buffers):
             if process_group is not None:
                 torch.distributed.all_reduce(self.margins_EB, group=process_group)
             margins_LEB = self.margins_EB[None].long()
-            how = self.router.K - self.Ks, Momoe.load_balance_average
+            how = self.router.K - self.Ks, AVERAGE
             biases_E += quantile_delta(margins_LEB, biases_E[None], *how)[0]
             self.margins_EB.zero_()
         elif self.bias_update_rule != QUANTILE:

@@ -120,7 +120,7 @@ def test_defaults_are_the_documented_ones():
         backend="auto",
         load_balance_rate=0.001,
         load_balance_rule="quantile",
-        load_balance_average=0.5,
+        load_balance_average=1.0,
         load_balance_off_layers=[],
         vocab_size=0,
         data_text_field="text",
