@@ -93,9 +93,13 @@ def test_triton_kernels_need_a_gpu(job, monkeypatch):
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 @pytest.mark.parametrize("shard, world, warns", [(1, 2, 1), (-1, 2, 1), (-1, 4, 0), (1, None, 1), (-1, None, 0)])
 def test_float32_in_place_of_mixed_precision_is_loud(job, logged, kind, shard, world, warns):
+    """Where autocast is asked for; by default these jobs mix precision as FSDP does."""
     setattr(job.parallelism, f"{kind}_parallel_degree", 2)
     job.parallelism.data_parallel_shard_degree = shard
     with checking_for(Machine(world, has_gpu=True)):
+        check_job(job)
+        assert not logged("HAS NO EFFECT")
+        job.momoe.mixed_precision = "autocast"
         check_job(job)
         assert logged("training.mixed_precision_param = 'bfloat16' HAS NO EFFECT: the job computes in float32") == warns
         job.training.mixed_precision_param = "float32"
