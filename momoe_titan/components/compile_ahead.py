@@ -36,6 +36,7 @@ def layer_kernels(config: JobConfig) -> compile_ahead.LayerKernels | None:
         save_percent=SOME_PERCENT if momoe.save_percent == AUTO else args.layer_save_percent(first),
         compiled=compiles_model(config),
         route=(moe.score_func, moe.route_norm, moe.route_scale, True),
+        num_classes=args.vocab_size if momoe.loss_chunk_mib > 0 else 0,
         counts_margins=bool(args.layer_load_balance_rate(first)) and args.load_balance_rule == QUANTILE,
     )
 

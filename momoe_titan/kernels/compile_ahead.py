@@ -1,4 +1,4 @@
-"""Compiles the kernels of an MoE layer in processes of their own, before the layer first runs.
+"""Compiles the kernels of an MoE layer and of the loss in processes of their own, before they first run.
 
 The processes have no GPU: they run the launchers on tensors without memory and fill Triton's cache on disk, where the
 first launch then finds the kernels.
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from momoe_titan.kernels import entropy, gpu, launch, op, quantile, router
+from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
 from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.op import Needs
 from momoe_titan.kernels.routing import packed_size, unpack_routing
@@ -34,6 +34,7 @@ class LayerKernels:
         compiled: whether torch.compile has the layer.
         route: the function's score_func, normalize and scale, and whether there is a bias.
         counts_margins: whether quantile balancing does.
+        num_classes: of the loss that is computed by chunks of logits; 0 where the loss has all logits.
     """
 
     num_tokens: int
@@ -46,6 +47,7 @@ class LayerKernels:
     compiled: bool
     route: tuple[str, bool, float, bool]
     counts_margins: bool
+    num_classes: int = 0
 
     def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
@@ -109,6 +111,12 @@ class LayerKernels:
             histogram = self.new(self.num_experts, quantile.NUM_BINS, dtype=torch.int32)
             quantile._count_margins(logits, bias, ids, histogram, func)
         entropy._add_entropy(self.new(2, dtype=torch.float32), logits, self.new(dtype=torch.float32))
+
+    def loss(self) -> None:
+        """Of a training step, with the gradient."""
+        if self.num_classes:
+            logits, stats = self.new(1, self.num_classes), self.new(2, 1, dtype=torch.float32)
+            cross_entropy._run_kernel(logits, self.new(1, dtype=torch.int64), stats, None, True, True)
 
     def _sizes(self, tile_rows: int) -> tuple[int, int, int, int, int]:
         return self.num_tokens, self.top_k, self.num_experts, tile_rows, self.num_rows
@@ -179,7 +187,7 @@ def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
     Returns at once. Forks this process, whose threads might hold locks: call it before any are started.
     """
     fork = multiprocessing.get_context("fork")
-    parts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient, layer.router
+    parts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient, layer.router, layer.loss
     children = [fork.Process(target=_in_child, args=(part, target), daemon=True) for part in parts]
     for child in children:
         child.start()

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROUTER_ONLY = """
 import torch
 from momoe_titan.kernels import compile_ahead, gpu
-layer = compile_ahead.LayerKernels(64, 64, 64, 4, 2, torch.bfloat16, 0.0, True, ("sigmoid", True, 1.0, True), False)
-compile_ahead.compile_here(layer.router, gpu.PlannedGpu((9, 0)))
+layer = compile_ahead.LayerKernels(64, 64, 64, 4, 2, torch.bfloat16, 0.0, True, ("sigmoid", True, 1.0, True), False, 64)
+compile_ahead.compile_here(lambda: (layer.router(), layer.loss()), gpu.PlannedGpu((9, 0)))
 """
 
 
@@ -39,6 +39,8 @@ class Kernel:
     "options, expected",
     [
         ([], {"save_percent": 100.0, "compiled": False, "counts_margins": True, "dtype": torch.bfloat16}),
+        ([], {"num_classes": 32768}),
+        (["--momoe.loss_chunk_mib", "0"], {"num_classes": 0}),
         (["--momoe.save_percent", "auto", "--compile.enable"], {"save_percent": 50.0, "compiled": True}),
         (["--momoe.load_balance_rule", "sign"], {"counts_margins": False}),
         (["--momoe.backend", "torchtitan"], None),
@@ -85,4 +87,5 @@ def test_compiles_without_a_gpu(tmp_path):
         "_parts_kernel",
         "_entropy_kernel",
         "_add_entropy_kernel",
+        "_cross_entropy_kernel",
     }

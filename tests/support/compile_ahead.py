@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import decode, gpu, quantile, router
+from momoe_titan.kernels import cross_entropy, decode, gpu, quantile, router
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.hopper import launch as hopper
@@ -110,6 +110,10 @@ def main(arch: str, shapes: list[str]) -> None:
                 router._bfloat16_parts(logits, False)
                 histogram = new(experts, quantile.NUM_BINS, dtype=torch.int32)
                 quantile._count_margins(logits, bias, ids64, histogram, "sigmoid" if func == "sigmoid" else "softmax")
+            logits, stats = new(tokens, 100 * experts), new(2, tokens, dtype=torch.float32)
+            uses = [(True, True), (True, False), (False, True)] if shape == "odd" and dtype == torch.bfloat16 else []
+            for finds, writes in uses or [(True, True)]:
+                cross_entropy._run_kernel(logits, ids[:, 0], stats, None, finds, writes)
             if dtype == torch.bfloat16:
                 for few in (1, 2):  # one token has kernels of its own on sm_90
                     decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
