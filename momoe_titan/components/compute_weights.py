@@ -14,9 +14,9 @@ class ComputeWeights(contextlib.AbstractContextManager):
     """While entered, all modules compute with narrow copies of their parameters, whose gradients the parameters get.
 
     The modules' own parameters, which the optimizer moves and checkpoints hold, stay in their dtype. So do buffers.
-    Activations get the dtype of the copies, as under FSDP's mixed precision. Parameters are copied anew when the context
-    is entered, unless the optimizer has written the copies (`written`); those that an operation of torch has changed
-    since are copied in any case. Entering again inside changes nothing.
+    Activations get the dtype of the copies, as under FSDP's mixed precision. Parameters are copied anew when the
+    context is entered, unless the optimizer has written the copies (`written`); those that an operation of torch has
+    changed since are copied in any case. Entering again inside changes nothing.
 
     Args:
         model_parts: on their device, with values.
