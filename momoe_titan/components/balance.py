@@ -1,7 +1,8 @@
 """Measures how evenly the experts are used: over a validation set, over ranks of experts, and over many steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,6 +38,14 @@ class ValidationCounts:
                 torch.distributed.all_reduce(counts_LE, group=group)
             counts = dict(zip(counts, counts_LE, strict=True))
         return sum_counts(counts, layer_ids, num_experts, device)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Forgets at its end what was counted in it."""
+        before = {i: counts_E.clone() for i, counts_E in self.counts.items()}
+        yield
+        for i, counts_E in self.counts.items():
+            counts_E.copy_(before[i])
 
     def end(self) -> None:
         """Count no more."""

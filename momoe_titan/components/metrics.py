@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torchtitan.tools.logging import logger
 from momoe_titan.components.balance import CollapseWatch, ValidationCounts, maxvio, worst_rank_load
 from momoe_titan.components.job_state import JobState, RankState, gather
 from momoe_titan.components.process_memory import GIB, ProcessMemoryMonitor, ProcessMemStats
-from momoe_titan.components.summary import Totals
+from momoe_titan.components.summary import Totals, perplexity
 from momoe_titan.dashboard import tags
 from momoe_titan.dashboard.console import Progress, TimeLeft
 from momoe_titan.dashboard.tensorboard import FaultyDiskLogger, RunRecorder, custom_scalars_layout, tensorboard_writer
@@ -207,34 +207,32 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         self._restart_interval()
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
-        """Log one validation: its loss, throughput and memory."""
+        """Log one validation: its loss, throughput and memory.
+
+        Args:
+            loss: the mean over all tokens; -1 where this pipeline stage does not see it.
+        """
         self.steps_since_last_log = 0
-        # TorchTitan 0.2.2 adds up the mean losses of the context-parallel ranks.
-        loss /= self.parallel_dims.cp
         self.totals.validation_loss = loss if loss >= 0 else None
         extra_metrics = {**self._validation_metrics(loss), **(extra_metrics or {})}
-        if self.on_gpu:
-            super().log_validation(loss, step, extra_metrics)
-            return
         memory = self.device_memory_monitor.get_peak_stats()
-        assert isinstance(memory, ProcessMemStats)
         tps = self._tokens_per_second(time.perf_counter() - self.time_last_log)
-        self.logger.log(
-            {
-                tags.VALIDATION_LOSS: loss,
-                tags.VALIDATION_TOKENS_PER_SECOND: tps,
-                **{f"{tags.VALIDATION}/{tag}": value for tag, value in memory.metrics().items()},
-                **extra_metrics,
-            },
-            step,
-        )
         c = self.color
-        logger.info(
-            f"{c.yellow}validate step: {step:2}  {c.green}loss: {loss:7.4f}  "
-            f"{c.turquoise}process memory: {memory.rss_gib:5.2f}GiB  "
-            f"{c.blue}tps: {round(tps):,}{c.reset}"
-        )
-        self._restart_interval()
+        line = f"{c.yellow}validate step: {step:2}  {c.green}loss: {loss:7.4f}  "
+        if loss >= 0:
+            line += f"perplexity: {perplexity(loss)}  "
+        if isinstance(memory, ProcessMemStats):
+            of_memory = {f"{tags.VALIDATION}/{tag}": value for tag, value in memory.metrics().items()}
+            losses = {tags.VALIDATION_LOSS: loss, tags.VALIDATION_TOKENS_PER_SECOND: tps}
+            self.logger.log({**losses, **of_memory, **extra_metrics}, step)
+            line += f"{c.turquoise}process memory: {memory.rss_gib:5.2f}GiB  "
+            self._restart_interval()
+        else:
+            # Its line is replaced by the one below, which has the perplexity.
+            with _silent(logger):
+                super().log_validation(loss, step, extra_metrics)
+            line += f"{c.turquoise}memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)  "
+        logger.info(f"{line}{c.blue}tps: {round(tps):,}{c.reset}")
 
     @contextmanager
     def counting_validation(self) -> Iterator[None]:
@@ -245,6 +243,10 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         finally:
             self.validation_counts.end()
             self.validation_counts = None
+
+    def not_counting(self) -> AbstractContextManager[None]:
+        """A context whose tokens are not counted in the validation that is open: for a batch of no tokens."""
+        return self.validation_counts.unchanged() if self.validation_counts else nullcontext()
 
     def _validation_metrics(self, loss: float) -> dict[str, float]:
         metrics = {tags.VALIDATION_PERPLEXITY: math.exp(min(loss, 100.0))} if loss >= 0 else {}

@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.config.section import DataSource, Momoe
 from momoe_titan.data.errors import DataError
+from momoe_titan.data.fixed_batches import FixedBatches
 from momoe_titan.data.order import Order
 from momoe_titan.data.packing import PACKERS
 from momoe_titan.data.pipeline import Place, build_pipeline
@@ -178,24 +179,18 @@ def build_validation_dataloader(
     dp_rank: int,
     tokenizer: TextTokenizer,
     job_config: JobConfig,
-    infinite: bool = False,
-) -> TextDataloader | StreamedDataloader:
-    """The loader of `validation.dataset`. Each iterator reads the same, in the order of the data.
+) -> FixedBatches:
+    """The batches of each validation: the first `validation.steps` of `validation.dataset`, or all, of all ranks.
 
     Raises:
-        DataError: As `build_dataloader`; or `validation.steps` is -1 and there are several ranks, of which one would
-            run out of data while the others wait for it.
+        DataError: As `build_dataloader`.
     """
     options, validation = _options(job_config), job_config.validation
-    if validation.steps == -1 and dp_world_size > 1:
-        raise DataError(
-            "validation.steps is -1 (all of validation.dataset), must be a number of batches "
-            f"with {dp_world_size} data-parallel ranks: their parts of the data may not be "
-            "equally long"
-        )
     given = DataSource(validation.dataset_path or "", validation.dataset, options.data_text_field)
-    build = _Build("validation", validation, options, tokenizer, dp_rank, dp_world_size, infinite)
-    return build.loader({"validation.dataset_path": given}, 0, shuffle=False)
+    batches = None if validation.steps == -1 else validation.steps
+    build = _Build("validation", validation, options, tokenizer, 0, 1, infinite=batches is not None)
+    loader = build.loader({"validation.dataset_path": given}, 0, shuffle=False)
+    return FixedBatches(loader, dp_rank, dp_world_size, validation.local_batch_size, batches)
 
 
 def _options(job_config: JobConfig) -> Momoe:
@@ -232,7 +227,7 @@ class _Build:
             batch_size=config.local_batch_size,
             seq_len=config.seq_len,
             packing=self.options.data_packing,
-            with_positions=getattr(self.options, "document_mask", False),
+            with_positions=self.options.document_mask,
             threads=asked.num_workers or _own_threads(),
             ahead=asked.prefetch_factor or AHEAD,
             pin=asked.pin_memory and torch.cuda.is_available(),

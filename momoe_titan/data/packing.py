@@ -17,10 +17,14 @@ class Packer(ABC):
 
     Args:
         length: tokens of a sequence.
+
+    Attributes:
+        ended: to set once no document follows.
     """
 
     def __init__(self, length: int):
         self.length = length
+        self.ended = False
 
     @property
     @abstractmethod
@@ -65,17 +69,18 @@ class Concatenate(Packer):
         self._tokens += len(tokens)
 
     def take(self) -> list[np.ndarray] | None:
-        """See `Packer`. The last tokens, which fill no sequence, are never given."""
-        if self.wants_more:
+        """See `Packer`. At the end comes what fills no sequence, unless it is one token, which predicts nothing."""
+        room = min(self._tokens, self.length)
+        if self.wants_more and not (self.ended and room > 1):
             return None
-        parts, room = [], self.length
+        self._tokens -= room
+        parts = []
         while room:
             position, skip, tokens = self._held.popleft()
             parts.append(tokens[:room])
             if len(tokens) > room:
                 self._held.appendleft((position, skip + room, tokens[room:]))
             room -= len(parts[-1])
-        self._tokens -= self.length
         return parts
 
     def begun(self) -> list[tuple[int, int]]:

@@ -86,9 +86,11 @@ def test_cpu_step_names_process_memory_and_no_gpu(processor):
     processor.log(2, 2.0, 3.0, 0.5)
 
 
-def test_cpu_validation(processor):
+def test_cpu_validation(processor, caplog):
     processor.ntokens_since_last_log = 64
-    processor.log_validation(1.5, 7)
+    with caplog.at_level("INFO"):
+        processor.log_validation(1.5, 7)
+    assert "loss:  1.5000" in caplog.text and "perplexity: 4.5 " in caplog.text
     values = processor.logger.steps[7]
     assert values["validation_metrics/loss"] == 1.5
     assert values["validation_metrics/memory/process_rss(GiB)"] > 0

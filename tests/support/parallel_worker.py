@@ -75,6 +75,33 @@ class Batches:
         return {}
 
 
+class ValidationLoader:
+    """Two full batches and a short one; a part of one batch has no label."""
+
+    def __iter__(self):
+        from tests.support.tiny import batch
+
+        for seed, size in ((7, 8), (8, 8), (9, 5)):
+            tokens, labels = (t.clone() for t in batch(seed, size))
+            labels[:2, : 4 * (seed - 7)] = -100
+            yield {"input": tokens, "positions": torch.arange(tokens.shape[1]).expand_as(tokens) % 5}, labels
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def validation_batches(dp_world_size, dp_rank, tokenizer, job_config):
+    from momoe_titan.data.fixed_batches import FixedBatches
+
+    batches = FixedBatches(ValidationLoader(), dp_rank, dp_world_size, job_config.validation.local_batch_size, None)
+    if job_config.momoe.document_mask:
+        return batches
+    return [({"input": inputs["input"]}, labels) for inputs, labels in batches]
+
+
 def gathered_attention(modules, mesh, attention_type) -> None:
     """Context parallelism for a CPU, for which torch has no ring attention: every rank attends
     to the keys and values of all."""
@@ -142,13 +169,15 @@ def run(settings: dict, folder: str) -> dict:
     config = config_of(settings, folder)
     trainer = Trainer(config)
     trainer.set_up_precision()
-    trainer.tokenizer = SimpleNamespace(eos_id=0)
     parts = trainer.model_parts
     set_weights(parts, dict(build(trainer.model_args).named_parameters()))
     moes = {n: block.moe for part in parts for n, block in part.layers.items() if block.moe_enabled}
-    logged, counts = [], {}
+    logged, counts, grads = [], {}, {}
 
     def log(values, step):
+        if "validation_metrics/loss" in values:
+            logged[-1] |= {k: v for k, v in values.items() if k.endswith(("/loss", "global_max", "dead_experts"))}
+            return
         counts_LE = trainer.optimizers.load_balancer.counts_LE
         counts[step] = {} if counts_LE is None else dict(zip(moes, counts_LE.tolist(), strict=True))
         kept = ("loss_metrics/global_avg_loss", "grad_norm", "moe")
@@ -162,12 +191,15 @@ def run(settings: dict, folder: str) -> dict:
         trainer.step = step
         trainer.train_step(data)
         trainer.checkpointer.save(trainer.step)
+        grads = {plain(name): whole(p.grad).clone() for part in parts for name, p in part.named_parameters()}
+        if config.validation.enable:  # after which FSDP has no gradients any more
+            trainer.validator.validate(parts, step)
     assert not any(moe.tokens_per_expert.any() for moe in moes.values())
     mine = {
         "logged": logged,
         "counts": counts,
         "bias": {name: moe.expert_bias.tolist() for name, moe in moes.items()},
-        "grads": {plain(name): whole(p.grad).clone() for part in parts for name, p in part.named_parameters()},
+        "grads": grads,
         # TorchTitan's other pipeline stages log a loss of -1
         "sees_loss": not trainer.parallel_dims.pp_enabled or trainer.pp_has_last_stage,
     }
@@ -195,7 +227,8 @@ def merged(everyone: list[dict]) -> dict:
 
 def worker(settings: dict, folder: str, out: str) -> None:
     ring_attention = "momoe_titan.model.parallel.parallelize.apply_cp_to_attention_module"
-    with mock.patch(ring_attention, gathered_attention):
+    of_validation = "momoe_titan.components.validation.build_validation_dataloader"
+    with mock.patch(ring_attention, gathered_attention), mock.patch(of_validation, validation_batches):
         result = run(settings, folder)
     if dist.get_rank() == 0:
         torch.save(result, out)
@@ -220,7 +253,8 @@ def main(folder: str, runs: str) -> None:
             "normalised": tiny_args(qk_norm="per_head"),
             "tied": tiny_args(tie_word_embeddings=True),
         }
-        spec.build_dataloader_fn, spec.build_tokenizer_fn = Batches, None
+        spec.build_dataloader_fn = Batches
+        spec.build_tokenizer_fn = lambda job_config: SimpleNamespace(eos_id=0)
         for index, (world, settings) in enumerate(json.loads(runs)):
             store, out = f"{folder}/store{index}", f"{folder}/{index}.pt"
             # What failed is the last thing said.
