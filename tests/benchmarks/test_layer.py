@@ -1,17 +1,14 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.support import commands
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "layer.py"
 
 
 def run_layer(*options):
-    """The command, which imports the package as it is installed: here from this checkout."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, SCRIPT, *options], env=env, capture_output=True, text=True)
+    return commands.run(SCRIPT, *options)
 
 
 def test_a_table_and_charts_for_both_routings(tmp_path):

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import memory as bench
+from tests.support import commands
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "memory.py"
@@ -92,12 +91,11 @@ def test_moe_memory_is_what_a_forward_leaves_behind():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same command on a GPU needs no test")
 def test_measures_on_a_cpu(tmp_path):
     out = tmp_path / "memory.json"
-    command = [sys.executable, str(SCRIPT), "--config", "train_configs/debug_model.toml", "--out", str(out)]
+    command = [SCRIPT, "--config", "train_configs/debug_model.toml", "--out", str(out)]
     command += ["--modes", "none,full", "--stock_modes", "selective:op", "--save_percent", "50"]
     command += ["--warmup", "1", "--steps", "1"]
     command += ["--", "--training.local_batch_size", "1", "--training.seq_len", "64"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = commands.run(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert [(r["moe"], r["ac"]) for r in rows] == [

@@ -1,9 +1,11 @@
+import subprocess
 import sys
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import train as bench_train
+from tests.support import commands
 
 
 def write_run(folder, losses, speeds, **others):
@@ -46,6 +48,7 @@ def test_unclear_runs_are_refused(runs, monkeypatch, capsys):
     assert f"--run {runs[-1]!r} must be 'NAME: OPTIONS'" in capsys.readouterr().err
 
 
-def test_a_failing_run_shows_its_end(tmp_path):
+def test_a_failing_run_shows_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", commands.Popen)
     with pytest.raises(RuntimeError, match="ended with 2:(.|\n)*momoe.save_percent must be a number"):
         bench_train.train("train_configs/debug_model.toml", ["--momoe.save_percent", "101"], 1, tmp_path)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from momoe_titan.model import flavors
 from momoe_titan.model.args import args_from_hf_config, read_hf_args
 from momoe_titan.model.hugging_face.config import BIAS_FILE, write_hf_config
 from tests.model.test_hugging_face_weights import MODELS, randomise
+from tests.support import commands
 from tests.support.tiny import build, moes, tiny_args
 from tests.test_train import train
 
@@ -402,13 +402,6 @@ def test_what_cannot_be_done_is_said(run, tmp_path, monkeypatch):
 
 
 def test_exit_status_and_message(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "scripts/generate.py", str(tmp_path)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = commands.run("scripts/generate.py", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"generate.py: error: '{tmp_path}' holds no")

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from momoe_titan.components.auto_save_percent import (
     plan_in_child,
@@ -24,6 +24,8 @@ from momoe_titan.memory.auto_save_percent import (
 from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, context_bytes
 from momoe_titan.model import MomoeLlamaArgs
 from momoe_titan.model.experts import MomoeExperts
+from tests.support import commands
+from tests.support.forks import in_gloo_forks
 from tests.support.tiny import build, job_config, moes, optimizers_for, tiny_args, train
 
 MIB = 1 << 20
@@ -218,7 +220,8 @@ def test_why_there_is_no_plan_is_said_in_a_line(said, status, reason, monkeypatc
 
 
 @pytest.mark.slow
-def test_what_the_plan_refuses_is_named(caplog):
+def test_what_the_plan_refuses_is_named(caplog, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", commands.Popen)
     config = job_config(save_percent="auto")
     config.training.enable_cpu_offload = True
     assert plan_in_child(config) is None
@@ -244,23 +247,20 @@ def test_what_auto_cannot_do_is_refused():
         Momoe(save_percent="most")
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(folder: Path) -> None:
+    rank = dist.get_rank()
     # rank 1 has less room at the start, and takes more than planned
-    own = Path(folder) / f"rank{rank}"
+    own = folder / f"rank{rank}"
     auto = start(own, 11_500, total_mib=20_000, more=(0, 700)[rank])
     auto.memory.total_mib = 20_000
     choices = [list(auto.choice), steps(auto, MEASURED_STEPS)]
     resumed = start(own, 11_500, more=(-9_000, 0)[rank])
     choices.append(list(resumed.choice))
-    (Path(folder) / f"out{rank}.json").write_text(json.dumps([choices, own.exists()]))
-    dist.destroy_process_group()
+    (folder / f"out{rank}.json").write_text(json.dumps([choices, own.exists()]))
 
 
-@pytest.mark.slow
 def test_two_ranks_choose_alike(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    assert in_gloo_forks(2, tmp_path / "store", partial(_rank, tmp_path))
     (first, wrote), (second, other_wrote) = (json.loads((tmp_path / f"out{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first[1] == first[2]  # as corrected

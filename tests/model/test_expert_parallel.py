@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
         (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()]) for world, runs in ((2, TWO), (4, FOUR))
     ]
     command = [sys.executable, "-m", "tests.support.ep_worker", str(folder), json.dumps(runs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -1,9 +1,6 @@
 """Two processes on gloo train as one does: FSDP2 and DDP."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +8,8 @@ import torch
 
 from momoe_titan.model.parallel.parallelize import _warn_of_ranks_without_experts
 from momoe_titan.moe.balancing import bias_delta
+from tests.support import commands
 from tests.support.tiny import assert_same_run, build, tiny_args, train
-
-ROOT = Path(__file__).parents[2]
 
 
 def launch(folder, processes, runs):
@@ -29,8 +25,7 @@ def launch(folder, processes, runs):
     }
     out = folder / "results.pt"
     settings = json.dumps([{**defaults, **run} for run in runs.values()])
-    command = [sys.executable, "-m", "tests.support.fsdp_worker", str(out), str(processes), settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run("-m", "tests.support.fsdp_worker", str(out), str(processes), settings)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(runs, torch.load(out), strict=True))
 

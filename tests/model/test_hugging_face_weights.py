@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +39,7 @@ from momoe_titan.model.hugging_face.config import (
 )
 from momoe_titan.model.hugging_face.files import check_hf_files
 from momoe_titan.model.hugging_face.names import hf_shapes
+from tests.support import commands
 from tests.support.tiny import VOCAB, batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 
 ROOT = Path(__file__).parents[2]
@@ -702,8 +701,7 @@ def test_sharded_models_load_and_save_as_whole_ones_do(tmp_path):
     model = build(args, seed=3)
     randomise(model, 3)
     save_hf(model, args, tmp_path / "whole")
-    command = [sys.executable, "-m", "tests.support.hf_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run("-m", "tests.support.hf_worker", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     expected = saved(tmp_path / "whole")
     cases = [folder.name for folder in tmp_path.iterdir() if folder.is_dir() and folder.name != "whole"]

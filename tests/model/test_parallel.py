@@ -9,15 +9,13 @@ checkpoint of one process goes on on two, tensor-parallel, and from there on one
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import commands
+
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 def mesh(**degrees) -> dict:
@@ -130,8 +128,7 @@ RUNS = [  # (processes, name, settings), one after another
 def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("runs")
     runs = json.dumps([(world, settings) for world, _, settings in RUNS])
-    command = [sys.executable, "-m", "tests.support.parallel_worker", str(folder), runs]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run("-m", "tests.support.parallel_worker", str(folder), runs)
     errors = "\n".join(line for line in done.stderr.splitlines() if "redistributing" not in line)
     assert done.returncode == 0, f"exit code {done.returncode}\n{errors[-20000:]}"
     return {name: torch.load(folder / f"{i}.pt") for i, (_, name, _) in enumerate(RUNS)}

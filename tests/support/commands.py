@@ -140,7 +140,7 @@ def follow(*command: str | Path, **options) -> tuple[ForkServerProcess, io.TextI
 
 
 def run(
-    *command: str | Path, timeout: float = 300, merge: bool = False, stdin: str = "", **options
+    *command: str | Path, timeout: float = 900, merge: bool = False, stdin: str = "", **options
 ) -> subprocess.CompletedProcess:
     """Run a command to its end. `merge` puts its messages into `stdout`; `stdin` is what it reads.
 

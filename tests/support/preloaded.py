@@ -5,7 +5,11 @@ from momoe_titan.train import describe_cpu
 with describe_cpu():
     import torch.utils.tensorboard  # noqa: F401
     import torchtitan.train  # noqa: F401
+    from torchtitan.config import ConfigManager
 
     import momoe_titan.components.trainer  # noqa: F401
     import momoe_titan.plan.__main__  # noqa: F401
     import momoe_titan.register  # noqa: F401
+
+# The sources that its help texts come from are read once.
+ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config"])
