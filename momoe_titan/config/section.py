@@ -16,7 +16,6 @@ Backend = Literal["auto", "triton", "torch", "torchtitan"]
 BalanceRule = Literal["sign", "proportional", "quantile"]
 AuxLossScope = Literal["sequence", "batch", "global"]
 Packing = Literal["concatenate", "best_fit"]
-OwnDataset = Literal["local", "python_stdlib", "python_stdlib_validation"]  # all others are TorchTitan's
 MixedPrecision = Literal["weights", "autocast"]
 
 STOCK_BACKEND: Backend = "torchtitan"
@@ -25,6 +24,7 @@ BACKENDS = get_args(Backend)
 OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
 BALANCE_RULES = get_args(BalanceRule)
 AUX_LOSS_SCOPES = get_args(AuxLossScope)
+OWN_DATASETS = ("local", "python_stdlib", "python_stdlib_validation")  # all others are TorchTitan's
 
 
 @dataclass
@@ -37,9 +37,9 @@ class DataSource:
     training.dataset_path names them; token shards too.
     """
 
-    dataset: OwnDataset = "local"
+    dataset: str = "local"
     """
-    "local" for files at path, or a dataset that comes with Python.
+    "local" for files at path, or "python_stdlib".
     """
 
     text_field: str = "text"
@@ -266,6 +266,8 @@ def _data_source(index: int, table: Any) -> DataSource:
     if not isinstance(table, DataSource):
         raise ValueError(f"{name} is {table!r}, must be a table [[momoe.data]]")
     check_types(name, table)
+    if table.dataset.lower() not in OWN_DATASETS:
+        raise ValueError(f"{name}.dataset is {table.dataset!r}, must be one of {', '.join(map(repr, OWN_DATASETS))}")
     if not 0 < table.weight < float("inf"):
         raise ValueError(f"{name}.weight is {table.weight!r}, must be a finite number above 0")
     if not table.text_field:

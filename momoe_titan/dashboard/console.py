@@ -5,6 +5,8 @@ from collections import deque
 
 from torchtitan.tools.utils import Color, NoColor
 
+SHOWN_WAITING_PCT = 1.0
+
 
 class TimeLeft:
     """Seconds to the last step, estimated from the last log steps. Validation and checkpoints between them count."""
@@ -32,6 +34,7 @@ class Progress:
         mfu: percent; NaN where the device's peak FLOPS are not known.
         maxvio: of the layer with the highest; None without MoE layers.
         seconds_left: None while unknown.
+        waiting_pct: of the time, in which the device had no work for want of data.
     """
 
     step: int
@@ -45,6 +48,7 @@ class Progress:
     mfu: float
     maxvio: float | None
     seconds_left: float | None
+    waiting_pct: float = 0.0
 
     def line(self, color: Color | NoColor) -> str:
         """The line, in these colours."""
@@ -59,6 +63,8 @@ class Progress:
             parts.append(f"{color.magenta}mfu: {self.mfu:.1f}%")
         if self.maxvio is not None:
             parts.append(f"{color.cyan}maxvio: {self.maxvio:.2f}")
+        if self.waiting_pct >= SHOWN_WAITING_PCT:
+            parts.append(f"{color.yellow}waiting for data: {self.waiting_pct:.0f}%")
         done = f"{color.reset}done: {self.step}/{self.total_steps} ({self.step / self.total_steps:.0%})"
         parts.append(done)
         if self.seconds_left is not None:

@@ -94,11 +94,13 @@ class Documents(_Node):
         order: of all ranks.
         place: where to begin.
         end: the position at which the data ends; None for data without an end.
+        says_passes: warn where a dataset is read again. Groups are read ahead of need, so that one which stops early
+            may never come to what was said.
     """
 
-    def __init__(self, order: Order, place: Place, end: int | None = None):
+    def __init__(self, order: Order, place: Place, end: int | None = None, says_passes: bool = True):
         super().__init__()
-        self.order, self.place, self.end = order, place, end
+        self.order, self.place, self.end, self.says_passes = order, place, end, says_passes
         self._ahead: deque[tuple[int, tuple[int, int, int]]] = deque()
 
     def reset(self, initial_state: dict | None = None) -> None:
@@ -120,7 +122,8 @@ class Documents(_Node):
             raise StopIteration
         taken = [self._ahead.popleft() for _ in range(min(GROUP, len(self._ahead)))]
         self._next = taken[-1][0] + self.place.step
-        self._say_passes([document for _, document in taken])
+        if self.says_passes:
+            self._say_passes([document for _, document in taken])
         return Group([(position, 0) for position, _ in taken], [d for _, d in taken], self._taken, self._next)
 
     def _look_up(self) -> None:
@@ -218,7 +221,8 @@ class Batches(_Node):
 
     def _add_document(self) -> None:
         while not self._waiting:
-            group = self._group = next(self.source)
+            group: Any = next(self.source)
+            self._group = group
             if group.error:
                 raise group.error
             self._waiting.extend((p, skip, tokens) for (p, skip), tokens in zip(group.at, group.tokens, strict=True))
@@ -266,17 +270,18 @@ def build_pipeline(
     pin: bool = False,
     with_positions: bool = False,
     end: int | None = None,
+    says_passes: bool = True,
 ) -> BaseNode:
     """The last node of the whole pipeline: an iterator of batches with the places behind them.
 
     Args:
-        order, place, end: see `Documents`.
+        order, place, end, says_passes: see `Documents`.
         packer, batch_size, with_positions: see `Batches`.
         threads: how many tokenize; 0 for none beside the caller's.
         ahead: batches that are made before they are asked for; 0 makes each when it is asked for.
         pin: put them into pinned memory.
     """
-    documents = Documents(order, place, end)
+    documents = Documents(order, place, end, says_passes)
     tokens = ParallelMapper(documents, Encode(order, tokenizer), threads, in_order=True, method="thread")
     pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
     node: BaseNode = Batches(tokens, packer, order, place, batch_size, pad, with_positions)

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
+from datasets import config as datasets_config
 from torchtitan.tools.logging import logger
 
 from momoe_titan.data.errors import DataError
@@ -75,7 +75,7 @@ def cache_texts(files: Sequence[str], field: str, name: str) -> CachedTexts:
     try:
         stats = [(os.path.realpath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
         key = json.dumps([VERSION, MAX_DOCUMENT_CHARS, field, stats])
-        folder = os.path.join(datasets.config.HF_DATASETS_CACHE, "momoe_titan")
+        folder = os.path.join(datasets_config.HF_DATASETS_CACHE, "momoe_titan")
         target = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:32] + ".arrow")
         if not _is_whole(target):
             os.makedirs(folder, exist_ok=True)

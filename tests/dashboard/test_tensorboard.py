@@ -59,6 +59,10 @@ def test_progress_line():
     progress.mfu, progress.maxvio, progress.seconds_left = float("nan"), None, None
     assert "mfu" not in progress.line(NoColor()) and "left" not in progress.line(NoColor())
     assert "maxvio" not in progress.line(NoColor())
+    progress.waiting_pct = 0.9
+    assert "waiting" not in progress.line(NoColor())
+    progress.waiting_pct = 12.4
+    assert "  waiting for data: 12%  " in progress.line(NoColor())
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,11 @@
 
 import os
 import tempfile
-from typing import get_args
 
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
-from momoe_titan.config.section import OwnDataset
+from momoe_titan.config.section import OWN_DATASETS
 from momoe_titan.config.suggestions import did_you_mean
 
 
@@ -69,7 +68,7 @@ def check_datasets(job_config: JobConfig) -> None:
         if name.lower() not in DATASETS:
             names = ", ".join(map(repr, DATASETS))
             raise ValueError(f"{field} {name!r} is none of {names}{did_you_mean(name.lower(), DATASETS)}")
-        if name.lower() not in get_args(OwnDataset) and momoe.data_packing != "concatenate":
+        if name.lower() not in OWN_DATASETS and momoe.data_packing != "concatenate":
             raise ValueError(
                 f"momoe.data_packing is {momoe.data_packing!r}, must be 'concatenate' with {field} {name!r}, which "
                 "TorchTitan reads"
