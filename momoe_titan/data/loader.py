@@ -96,6 +96,7 @@ class TextDataloader(BaseDataLoader):
             pin=shape.pin,
             with_positions=shape.with_positions,
             end=sum(map(len, self.order.sources)) if shape.passes_once else None,
+            says_passes=not shape.starts_over,
         )
         batch = None
         for item in node:

@@ -237,7 +237,7 @@ def validator(config, ranks=1, rank=0):
 
 @pytest.mark.parametrize("steps", [-1, 2])
 @pytest.mark.parametrize("source", ["python_stdlib_validation", "local"])
-def test_each_validation_reads_the_same(tmp_path, source, steps):
+def test_each_validation_reads_the_same(tmp_path, source, steps, caplog):
     (tmp_path / "one.txt").write_text("one two three four " * 40)
     options = [f"--validation.dataset={source}"]
     if source == "local":
@@ -246,6 +246,7 @@ def test_each_validation_reads_the_same(tmp_path, source, steps):
     n = 2 if steps == 2 else len(list(loader))
     first, second, third = (batches(loader, n) for _ in range(3))
     assert first and first == second == third
+    assert "begins to read it" not in caplog.text  # what is read ahead of the last batch is nobody's second pass
 
 
 def test_a_pass_without_an_end_reads_all_but_the_last_tokens(tmp_path, tokenizer):
