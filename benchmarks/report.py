@@ -253,6 +253,15 @@ def models_h200() -> str:
     return _plain("models_h200", **header, mfu="MFU, %")
 
 
+def optimizer() -> str:
+    return _plain("optimizer_h200", model="model", optimizer="optimizer", ms="ms", gb_per_s="GB/s")
+
+
+def precision_losses() -> str:
+    losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 180, 250, 300)}
+    return _plain("precision_losses_h200", model="model, sequences x tokens", run="mixed_precision", **losses)
+
+
 def parallel_two() -> str:
     header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "predicted": "predicted"}
     return _plain("parallel_2xh100", **header, peak="peak, GiB", planned="plan, GiB", loss_40="loss, step 40")
@@ -415,7 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
-    + (first_call, layer_cuda_graph, auto_500m, plan_ep)
+    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, precision_losses)
 }
 
 
