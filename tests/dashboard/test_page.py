@@ -555,14 +555,39 @@ def test_differences_of_configurations_and_equal_runs(browser, runs, tmp_path):
 
 
 @needs_browser
-def test_the_table_of_runs_fits_a_telephone(browser, page):
-    browser.view(420, 900)
+@pytest.mark.parametrize("width", [420, 1400])
+def test_the_tables_fit_a_telephone_and_a_laptop(browser, page, width):
+    browser.view(width, 900)
     browser.open(page)
     browser.run(SETTLED)
-    region = "const t = document.getElementById('table').parentElement; return "
-    assert browser.run(region + "t.scrollWidth <= t.clientWidth"), "nothing to scroll sideways"
+    regions = "return [...document.querySelectorAll('.scroll')].map(t => [t.scrollWidth, t.clientWidth])"
+    for wanted, there_is in browser.run(regions):
+        assert wanted <= there_is, "nothing to scroll sideways"
     labels = browser.run("return [...document.querySelectorAll('#table tr:nth-child(1) td')].map(t => t.dataset.label)")
     assert labels[:3] == ["Run", "Step", "Loss"] and "Dead experts" in labels
+    # on a telephone each field of the differences has a line of its own, and each run below it one
+    rows = "const row = document.querySelector('#differences tbody tr'); return "
+    assert browser.run(rows + "row.children[1].dataset.label").startswith("1 ")
+    assert browser.run(rows + "row.children[0].offsetTop < row.children[1].offsetTop") == (width == 420)
+
+
+@needs_browser
+def test_charts_of_a_row_stand_in_a_line(browser, page):
+    """However many lines the keys above them take."""
+    browser.view(1400, 900)
+    browser.open(page)
+    browser.run(SETTLED)
+    plots = """
+    const lines = key => new Set([...key.children].map(c => c.offsetTop)).size;
+    return [...document.querySelectorAll('.plot')].filter(p => p.querySelector('.canvas').offsetParent).map(
+        p => [p.offsetTop, lines(p.querySelector('.key')), p.querySelector('.canvas').getBoundingClientRect().top]);
+    """
+    rows = {}
+    for row, lines, top in browser.run(plots):
+        rows.setdefault(row, []).append((lines, top))
+    assert any(len({lines for lines, _ in row}) > 1 for row in rows.values()), "keys of one line beside keys of two"
+    for row in rows.values():
+        assert max(top for _, top in row) - min(top for _, top in row) < 1
 
 
 @needs_browser
