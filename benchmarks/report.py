@@ -253,6 +253,15 @@ def models_h200() -> str:
     return _plain("models_h200", **header, mfu="MFU, %")
 
 
+def step_breakdown() -> str:
+    return _plain("step_breakdown_h200", part="part of the step", before="before, ms", after="now, ms")
+
+
+def rms_norm() -> str:
+    header = {"rows": "rows", "width": "width", "dtype": "dtype", "limit": "limit, us"}
+    return _plain("rms_norm_h200", **header, compiled="torch.compile, us", own="own kernel, us")
+
+
 def optimizer() -> str:
     return _plain("optimizer_h200", model="model", optimizer="optimizer", ms="ms", gb_per_s="GB/s")
 
@@ -425,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, precision_losses)
+    + (step_breakdown, rms_norm)
 }
 
 
