@@ -132,6 +132,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         now = time.perf_counter()
         seconds = now - self.time_last_log
         tps = self._tokens_per_second(seconds)
+        waiting_pct = 100 * sum(self.data_loading_times) / seconds
         memory = self.device_memory_monitor.get_peak_stats()
         state = self._gather(memory, global_avg_loss)
         loss = state.ranks.loss.max()  # pipeline stages other than the last have one of -1
@@ -166,6 +167,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             mfu=100 * self.num_flops_per_token * tps / self.gpu_peak_flops,
             maxvio=state.maxvio_L.max() if state.layer_ids else None,
             seconds_left=self.time_left.after(step, now),
+            waiting_pct=waiting_pct,
         )
         logger.info(progress.line(self.color))
         self._add_to_totals(progress, state)
