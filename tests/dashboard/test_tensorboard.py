@@ -79,3 +79,13 @@ def test_time_left_follows_the_last_steps():
     assert left.after(21, 70.0) == pytest.approx(79)
     assert left.after(31, 110.0) == pytest.approx(69 * 2.5)
     assert left.after(100, 120.0) == 0
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_loss_and_balance_come_first(on_gpu):
+    """TensorBoard shows the groups in this order; health, which is flat in a good run, is the last."""
+    layout = dashboards.custom_scalars_layout([1, 2], on_gpu)
+    assert list(layout) == ["loss", "balance", "throughput", "memory", "health"]
+    kind, first = next(iter(layout["loss"].values()))
+    assert tags.LOSS in first and kind
+    assert tags.MAXVIO_MEAN in next(iter(layout["balance"].values()))[1]
