@@ -87,6 +87,7 @@ class CapturedStep:
         self.failed = False
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Captured] = {}
+        self._num_bytes = 0  # of the pool
         prepare_capture(self.parameters[0].device)
 
     def __call__(self, inputs: dict[str, Tensor], labels: Tensor, num_tokens: Tensor) -> Tensor:
@@ -102,11 +103,17 @@ class CapturedStep:
             found = self._capture(key, batch)
         return self.body(inputs, labels, num_tokens) if found is None else found.replay(batch)
 
+    def make_room(self) -> None:
+        """Before something else than training runs: `release`, unless the GPU has as much memory to spare."""
+        if self._graphs and torch.cuda.mem_get_info()[0] < self._num_bytes:
+            self.release()
+
     def release(self) -> None:
         """Give the graphs' memory back; the next call captures again."""
         if self._graphs:
             torch.cuda.synchronize()  # a graph must not end while it runs
             self._graphs.clear()
+            self._num_bytes = 0
 
     def _is_too_early(self, batch: dict[str, Tensor]) -> bool:
         """Whether the kernels of such a call may not all be compiled yet. Counts the call."""
@@ -132,12 +139,14 @@ class CapturedStep:
         inputs = dict(static)
         labels, num_tokens = inputs.pop("labels"), inputs.pop("num_tokens")
         before = [(p, p.grad) for p in self.parameters]
-        gc.collect()  # a backward kept by a circle of references would bring its stream into the capture
+        if not self._graphs:
+            gc.collect()  # a backward kept by a circle of references would bring its stream into the capture
         pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: threads that load data may use the GPU's API meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                reserved = torch.cuda.memory_reserved()
                 loss = self.body(inputs, labels, num_tokens).detach()
         except RuntimeError as error:
             self.failed = True
@@ -146,6 +155,7 @@ class CapturedStep:
                 parameter.grad = gradient
             logger.warning(f"CUDA graphs are off from here on, since capturing one failed: {_first_line(error)}")
             return None
+        self._num_bytes += torch.cuda.memory_reserved() - reserved
         captured = _Captured(graph, static, loss, [(p, p.grad) for p in self.parameters])
         self._graphs[key] = captured
         return captured
@@ -187,7 +197,7 @@ class StepFromGraph:
         if weights is not None:  # their gradients are made first, before the parameters get them
             self.captured.parameters += weights.copies.values()
         if (validator := getattr(self, "validator", None)) is not None:
-            validator.before_validation = self.captured.release
+            validator.before_validation = self.captured.make_room
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor

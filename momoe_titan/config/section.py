@@ -15,7 +15,7 @@ from momoe_titan.save_percent import parse_save_percent
 Backend = Literal["auto", "triton", "torch", "torchtitan"]
 BalanceRule = Literal["sign", "proportional", "quantile"]
 AuxLossScope = Literal["sequence", "batch", "global"]
-Packing = Literal["concatenate", "best_fit"]
+Packing = Literal["concatenate", "interleave", "best_fit"]
 MixedPrecision = Literal["weights", "autocast"]
 
 STOCK_BACKEND: Backend = "torchtitan"
@@ -177,9 +177,12 @@ class Momoe:
     data_packing: Packing = "concatenate"
     """
     How documents fill sequences: "concatenate" puts one behind the
-    other and cuts where a sequence is full, "best_fit" chooses whole
-    documents that fit and pads what is left, so that only documents
-    longer than a sequence are cut.
+    other and cuts where a sequence is full. "interleave" cuts alike,
+    but takes the next sequence from another document, so that a step
+    sees many: for documents longer than a sequence and small batches.
+    Validation concatenates then. "best_fit" chooses whole documents
+    that fit and pads what is left, so that only documents longer than
+    a sequence are cut.
     """
 
     document_mask: bool = False
@@ -202,8 +205,8 @@ class Momoe:
     Run the forward and the backward of a step from a CUDA graph, which
     the host starts at once, on one GPU with the Triton kernels. Same
     results. Off by itself, with a line that says why, where a graph
-    cannot be captured. The activations' memory stays allocated between
-    steps, except during a validation.
+    cannot be captured. The activations' memory stays reserved between
+    steps, except where a validation may need it.
     """
 
     mixed_precision: MixedPrecision = "weights"

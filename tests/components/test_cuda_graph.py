@@ -1,6 +1,7 @@
 """Forward and backward from CUDA graphs: what is captured when, and that nothing but the time changes."""
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,8 @@ class Job:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", fake_capture)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        reserved = itertools.count(0, 2**20)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
         self.model = nn.Linear(3, 2)
         self.fails, self.on_host = fails, 0
         self.step = CapturedStep(self.body, [self.model])
@@ -98,9 +101,11 @@ def test_replays_after_a_few_calls(monkeypatch):
         job.optimizer_step(want)
     assert job.on_host == CALLS_BEFORE_CAPTURE + 1
     assert len({float(loss) for loss in losses}) == len(losses)  # tensors of their own, which no replay changes
-    job.step.release()
-    job.optimizer_step(job.run(90)[1])
-    assert job.on_host == CALLS_BEFORE_CAPTURE + 2  # captured anew at once
+    for free, captured in ((2**20, 1), (2**20 - 1, 2)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**40))
+        job.step.make_room()
+        job.optimizer_step(job.run(90)[1])
+        assert job.on_host == CALLS_BEFORE_CAPTURE + captured  # anew at once, where memory was scarce
 
 
 def test_a_second_microbatch_adds_to_the_gradients(monkeypatch):
