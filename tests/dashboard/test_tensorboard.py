@@ -87,5 +87,5 @@ def test_loss_and_balance_come_first(on_gpu):
     layout = dashboards.custom_scalars_layout([1, 2], on_gpu)
     assert list(layout) == ["loss", "balance", "throughput", "memory", "health"]
     kind, first = next(iter(layout["loss"].values()))
-    assert tags.LOSS in first and kind
-    assert tags.MAXVIO_MEAN in next(iter(layout["balance"].values()))[1]
+    assert f"^{tags.LOSS}$" in first and kind
+    assert f"^{tags.MAXVIO_MEAN}$" in next(iter(layout["balance"].values()))[1]
