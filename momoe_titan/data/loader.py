@@ -220,14 +220,16 @@ class _Build:
         return TextDataloader(order, self.tokenizer, self._shape(), self.dp_rank, self.dp_world_size)
 
     def _shape(self) -> Shape:
-        config, asked = self.config, self.config.dataloader
+        config, asked, packing = self.config, self.config.dataloader, self.options.data_packing
+        if self.section == "validation" and packing == "interleave":
+            packing = "concatenate"  # the same text at any number of steps
         if asked.persistent_workers:
             logger.info(f"{self.section}.dataloader.persistent_workers has no effect: threads read the data")
         return Shape(
             section=self.section,
             batch_size=config.local_batch_size,
             seq_len=config.seq_len,
-            packing=self.options.data_packing,
+            packing=packing,
             with_positions=self.options.document_mask,
             threads=asked.num_workers or _own_threads(),
             ahead=asked.prefetch_factor or AHEAD,

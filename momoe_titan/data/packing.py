@@ -1,4 +1,4 @@
-"""Packs documents into sequences of one length, one after the other or so that none is cut."""
+"""Packs documents into sequences of one length: one after the other, in turn, or so that none is cut."""
 
 import bisect
 from abc import ABC, abstractmethod
@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 
 POOL = 256  # documents among which `BestFit` chooses
+LINE = 64  # documents whose sequences `Interleave` gives in turn
 
 
 class Packer(ABC):
@@ -79,13 +80,32 @@ class Concatenate(Packer):
             position, skip, tokens = self._held.popleft()
             parts.append(tokens[:room])
             if len(tokens) > room:
-                self._held.appendleft((position, skip + room, tokens[room:]))
+                self._put_back(position, skip + room, tokens[room:])
             room -= len(parts[-1])
         return parts
+
+    def _put_back(self, position: int, skip: int, tokens: np.ndarray) -> None:
+        self._held.appendleft((position, skip, tokens))
 
     def begun(self) -> list[tuple[int, int]]:
         """See `Packer`."""
         return [(position, skip) for position, skip, _ in self._held]
+
+
+class Interleave(Concatenate):
+    """As `Concatenate`, but what is left of a document waits behind the `LINE` others that are begun.
+
+    Sequences that follow each other, and hence those of a batch, are of different documents. An
+    optimizer step sees more of them, and the next step is more like it.
+    """
+
+    @property
+    def wants_more(self) -> bool:
+        """See `Packer`."""
+        return len(self._held) < LINE or super().wants_more
+
+    def _put_back(self, position: int, skip: int, tokens: np.ndarray) -> None:
+        self._held.append((position, skip, tokens))
 
 
 class BestFit(Packer):
@@ -138,4 +158,4 @@ class BestFit(Packer):
         return [(position, skip) for position, skip, _ in self._held.values()]
 
 
-PACKERS: dict[str, type[Packer]] = {"concatenate": Concatenate, "best_fit": BestFit}
+PACKERS: dict[str, type[Packer]] = {"concatenate": Concatenate, "interleave": Interleave, "best_fit": BestFit}

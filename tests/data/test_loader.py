@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import socket
 import sysconfig
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from momoe_titan.components.validation import build_validator
 from momoe_titan.data import loader as loader_module
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.loader import TextDataloader, build_dataloader
-from momoe_titan.data.packing import BestFit
+from momoe_titan.data.packing import LINE, BestFit, Interleave
 from momoe_titan.data.pipeline import Place
 from momoe_titan.data.position import divide
 from momoe_titan.data.registration import DATASETS, register_datasets
@@ -202,7 +204,41 @@ def test_packers_need_the_documents_alone():
     assert packer.begun() == [(5, 8)]
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def documents(numbers, length):
+    return [(number, 0, np.full(length, number)) for number in numbers]
+
+
+def test_interleaved_sequences_are_of_one_document_after_the_other():
+    packer = Interleave(8)
+    coming = iter(documents(range(3 * LINE), 20))
+
+    def sequence(packer, coming):
+        while packer.wants_more:
+            packer.add(*next(coming))
+        return [token for part in packer.take() for token in part]
+
+    taken = [sequence(packer, coming) for _ in range(3 * LINE)]
+    for start in range(0, 3 * LINE, LINE):
+        assert len({token for row in taken[start : start + LINE] for token in row}) >= LINE
+    assert [row.count(row[0]) for row in taken[: 2 * LINE]] == [8] * (2 * LINE)
+    assert max(Counter(token for row in taken for token in row).values()) == 20
+    # one that gets the documents again, from the tokens on that are not used, gives the same
+    other, rest = Interleave(8), list(coming)
+    for position, skip in packer.begun():
+        other.add(position, skip, np.full(20 - skip, position))
+    again, coming = iter(rest), iter(rest)
+    assert [sequence(other, again) for _ in range(9)] == [sequence(packer, coming) for _ in range(9)]
+
+
+@pytest.mark.parametrize("packing", ["interleave", "best_fit", "concatenate"])
+def test_validation_interleaves_nothing(tmp_path, tokenizer, packing):
+    write(tmp_path / "a.jsonl", ["a document of some words " * 9] * 9)
+    options = [f"--validation.dataset_path={tmp_path}", "--validation.dataset=local", f"--momoe.data_packing={packing}"]
+    loader = validator(validation("--validation.steps=2", *options)).validation_dataloader
+    assert loader.loader.shape.packing == ("best_fit" if packing == "best_fit" else "concatenate")
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "interleave", "best_fit"])
 def test_positions_say_where_documents_begin(packing):
     order = loader_module.Order([numbered(1, [3, 5, 9, 2, 30] * 60)])
     (loader,) = loaders(order, 1, packing=packing, seq_len=11, with_positions=True)
@@ -271,6 +307,18 @@ def test_what_has_no_effect_is_said(tmp_path, tokenizer, caplog):
     build(tokenizer, *local(tmp_path, "--momoe.data_streaming", "--training.dataloader.persistent_workers"))
     assert "momoe.data_streaming has no effect" in caplog.text
     assert "training.dataloader.persistent_workers has no effect" in caplog.text
+
+
+def test_local_data_opens_no_connection(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for kind in (".txt", ".jsonl", ".parquet"):
+        write(tmp_path / f"a{kind}")
+    batches(build(build_tokenizer(job()), *local(tmp_path)), 3)
+    batches(build(build_tokenizer(job()), "--training.dataset=python_stdlib"), 1)
 
 
 def test_data_that_goes_away_is_named_in_one_line(tmp_path, tokenizer):
