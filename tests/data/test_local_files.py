@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -267,14 +266,3 @@ def test_a_folder_for_the_cache_that_cannot_be_written_is_named(tmp_path, monkey
     file = write(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="HF_DATASETS_CACHE"):
         load_local(str(file))
-
-
-def test_local_data_opens_no_connection(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for kind in KINDS:
-        write(tmp_path / f"a{kind}")
-    assert len(texts(tmp_path)) == 2 * len(TEXTS) + 1
