@@ -188,3 +188,10 @@ def test_heads_that_flex_attention_cannot_compute_are_refused():
         check_document_mask(tiny_args(document_mask=True), Machine(1, has_gpu=True))
     check_document_mask(tiny_args(document_mask=True), Machine(1, has_gpu=False))
     check_document_mask(tiny_args(document_mask=True, head_dim=16), Machine(1, has_gpu=True))
+
+
+def test_context_parallelism_is_refused():
+    config = job_config(document_mask=True)
+    config.parallelism.context_parallel_degree = 2
+    with pytest.raises(ValueError, match="context_parallel_degree is 2, must be 1 with momoe.document_mask"):
+        tiny_args().update_from_config(config)

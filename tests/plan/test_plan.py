@@ -154,6 +154,21 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
     assert len(notes) == compiled
 
 
+def test_a_job_with_document_masks_is_planned_without_them(monkeypatch):
+    """A trace has no documents; the plan says what it left out."""
+    masked = []
+
+    def traced(config, *args):
+        masked.append(config.momoe.document_mask)
+        return MemoryPlan([], [], {}, 0)
+
+    monkeypatch.setattr(plan_job, "trace_training", traced)
+    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    config = job(document_mask=True)
+    (note,) = plan_job.trace_job(config).notes
+    assert masked == [False] and config.momoe.document_mask and "momoe.document_mask" in note
+
+
 def test_clipping_begins_where_the_gradients_are_clipped(plan, model):
     """With nothing of the forward alive: not even the loss, which is let go when autograd begins."""
     weights = sum(block_bytes(2 * p.numel()) for p in model.parameters())  # to compute with, bfloat16
