@@ -69,8 +69,9 @@ ARMS = {
     "sign_0.01": {"rule": "sign", "rate": 0.01},
     "proportional_0.03": {"rule": "proportional", "rate": 0.03},
     "quantile": {"rule": "quantile"},
-    "quantile_0.5": {"rule": "quantile", "average": 0.5},
-    "quantile_0.1": {"rule": "quantile", "average": 0.1},
+    "quantile_1": {"rule": "quantile", "coupled": 0},
+    "quantile_0.5": {"rule": "quantile", "average": 0.5, "coupled": 0},
+    "quantile_0.1": {"rule": "quantile", "average": 0.1, "coupled": 0},
     "aux_0.01": {"rate": 0.0, "aux": 0.01, "scope": "global"},
     "sign_0.001_sequence_1e-4": {"rule": "sign", "rate": 0.001, "aux": 1e-4, "scope": "sequence"},
 }
@@ -101,7 +102,7 @@ DEFAULTS = {
     "router_init_scale": 1.0,
     "gate_lr_scale": 1.0,
     "backend": "auto",
-    "coupled": 1,
+    "coupled": 1,  # the average follows the schedule
 }
 # lr, warm-up and schedule of train_configs/; batch is in sequences
 JOBS = {

@@ -305,9 +305,10 @@ def eviction() -> str:
 
 # what an arm of benchmarks/balance.py is called in a page
 BALANCE_ARMS = {
-    "quantile_0.5": "quantile, average 0.5 (default)",
-    "quantile": "quantile, average 1",
-    "quantile_0.1": "quantile, average 0.1",
+    "quantile": "quantile (default)",
+    "quantile_0.5": "quantile, average 0.5 throughout",
+    "quantile_1": "quantile, average 1 throughout",
+    "quantile_0.1": "quantile, average 0.1 throughout",
     "proportional_0.03": "proportional, rate 0.03",
     "sign_0.01": "sign, rate 0.01",
     "sign_0.001": "sign, rate 0.001",
@@ -316,7 +317,7 @@ BALANCE_ARMS = {
     "none": "none",
 }
 OTHER_BALANCE_ARMS = {
-    "quantile": "quantile, average 1",
+    "quantile_1": "quantile, average 1 throughout",
     "quantile_not_following": "the same, bias not corrected for the gate's step",
     "none": "no balancing",
     "none_centred": "the same, gate sees tokens without their mean",
@@ -362,6 +363,12 @@ def balance_1_4b() -> str:
 def balance_causes() -> str:
     """Where the collapse comes from."""
     return _balance("balance_500m_400", OTHER_BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
+
+
+def balance_average() -> str:
+    """How long the rule "quantile" should average."""
+    header = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
+    return _plain("balance_average_500m", average="average", **header, maxvio_end="MaxVio, last batches together")
 
 
 def balance_floor() -> str:
@@ -432,6 +439,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
+    + (balance_average,)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, precision_losses)
     + (step_breakdown, rms_norm)
