@@ -116,11 +116,15 @@ class CapturedStep:
             self._num_bytes = 0
 
     def _is_too_early(self, batch: dict[str, Tensor]) -> bool:
-        """Whether the kernels of such a call may not all be compiled yet. Counts the call."""
-        kind = (*self._work(batch), all(p.grad is None for p in self.parameters))
+        """Whether the kernels of such a call may not all be compiled yet. Counts the call.
+
+        A later microbatch waits for the first one's graph, whose gradients stay where they are.
+        """
+        is_first = all(p.grad is None for p in self.parameters)
+        kind = (*self._work(batch), is_first)
         calls = self._calls.get(kind, 0)
         self._calls[kind] = calls + 1
-        return calls < CALLS_BEFORE_CAPTURE
+        return calls < CALLS_BEFORE_CAPTURE or not (is_first or self._graphs)
 
     def _work(self, batch: dict[str, Tensor]) -> tuple[Hashable, ...]:
         shapes = tuple((name, t.shape, t.dtype) for name, t in batch.items())

@@ -149,10 +149,12 @@ def _switch(device: torch.device) -> torch.Tensor:
 def records_entropy(module: nn.Module) -> bool:
     """True when `accumulate_entropy` is to be called.
 
-    Always true while torch.compile traces a training forward: the graph then holds the op, which
-    asks again when it runs, so that switching recompiles nothing.
+    Always true while torch.compile traces a training forward, or a CUDA graph is captured: the graph
+    then holds the op, which asks again when it runs, so that switching recompiles nothing.
     """
-    return feeds_balancing(module) and (torch.compiler.is_compiling() or _entropy_wanted)
+    if not feeds_balancing(module):
+        return False
+    return torch.compiler.is_compiling() or _entropy_wanted or torch.cuda.is_current_stream_capturing()
 
 
 def recording_entropy(device: torch.device) -> torch.Tensor | None:

@@ -111,9 +111,9 @@ def test_replays_after_a_few_calls(monkeypatch):
 def test_a_second_microbatch_adds_to_the_gradients(monkeypatch):
     job = Job(monkeypatch)
     for call in range(CALLS_BEFORE_CAPTURE + 3):
-        first, second = (job.run(10 * call + i)[1] for i in range(2))
-        job.optimizer_step([a + b for a, b in zip(first, second, strict=True)])
-    assert job.on_host == 2 * (CALLS_BEFORE_CAPTURE + 1)
+        gradients = [job.run(10 * call + i)[1] for i in range(3)]
+        job.optimizer_step([sum(of_weight) for of_weight in zip(*gradients, strict=True)])
+    assert job.on_host == 3 * CALLS_BEFORE_CAPTURE + 2 and len(job.step._graphs) == 2
 
 
 def test_what_a_graph_cannot_know_has_graphs_of_its_own(monkeypatch):
