@@ -15,12 +15,17 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.indexed import Shard
+from momoe_titan.data.read_texts import kind_of
 from momoe_titan.data.source import Source
 from momoe_titan.data.tokenizer import TextTokenizer
 
 INFO = "tokens.json"  # beside the shards: what they are made of
 UNFINISHED = f"{INFO}.partial"  # in its place while they are made
 _SAMPLES, _SAMPLE_BYTES, _CHUNK_IDS = 64, 4096, 1 << 26
+
+
+class NoShardsError(DataError):
+    """A path names no token shards."""
 
 
 class TokenFiles(Source):
@@ -115,28 +120,45 @@ def holds_shards(path: str) -> bool:
     """Whether a path names token shards: a folder or pattern with an index of ids, or a shard by its name."""
     try:
         return bool(_find_shards(path, ""))
-    except DataError:
+    except NoShardsError:
         return False
+    except DataError:
+        return True  # which `open_tokens` says better
 
 
 def _find_shards(path: str, name: str) -> list[str]:
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        if os.path.exists(os.path.join(expanded, UNFINISHED)):
-            raise DataError(
-                f"{name}: python -m momoe_titan.data.tokenize has not finished this folder; the same command goes on"
-            )
-        if info := read_info(os.path.join(expanded, INFO)):
-            return [os.path.join(expanded, shard["name"]) for shard in info["shards"]]
+        _check_finished(expanded, name)
+        info = read_info(os.path.join(expanded, INFO))
         found = glob.glob(os.path.join(glob.escape(expanded), "**", "*.idx"), recursive=True)
+        found = [f for f in found if os.path.exists(f.removesuffix(".idx") + ".bin")]  # others have such names, too
+        if (info or found) and (text := first_text(expanded)):
+            raise DataError(f"{name} holds token shards and {text!r}: keep texts in a folder of their own")
+        if info:
+            return [os.path.join(expanded, shard["name"]) for shard in info["shards"]]
     elif expanded.endswith((".bin", ".idx")) or os.path.exists(f"{expanded}.idx"):
         found = [expanded] if os.path.exists(expanded) else [f"{expanded}.idx"] * os.path.exists(f"{expanded}.idx")
     else:
         found = []
     found = found or [f for f in glob.glob(expanded, recursive=True) if f.endswith((".bin", ".idx"))]
     if not found:
-        raise DataError(f"{name} is no folder of token shards, no shard (.bin and .idx), and no pattern of such")
+        raise NoShardsError(f"{name} is no folder of token shards, no shard (.bin and .idx), and no pattern of such")
+    for folder in {os.path.dirname(f) for f in found}:
+        _check_finished(folder, name)
     return sorted({os.path.splitext(f)[0] for f in found})
+
+
+def _check_finished(folder: str, name: str) -> None:
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        raise DataError(
+            f"{name}: python -m momoe_titan.data.tokenize has not finished {folder!r}; the same command goes on"
+        )
+
+
+def first_text(folder: str | os.PathLike[str]) -> str | None:
+    """A file of text in a folder, or None."""
+    return next((name for name in sorted(os.listdir(folder)) if kind_of(name)), None)
 
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:

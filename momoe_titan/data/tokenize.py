@@ -30,7 +30,7 @@ from momoe_titan.data.errors import DataError
 from momoe_titan.data.indexed import Shard, ShardWriter, dtype_for
 from momoe_titan.data.local_files import find_local_files
 from momoe_titan.data.read_texts import read_texts
-from momoe_titan.data.token_files import INFO, UNFINISHED, read_info
+from momoe_titan.data.token_files import INFO, UNFINISHED, first_text, read_info
 from momoe_titan.data.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # of text that a process tokenizes at a time
@@ -150,6 +150,8 @@ class Folder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise DataError(f"another process writes to {str(path)!r}") from e
+        if text := first_text(path):
+            raise DataError(f"{str(path)!r} holds {text!r}: give token shards a folder of their own")
         complete = read_info(path / INFO)
         before = complete or read_info(path / UNFINISHED)
         self.is_complete = complete is not None

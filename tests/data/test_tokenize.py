@@ -89,8 +89,10 @@ def test_interrupted_work_is_not_taken_and_goes_on(tmp_path, texts, tokenizer, m
 
     monkeypatch.setattr(tokenize, "_encode", interrupted)
     assert run(texts, tmp_path / "cut") == 130
-    with pytest.raises(DataError, match="has not finished this folder"):
-        open_tokens(str(tmp_path / "cut"), tokenizer, "training.dataset_path")
+    for path in ("cut", "cut/00000.idx", "cut/*.bin"):
+        assert holds_shards(str(tmp_path / path))
+        with pytest.raises(DataError, match="has not finished '.*cut'"):
+            open_tokens(str(tmp_path / path), tokenizer, "training.dataset_path")
     assert not list((tmp_path / "cut").glob("*.bin.partial"))
     shards = len(list((tmp_path / "cut").glob("*.idx")))
     assert run(texts, tmp_path / "cut") == 0
@@ -131,6 +133,18 @@ def test_shards_of_others_are_read_with_a_warning(tmp_path, tokenizer, caplog):
     (tmp_path / "m.bin").write_bytes(struct.pack("<5i", 5, 6, 7, 2048, 1))
     with pytest.raises(DataError, match="holds the id 2048, but the tokenizer .* ends with 2047"):
         open_tokens(str(tmp_path), tokenizer, "training.dataset_path")
+
+
+def test_texts_and_shards_in_one_folder_are_refused(tmp_path, texts, tokenizer, capsys):
+    """Neither is taken for the other. A file that only has such a name changes nothing."""
+    Path(texts, "a.idx").write_text("an index of another kind")
+    assert not holds_shards(texts)
+    assert run(texts, texts) == 2 and "holds 'a.jsonl'" in capsys.readouterr().err
+    assert run(texts, tmp_path / "tokens") == 0
+    (tmp_path / "tokens" / "more.txt").write_text("text")
+    assert holds_shards(str(tmp_path / "tokens"))
+    with pytest.raises(DataError, match=r"^training.dataset_path .* holds token shards and 'more.txt'"):
+        open_tokens(str(tmp_path / "tokens"), tokenizer, "training.dataset_path")
 
 
 def test_damaged_shards_are_named(tmp_path, tokenizer):
