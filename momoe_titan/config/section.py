@@ -42,9 +42,10 @@ class DataSource:
     "local" for files at path, or "python_stdlib".
     """
 
-    text_field: str = "text"
+    text_field: str = ""
     """
-    Which field of a .jsonl or .parquet record holds the text.
+    Which field of a .jsonl or .parquet record holds the text; left
+    out, it is momoe.data_text_field.
     """
 
     weight: float = 1.0
@@ -273,8 +274,6 @@ def _data_source(index: int, table: Any) -> DataSource:
         raise ValueError(f"{name}.dataset is {table.dataset!r}, must be one of {', '.join(map(repr, OWN_DATASETS))}")
     if not 0 < table.weight < float("inf"):
         raise ValueError(f"{name}.weight is {table.weight!r}, must be a finite number above 0")
-    if not table.text_field:
-        raise ValueError(f"{name}.text_field is '', must be the name of a field")
     return table
 
 

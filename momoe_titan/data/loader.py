@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -168,11 +168,12 @@ def build_dataloader(
             "momoe.data_streaming has no effect any more: files are read once, before the first step, and then from a "
             "memory-mapped cache"
         )
-    sources = {f"momoe.data[{i}].path": given for i, given in enumerate(options.data)} or {
+    mixed = [replace(each, text_field=each.text_field or options.data_text_field) for each in options.data]
+    sources = {f"momoe.data[{i}].path": given for i, given in enumerate(mixed)} or {
         "training.dataset_path": DataSource(training.dataset_path or "", training.dataset, options.data_text_field)
     }
     build = _Build("training", training, options, tokenizer, dp_rank, dp_world_size, infinite)
-    return build.loader(sources, job_config.debug.seed or 0, options.data_shuffle)
+    return build.loader(sources, abs(job_config.debug.seed or 0), options.data_shuffle)
 
 
 def build_validation_dataloader(

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import time
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def _wait_for(lock: Any, name: str) -> None:
 
 def _write(files: Sequence[str], field: str, name: str, target: str) -> None:
     """Write the Arrow file and its summary, each under its name only when it is whole."""
-    partial = f"{target}.{os.getpid()}"
+    partial = f"{target}.{uuid.uuid4().hex}"  # hosts that share the folder may have no locks in common
     begin, documents, size, content, lengths = time.monotonic(), 0, 0, 0, 0
     try:
         with pa.ipc.new_file(partial, SCHEMA) as writer:

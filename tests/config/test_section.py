@@ -96,7 +96,7 @@ def test_bad_field_is_named_with_its_value(fields):
         ({"path": 3}, ".path is 3, must be of type str or a list of str"),
         ({"path": "a", "weight": 0}, ".weight is 0, must be a finite number above 0"),
         ({"path": "a", "weight": math.inf}, ".weight is inf, must be a finite number above 0"),
-        ({"path": "a", "text_field": ""}, ".text_field is '', must be the name of a field"),
+        ({"path": "a", "text_field": 1}, ".text_field is 1, must be of type str"),
         ({"dataset": "c4"}, ".dataset is 'c4', must be one of 'local', 'python_stdlib'"),
         ("a.jsonl", " is 'a.jsonl', must be a table"),
     ],

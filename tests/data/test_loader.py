@@ -146,12 +146,14 @@ hf_assets_path = "momoe_titan/assets/tokenizer"
 dataset = "local"
 local_batch_size = 2
 seq_len = 16
+[momoe]
+data_text_field = "body"
 [[momoe.data]]
 path = ["{folder}/a.jsonl", "{folder}/b.jsonl"]
+text_field = "text"
 weight = 3
 [[momoe.data]]
 path = "{folder}/c.parquet"
-text_field = "body"
 [[momoe.data]]
 dataset = "python_stdlib_validation"
 weight = 0.5
