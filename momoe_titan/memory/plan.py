@@ -26,10 +26,15 @@ def context_bytes(world_size: int) -> int:
 
 class ZRows(NamedTuple):
     """Which rows of an MoE layer's z a block holds: those that save_percent saves, or the others, computed in the
-    backward."""
+    backward.
+
+    Attributes:
+        tile_bytes: what a block of the others has beyond them where some rows are saved: the tile of both kinds.
+    """
 
     layer: str
     saved: bool
+    tile_bytes: int = 0
 
 
 @dataclass
@@ -138,7 +143,9 @@ class MemoryPlan:
         def scale(num_bytes: int, rows: ZRows | None) -> int:
             if rows is None:
                 return num_bytes
-            return z_bytes(num_bytes, percents[rows.layer] if rows.saved else 100 - percents[rows.layer])
+            percent = percents[rows.layer] if rows.saved else 100 - percents[rows.layer]
+            found = z_bytes(num_bytes, percent)
+            return found + block_bytes(rows.tile_bytes) if 0 < percent < 100 and found else found
 
         scaled = ((block, scale(num_bytes, rows)) for block, num_bytes, rows in self.events)
         if capacity is not None:

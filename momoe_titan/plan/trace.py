@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from momoe_titan.kernels import op
 from momoe_titan.kernels.gemms import select_gemms
+from momoe_titan.kernels.hopper.launch import BM
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import ZRows
 
@@ -105,8 +106,8 @@ class MemoryTrace(TorchDispatchMode):
         self._z_key: tuple = ()
         # While one of our ops runs: the memory after each allocation inside it. Otherwise None.
         self._inside: list | None = None
-        # While dz overwrites z: (z's block, event number of the extra buffer for rows that were not saved, layer name).
-        self._z_being_overwritten: tuple[_Block, int, str] | None = None
+        # While dz overwrites z: (z's block, event number of the extra buffer for rows that were not saved, which rows).
+        self._z_being_overwritten: tuple[_Block, int, ZRows] | None = None
         self._exit = contextlib.ExitStack()
 
     def begin_step(self) -> None:
@@ -233,17 +234,18 @@ class MemoryTrace(TorchDispatchMode):
             yield
             return
         layer, part, number = z.z_layer, z.part, self._number
+        others = ZRows(layer, saved=False, tile_bytes=(BM.value - 1) * args[5].shape[1] * args[5].element_size())
         self._number += 1
         self._count(z, -z.num_bytes)
         z.z_layer, z.part = None, BACKWARD
         self._count(z, z.num_bytes)
-        self.events.append((number, z.num_bytes, ZRows(layer, saved=False)))
-        self._z_being_overwritten = z, number, layer
+        self.events.append((number, z.num_bytes, others))
+        self._z_being_overwritten = z, number, others
         try:
             yield
         finally:
             self._z_being_overwritten = None
-            self.events.append((number, 0, ZRows(layer, saved=False)))
+            self.events.append((number, 0, others))
             self._count(z, -z.num_bytes)
             z.z_layer, z.part = layer, part
             self._count(z, z.num_bytes)
@@ -280,9 +282,9 @@ class MemoryTrace(TorchDispatchMode):
         if change:
             block.num_bytes += change
             if self._z_being_overwritten and block is self._z_being_overwritten[0]:
-                _, again, layer = self._z_being_overwritten
-                self.events.append((block.number, block.num_bytes, ZRows(layer, saved=True)))
-                self.events.append((again, block.num_bytes, ZRows(layer, saved=False)))
+                _, again, others = self._z_being_overwritten
+                self.events.append((block.number, block.num_bytes, ZRows(others.layer, saved=True)))
+                self.events.append((again, block.num_bytes, others))
             else:
                 self.events.append(
                     (block.number, block.num_bytes, ZRows(block.z_layer, saved=True) if block.z_layer else None)

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momoe_titan.kernels import momoe_mlp, op
+from momoe_titan.kernels.cross_entropy import linear_cross_entropy
 from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import MemoryPlan, Moment
@@ -149,3 +150,22 @@ def test_gradients_are_known_by_their_place_in_the_step_before(made_once):
             del once
     highest = max(trace.moments.values(), key=lambda m: m.base)
     assert highest.parts["gradients"] == block_bytes(4_000_000)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_takes_half_a_gib_beyond_its_gradients(weights_dtype):
+    """Of 16k tokens and 151,936 classes, whose logits in bfloat16 and their gradient are 9.3 GiB."""
+    tokens, classes, dim = 16384, 151936, 2048
+    with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+        x_TD = torch.empty(tokens, dim, dtype=torch.bfloat16, requires_grad=True)
+        weight_VD = torch.empty(classes, dim, dtype=weights_dtype, requires_grad=True)
+        labels_T = torch.empty(tokens, dtype=torch.int64)
+        gradients = alive(trace) - labels_T.nbytes
+        if weights_dtype == torch.bfloat16:
+            gradients += weight_VD.nbytes  # summed in float32
+        before = alive(trace)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear_cross_entropy(x_TD, weight_VD, labels_T, dtype=torch.bfloat16).backward()
+    beyond = max(moment.base for moment in trace.moments.values()) - before - gradients
+    copy = 2 * classes * dim if weights_dtype == torch.float32 else 0  # of the weight
+    assert 350 << 20 < beyond - copy < 512 << 20  # the logits of 1,280 tokens, and little else
