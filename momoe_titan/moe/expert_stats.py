@@ -154,7 +154,11 @@ def records_entropy(module: nn.Module) -> bool:
     """
     if not feeds_balancing(module):
         return False
-    return torch.compiler.is_compiling() or _entropy_wanted or torch.cuda.is_current_stream_capturing()
+    return torch.compiler.is_compiling() or _entropy_wanted or _is_captured()
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def recording_entropy(device: torch.device) -> torch.Tensor | None:
@@ -165,8 +169,7 @@ def recording_entropy(device: torch.device) -> torch.Tensor | None:
     """
     if _paused or not is_first_forward():
         return None
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return _switch(device) if captured or _entropy_wanted else None
+    return _switch(device) if _entropy_wanted or _is_captured() else None
 
 
 @torch.library.custom_op("momoe_titan::accumulate_entropy", mutates_args=("total_2",))

@@ -11,6 +11,7 @@ from momoe_titan.moe.expert_stats import (
     record_counts,
     recording_entropy,
     recording_paused,
+    records_entropy,
     want_entropy,
 )
 
@@ -60,7 +61,7 @@ def test_records_nothing_while_paused(entropy_wanted):
 def test_a_captured_forward_asks_when_it_runs(monkeypatch):
     """The host cannot ask in a CUDA graph: what is captured while nothing is wanted must record once it is."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(expert_stats, "_is_captured", lambda: True)
     monkeypatch.setattr(expert_stats, "_switches", {gpu: torch.zeros(())})
     switch = recording_entropy(gpu)
     assert switch == 0
@@ -69,4 +70,6 @@ def test_a_captured_forward_asks_when_it_runs(monkeypatch):
     with recording_paused():
         assert recording_entropy(gpu) is None
     want_entropy(False)
-    assert switch == 0 and recording_entropy(torch.device("cpu")) is None
+    assert switch == 0 and records_entropy(nn.Module())
+    monkeypatch.undo()
+    assert recording_entropy(gpu) is None and not records_entropy(nn.Module())
