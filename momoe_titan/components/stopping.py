@@ -45,7 +45,7 @@ class StopRequest:
         self._noted_at = 0.0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None  # a group of gloo; torch types its result as a number too
 
     def __enter__(self) -> "StopRequest":
         for signum in SIGNALS:
