@@ -285,5 +285,5 @@ def build_pipeline(
     tokens = ParallelMapper(documents, Encode(order, tokenizer), threads, in_order=True, method="thread")
     pad = 0 if tokenizer.eos_id is None else tokenizer.eos_id
     node: BaseNode = Batches(tokens, packer, order, place, batch_size, pad, with_positions)
-    node = PinMemory(node) if pin else node
+    node = PinMemory(node, "cuda") if pin else node  # named, so that its thread takes this rank's GPU, not the first
     return Prefetcher(node, ahead) if ahead else node
