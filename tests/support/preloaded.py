@@ -1,5 +1,7 @@
 """Imports, as on a machine without a GPU, what the commands of this package import: see tests/support/commands.py."""
 
+from pathlib import Path
+
 from momoe_titan.train import describe_cpu
 
 with describe_cpu():
@@ -12,4 +14,5 @@ with describe_cpu():
     import momoe_titan.register  # noqa: F401
 
 # The sources that its help texts come from are read once.
-ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config"])
+TOKENIZER = Path(__file__).parents[2] / "momoe_titan/assets/tokenizer"
+ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config", f"--model.hf_assets_path={TOKENIZER}"])
