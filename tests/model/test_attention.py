@@ -98,18 +98,28 @@ def test_blocks_that_are_left_out_or_not_masked(lengths):
         assert torch.equal(listed, wanted)
 
 
-def test_flex_attention_agrees_and_does_not_compile_again():
-    """On new documents. The backward of flex attention needs a GPU: tests/model/test_model_gpu.py."""
-    counter, attention = CompileCounter(), DocumentAttention()
-    compiled = torch.compile(attention, backend=counter, fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 160, 16, generator=generator) for heads in (4, 2, 2))
-    for lengths in ([[160], [100, 60]], [[1] * 160, [10, 20, 130]], [[159, 1], [64, 96]]):
-        numbers = number_documents(torch.empty(0), positions_of(lengths), None)
-        expected = attention(q, k, v, mask=document_mask(numbers), enable_gqa=True)
-        got = compiled(q, k, v, mask=block_mask(numbers), enable_gqa=True)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_flex_attention_agrees_and_compiles_once(mode):
+    """In compiled blocks, recomputed or not: one graph of dense blocks and one of MoE blocks, whatever the documents.
+
+    Without gradients. The backward of flex attention needs a GPU.
+    """
+    torch._dynamo.reset()
+    config = job_config()
+    config.compile.enable, config.activation_checkpoint.mode = True, mode
+    config.compile.backend = counter = CompileCounter()
+    args = tiny_args(document_mask=True, head_dim=16, qk_norm="per_head")
+    apply = partial(parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config)
+    compiled, plain = build(args, parallelize=apply).eval(), build(args).eval()
+    for seed, lengths in enumerate((LENGTHS, [[16], [1] * 16], [[8, 8], [3, 13]])):
+        tokens = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(seed))
+        numbers = number_documents(tokens, positions_of(lengths), None)
+        with torch.no_grad():
+            got, expected = (
+                m(tokens, attention_masks=x) for m, x in ((compiled, block_mask(numbers)), (plain, numbers))
+            )
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == 1
+    assert counter.frame_count == 2
 
 
 def of_all(out, tensors, dout):
