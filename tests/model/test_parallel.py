@@ -118,7 +118,7 @@ NARROW = {"training.mixed_precision_param": "bfloat16", "optimizer.implementatio
 BFLOAT16 = {
     "fsdp, bfloat16": mesh(shard=2) | NARROW,
     "tp, bfloat16": mesh(tp=2) | NARROW,
-    "pp, interleaved, bfloat16": mesh(pp=2) | INTERLEAVED | NARROW,
+    "pp, interleaved, bfloat16": mesh(pp=2) | INTERLEAVED | NARROW | VALIDATED,
 }
 RUNS = [  # (processes, name, settings), one after another
     *((1, *run) for run in ONE_PROCESS.items()),
