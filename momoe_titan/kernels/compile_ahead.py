@@ -6,7 +6,6 @@ first launch then finds the kernels.
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -173,8 +172,10 @@ def compile_here(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
 
 
 def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
-    # What fails here fails again at the first launch, where it is said. The parent's buffers are not this process's.
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    # What fails here fails again at the first launch, where it is said.
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
     try:
         compile_here(part, target)
     finally:
