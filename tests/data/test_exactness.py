@@ -1,6 +1,11 @@
 """Every document of a pass is read exactly once, whenever a run is killed and on however many ranks it goes on."""
 
+import json
+import multiprocessing
+import os
 import random
+import signal
+import time
 from collections import Counter
 
 import pytest
@@ -66,6 +71,35 @@ def test_threads_and_batches_read_ahead_change_nothing():
         for each in taken:
             seen += tokens_in(each)
         states = states_of(built)
+        assert seen == read_so_far(order, states)
+
+
+def test_a_process_with_threads_is_killed_and_goes_on(tmp_path):
+    """kill -9 at any moment of a process that tokenizes ahead; each of its steps is a checkpoint."""
+    order, states, seen = ORDERS["mixed"](), [], Counter()
+    steps = tmp_path / "steps"
+    for ranks in (1, 2, 3):
+        steps.write_text("")
+
+        def work(ranks: int = ranks, states: list[bytes] = states) -> None:
+            built = loaders(order, ranks, states, threads=2, ahead=3)
+            with open(steps, "a") as f:
+                for step in zip(*built, strict=True):
+                    counted = tokens_in((inputs["input"].tolist(), labels.tolist()) for inputs, labels in step)
+                    f.write(json.dumps([counted, [state.decode() for state in states_of(built)]]) + "\n")
+                    f.flush()
+
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        while steps.read_text().count("\n") < 3 and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(random.random() / 50)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        lines = [json.loads(line) for line in steps.read_text().split("\n")[:-1]]
+        for counted, _ in lines:
+            seen += Counter({int(token): count for token, count in counted.items()})
+        states = [state.encode() for state in lines[-1][1]]
         assert seen == read_so_far(order, states)
 
 
