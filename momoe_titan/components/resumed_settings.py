@@ -87,7 +87,7 @@ def log_differences(folder: str, job_config: JobConfig) -> None:
         )
     elif changed := differences(saved, job_config):
         lines = [f"  {field}: {old!r} -> {new!r}; holds: {holds}" for field, old, new, holds in changed]
-        logger.warning(f"{len(changed)} settings are not those of the checkpoint {folder}:\n" + "\n".join(lines))
+        logger.warning(f"Settings that are not those of the checkpoint {folder}, {len(changed)}:\n" + "\n".join(lines))
 
 
 def apply_job_settings(optimizers: Iterable[Optimizer], schedulers: Iterable[LambdaLR]) -> None:

@@ -377,13 +377,13 @@ def test_settings_of_the_resumed_job_hold(saved_after_3, name, implementation, c
     assert {line.partition(":")[0] for line in lines} >= {f"optimizer.{name}" for name in other if name != "name"} - {
         "optimizer.implementation" if implementation == "for-loop" else ""
     }
-    assert caplog.text.count("settings are not those of the checkpoint") == 1
+    assert caplog.text.count("Settings that are not those of the checkpoint") == 1
 
 
 def test_nothing_is_listed_where_nothing_has_changed(saved_after_3, caplog):
     job, _ = job_with(saved_after_3, lr=1e-2, weight_decay=0.1)
     assert job.checkpointer.load()
-    assert "settings are not those" not in caplog.text and "holds" not in caplog.text
+    assert "Settings that are not those" not in caplog.text and "holds" not in caplog.text
     (group,) = next(iter(job.optimizers)).param_groups
     assert group["lr"] == 1e-2 * 4 / 8
 
@@ -402,7 +402,7 @@ def test_weights_alone_bring_no_settings(saved_after_3, tmp_path_factory, caplog
     job, config = job_with(folder, lr=3e-3)
     job.checkpointer.initial_load_path = str(saved_after_3 / "checkpoint/step-3")
     assert job.checkpointer.load()
-    assert job.state.step == 0 and "settings are not those" not in caplog.text
+    assert job.state.step == 0 and "Settings that are not those" not in caplog.text
     assert resumed_checkpoint(config) is None
     config.checkpoint.initial_load_path = job.checkpointer.initial_load_path
     assert resumed_checkpoint(config) is None
