@@ -266,6 +266,11 @@ def optimizer() -> str:
     return _plain("optimizer_h200", model="model", optimizer="optimizer", ms="ms", gb_per_s="GB/s")
 
 
+def loss() -> str:
+    header = {"tokens": "tokens", "classes": "vocabulary", "dim": "width", "loss": "loss", "ms": "ms"}
+    return _plain("loss_h200", **header, mib="MiB beyond the gradients")
+
+
 def precision_losses() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 180, 250, 300)}
     return _plain("precision_losses_h200", model="model, sequences x tokens", run="mixed_precision", **losses)
@@ -441,7 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (balance_average,)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
-    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, precision_losses)
+    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, precision_losses)
     + (step_breakdown, rms_norm)
 }
 

@@ -138,6 +138,17 @@ def test_ddp_composes_with_nothing(monkeypatch, kind, shard, world):
     read(monkeypatch, {**degrees, "data_parallel_shard_degree": 2}, 8)  # HSDP
 
 
+def test_warns_where_loss_parallel_cannot_be_switched_off(monkeypatch, caplog):
+    settings = {"tensor_parallel_degree": 2, "disable_loss_parallel": True}
+    read(monkeypatch, settings, 2)
+    assert "disable_loss_parallel = true HAS NO EFFECT" in caplog.text
+    caplog.clear()
+    whole_logits = job_config(loss_chunk_mib=0)
+    monkeypatch.setattr("tests.config.test_parallelism.job_config", lambda: whole_logits)
+    read(monkeypatch, settings, 2)
+    assert "disable_loss_parallel" not in caplog.text
+
+
 def test_accepts_what_composes(monkeypatch):
     degrees = {"tensor_parallel_degree": 2, "context_parallel_degree": 2, **INTERLEAVED}
     stages = {

@@ -28,7 +28,8 @@ from momoe_titan.save_percent import AUTO
 MISSING_UNDER_TORCHTITAN = (
     "This job was not started by momoe_titan.train, which takes the same options. It lacks: checks of folders, data "
     "and tokenizer before anything is built; resuming from the last whole checkpoint, with the job's own learning "
-    "rate and a list of what has changed; training without a GPU; config.json and tokenizer beside Hugging Face weights"
+    "rate and a list of what has changed; training without a GPU; config.json and tokenizer beside Hugging Face "
+    "weights; a loss without whole logits (momoe.loss_chunk_mib)"
 )
 FLEX_HEAD_DIM = 16  # the least
 _CHECKED = "_checked_by_momoe_titan"  # attribute of a job's configuration

@@ -108,6 +108,11 @@ def _check_tensor_parallel(args: ModelArgs, job_config: JobConfig) -> None:
             f"parallelism.tensor_parallel_degree is {tp}, must be 1 with qk_norm 'full': it "
             "normalises over all heads, of which each rank has some"
         )
+    if parallelism.disable_loss_parallel and getattr(job_config, "momoe", Momoe()).loss_chunk_mib > 0:
+        logger.warning(
+            "parallelism.disable_loss_parallel = true HAS NO EFFECT: each rank computes its part of the vocabulary, "
+            "unless momoe.loss_chunk_mib is 0"
+        )
     if parallelism.enable_async_tensor_parallel and not compiles_model(job_config):
         raise ValueError(
             "parallelism.enable_async_tensor_parallel is True, which needs compile.enable and "
