@@ -96,7 +96,7 @@ class Chunks:
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
     # PyTorch frees pinned memory only after what is being copied from it.
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 @triton.jit

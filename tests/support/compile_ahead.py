@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import cross_entropy, decode, gpu, quantile, router
+from momoe_titan.kernels import adamw, cross_entropy, decode, gpu, multi_tensor, quantile, router
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.hopper import launch as hopper
@@ -114,6 +114,11 @@ def main(arch: str, shapes: list[str]) -> None:
             uses = [(True, True), (True, False), (False, True)] if shape == "odd" and dtype == torch.bfloat16 else []
             for finds, writes in uses or [(True, True)]:
                 cross_entropy._run_kernel(logits, ids[:, 0], stats, None, finds, writes)
+            step = functools.partial(new, dtype=torch.float32)
+            weight, copy = step(d_model), new(d_model) if dtype == torch.bfloat16 else None
+            of_weight = adamw.Updated(weight, new(d_model), step(d_model), step(d_model), step(), copy)
+            adamw.Adamw().step([of_weight], adamw.Rates(1e-3, (0.9, 0.95), 1e-8, 0.1), step(), step())
+            multi_tensor.SquareSum()([new(d_model)])
             if dtype == torch.bfloat16:
                 for few in (1, 2):  # one token has kernels of its own on sm_90
                     decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
