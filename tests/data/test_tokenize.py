@@ -1,5 +1,6 @@
 """Token shards: the format, the command that writes them, and what is refused before the first step."""
 
+import itertools
 import json
 import pickle
 import struct
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchtitan.config import ConfigManager
 
 import momoe_titan
 from momoe_titan.data import tokenize
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.indexed import DTYPES, Shard, ShardWriter, dtype_for
+from momoe_titan.data.loader import build_dataloader
 from momoe_titan.data.token_files import holds_shards, open_tokens
 from momoe_titan.data.tokenizer import TextTokenizer
 
@@ -63,6 +66,31 @@ def test_shards_hold_every_document_in_order(tmp_path, texts, tokenizer, monkeyp
     shard = open_tokens(str(tmp_path / "one" / "00001.bin"), tokenizer, "training.dataset_path")
     assert 0 < len(shard) < 100 and shard.fingerprint != source.fingerprint
     assert holds_shards(str(tmp_path / "one" / "*.idx")) and not holds_shards(texts)
+
+
+def test_training_gets_from_shards_what_it_gets_from_texts(tmp_path, texts, tokenizer, monkeypatch):
+    """Shuffled alike, and resumed in the middle."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert run(texts, tmp_path / "tokens") == 0
+
+    def loader(path):
+        options = ["--job.custom_config_module=momoe_titan.job_config", f"--model.hf_assets_path={TOKENIZER}"]
+        options += ["--training.dataset=local", f"--training.dataset_path={path}", "--momoe.data_text_field=body"]
+        options += ["--training.local_batch_size=2", "--training.seq_len=32"]
+        return build_dataloader(1, 0, tokenizer, ConfigManager().parse_args(options))
+
+    def batches(loader, count):
+        taken = itertools.islice(loader, count)
+        return [(inputs["input"].tolist(), labels.tolist()) for inputs, labels in taken]
+
+    shards = loader(tmp_path / "tokens")
+    first = batches(shards, 5)
+    state = shards.state_dict()
+    resumed = loader(tmp_path / "tokens")
+    resumed.load_state_dict(state)
+    whole = batches(loader(texts), 12)
+    assert first == whole[:5]
+    assert batches(resumed, 5) == whole[5:10]
 
 
 def test_layout_is_that_of_megatron(tmp_path):
