@@ -93,6 +93,8 @@ class AdamW(torch.optim.AdamW):
         for name in ("exp_avg", "exp_avg_sq"):
             if not local(state[name]).is_contiguous():
                 state[name] = state[name].contiguous()
+        if state["step"].device != parameter.device:  # of a state that an unfused optimizer has saved
+            state["step"] = state["step"].to(parameter.device)
         copy = self.copies.get(parameter)
         return Updated(
             parameter=local(parameter),
