@@ -257,6 +257,10 @@ def step_breakdown() -> str:
     return _plain("step_breakdown_h200", part="part of the step", before="before, ms", after="now, ms")
 
 
+def first_step() -> str:
+    return _plain("first_step_h200", phase="phase", before="before, s", now="now, s")
+
+
 def rms_norm() -> str:
     header = {"rows": "rows", "width": "width", "dtype": "dtype", "limit": "limit, us"}
     return _plain("rms_norm_h200", **header, compiled="torch.compile, us", own="own kernel, us")
@@ -447,7 +451,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (balance_average,)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, precision_losses)
-    + (step_breakdown, rms_norm)
+    + (step_breakdown, first_step, rms_norm)
 }
 
 
