@@ -19,6 +19,8 @@ def test_every_kernel_compiles_without_spills(arch):
     assert {"_up_kernel", "_down_kernel", "_sum_kernel"} <= names
     assert ({"_fused_kernel", "_sum_parts_kernel"} <= names) == (arch == "sm90")
     assert {"_route_kernel", "_route_backward_kernel", "_parts_kernel", "_count_margins_kernel"} <= names
+    assert {"_add_tokens_kernel", "_collect_kernel", "_quantiles_kernel", "_move_kernel"} <= names
+    assert {"_mean_logits_kernel", "_follow_kernel"} <= names
     assert {"_adamw_kernel", "_count_steps_kernel", "_square_sums_kernel"} <= names
     # losses with gradients in two dtypes and sizes, and in one each of them alone
     assert len([row for row in rows if row["kernel"] == "_cross_entropy_kernel"]) == 5

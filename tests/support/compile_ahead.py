@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import adamw, cross_entropy, decode, gpu, multi_tensor, quantile, router
+from momoe_titan.kernels import adamw, balance, cross_entropy, decode, gpu, multi_tensor, quantile, router
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.hopper import launch as hopper
@@ -79,11 +79,36 @@ def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
+class _Addresses:
+    """A table of addresses that holds none."""
+
+    def on(self, device: torch.device, values: list[int]) -> torch.Tensor:
+        return empty(len(values), dtype=torch.int64)
+
+
+def balance_step(layers: int, experts: int, chosen: int, d_model: int) -> None:
+    step, each = balance.BalanceStep(), range(layers)
+    step._totals = step._biases = step._gates = _Addresses()
+    counts = [empty(experts, dtype=torch.int64) for _ in each]
+    margins = [empty(experts, quantile.NUM_BINS, dtype=torch.int32) for _ in each]
+    _, (_, histogram, sums) = step.collect([counts, margins, [empty(d_model + 1, dtype=torch.float32) for _ in each]])
+    biases, found_inf = [empty(experts, dtype=torch.float32) for _ in each], empty(1, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = [empty(experts, d_model, dtype=dtype) for _ in each]
+        for gate_biases in ([], [empty(experts, dtype=dtype) for _ in each]):
+            logits = step.mean_logits(weights, gate_biases, sums)
+    for skips in (None, found_inf):
+        step.solve(biases, histogram, chosen, 0.5, skips)
+        for func in ("sigmoid", "softmax"):
+            step.follow(biases, logits, logits, func, skips)
+
+
 def main(arch: str, shapes: list[str]) -> None:
     driver.set_active(_NoDevice(CAPABILITY[arch]))
     gpu.device_properties = lambda device: (divmod(CAPABILITY[arch], 10), arch)
     hopper.supported = lambda *args: False  # compile_hopper.py has that family
     gpu.num_processors = lambda device: 132
+    balance.runs_here = lambda t: True
     run, seen = JITFunction.run, set()
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -114,6 +139,8 @@ def main(arch: str, shapes: list[str]) -> None:
             uses = [(True, True), (True, False), (False, True)] if shape == "odd" and dtype == torch.bfloat16 else []
             for finds, writes in uses or [(True, True)]:
                 cross_entropy._run_kernel(logits, ids[:, 0], stats, None, finds, writes)
+            quantile._add_tokens(x, new(d_model + 1, dtype=torch.float32))
+            balance_step(2, experts, chosen, d_model)
             step = functools.partial(new, dtype=torch.float32)
             weight, copy = step(d_model), new(d_model) if dtype == torch.bfloat16 else None
             of_weight = adamw.Updated(weight, new(d_model), step(d_model), step(d_model), step(), copy)
