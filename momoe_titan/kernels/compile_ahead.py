@@ -18,7 +18,7 @@ from triton.runtime.driver import driver
 from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
 from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.op import Needs
-from momoe_titan.kernels.routing import packed_size, unpack_routing
+from momoe_titan.kernels.routing import build_routing, packed_size, unpack_routing
 from momoe_titan.save_percent import num_saved_rows
 
 TIMEOUT = 120.0  # seconds that a launch waits for kernels being compiled
@@ -94,6 +94,13 @@ class LayerKernels:
             op._combined(gemms.up_proj_backward, dz, w1, routing, None, torch.empty_like(x), ranges)
 
         self._with_gradient(input_gradient)
+
+    def other_sort(self) -> None:
+        """The sort of few tokens where the layer has many, and of many where it has few; its first call runs both."""
+        num_tokens = 64 if self.num_tokens * self.top_k > 8192 else 8192
+        ids, scores = (self.new(num_tokens, self.top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
+        tile_rows = select_gemms(self.new(num_tokens, self.d_model), self.ffn).tile_rows
+        build_routing(ids, scores, self.num_experts, tile_rows)
 
     def router(self) -> None:
         """The choice of experts, its gradient, and what is counted of it."""
@@ -188,7 +195,8 @@ def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
     Returns at once. Forks this process, whose threads might hold locks: call it before any are started.
     """
     fork = multiprocessing.get_context("fork")
-    parts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient, layer.router, layer.loss
+    experts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient
+    parts = (*experts, layer.router, layer.other_sort, layer.loss)
     children = [fork.Process(target=_in_child, args=(part, target), daemon=True) for part in parts]
     for child in children:
         child.start()
