@@ -275,6 +275,15 @@ def loss() -> str:
     return _plain("loss_h200", **header, mib="MiB beyond the gradients")
 
 
+def loss_30b() -> str:
+    return _plain("loss_30b_h200", loss="the loss holds", tokens_per_s="tokens/s", peak="peak, GiB")
+
+
+def loss_runs() -> str:
+    losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 200, 250, 300)}
+    return _plain("loss_runs_h200", run="the loss holds", **losses)
+
+
 def precision_losses() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 180, 250, 300)}
     return _plain("precision_losses_h200", model="model, sequences x tokens", run="mixed_precision", **losses)
@@ -450,7 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (balance_average,)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
-    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, precision_losses)
+    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
     + (step_breakdown, first_step, rms_norm)
 }
 

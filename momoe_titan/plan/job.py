@@ -341,10 +341,15 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
     def begin(phase):
         trace.phase = phase
 
+    def output(module, args, kwargs):
+        if "labels" in kwargs:  # the loss is computed in the model
+            begin("loss")
+
     def optimizer(*args):
         begin("optimizer")
 
     trainer.model_parts[0].register_forward_pre_hook(forward)
+    trainer.model_parts[0].get_submodule("output").register_forward_pre_hook(output, with_kwargs=True)
     trainer.loss_fn = loss
     trainer.on_phase = begin
     trainer.optimizers.register_step_pre_hook(optimizer)
