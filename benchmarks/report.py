@@ -407,7 +407,14 @@ def balance_cost() -> str:
         "margins_us": "margins, µs a layer",
         "routing_us": "routing, µs a layer",
     }
-    return _plain("balance_cost_h200", **header, hooks_ms="hooks, ms a step")
+    whole = {"step_ms": "step without the rule, ms", "rule_ms": "the rule adds, ms"}
+    return _plain("balance_cost_h200", **header, hooks_ms="hooks, ms a step", **whole)
+
+
+def balance_ep() -> str:
+    """How even the ranks of expert parallelism are loaded."""
+    header = {"worst_rank": "fuller rank over its share", "maxvio": "MaxVio", "tokens_per_s": "tokens/s per GPU"}
+    return _plain("balance_ep_2xh200", steps="steps", **header)
 
 
 def balance_debug_seeds() -> str:
@@ -457,7 +464,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
-    + (balance_average,)
+    + (balance_average, balance_ep)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
     + (step_breakdown, first_step, rms_norm)
