@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint import load
 
 from tests.support import ep_worker
+from tests.support.shared import made_once
 from tests.support.tiny import (
     assert_same_run,
     batch,
@@ -59,10 +60,7 @@ FOUR = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the results of all runs are, and the checkpoint of the first."""
-    folder = tmp_path_factory.mktemp("ep")
+def train_all(folder: Path) -> None:
     TWO["ep"]["save"] = str(folder / "checkpoint")
     runs = [
         (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()]) for world, runs in ((2, TWO), (4, FOUR))
@@ -70,7 +68,12 @@ def folder(tmp_path_factory):
     command = [sys.executable, "-m", "tests.support.ep_worker", str(folder), json.dumps(runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the results of all runs are, and the checkpoint of the first."""
+    return made_once(tmp_path_factory, "expert parallel", train_all)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from momoe_titan.model.parallel.parallelize import _warn_of_ranks_without_experts
 from momoe_titan.moe.balancing import bias_delta
 from tests.support import commands
+from tests.support.shared import made_once
 from tests.support.tiny import assert_same_run, build, tiny_args, train
 
 
 def launch(folder, processes, runs):
-    """Results of these runs, one after the other in the same processes."""
+    """Train these runs, one after the other in the same processes; results.pt has what came of them."""
     defaults = {
         "replicate": 1,
         "shard": processes,
@@ -27,33 +28,32 @@ def launch(folder, processes, runs):
     settings = json.dumps([{**defaults, **run} for run in runs.values()])
     done = commands.run("-m", "tests.support.fsdp_worker", str(out), str(processes), settings)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(runs, torch.load(out), strict=True))
+
+
+RUNS = {
+    "fsdp": {},
+    "fsdp, full": {"mode": "full"},
+    "fsdp, selective": {"mode": "selective"},
+    "fsdp, stock": {"backend": "torchtitan"},
+    "fsdp, bfloat16": {"param_dtype": "bfloat16"},
+    "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
+    "ddp, non-finite gradient": {**{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
+    "fsdp, infinite element": {"infinite_on": 1, "optimizer": "fused"},
+    "ddp, infinite element": {**{"infinite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
+    "ddp": {"replicate": 2, "shard": 1},
+    "fsdp, quantile": {"rule": "quantile"},
+    "fsdp, full, quantile": {"rule": "quantile", "mode": "full"},
+    "fsdp, tied": {"tied": True},
+    "fsdp, full, tied": {"tied": True, "mode": "full"},
+    "ddp, tied": {"tied": True, "replicate": 2, "shard": 1},
+    "ddp, quantile": {"rule": "quantile", "replicate": 2, "shard": 1},
+}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(
-        tmp_path_factory.mktemp("two"),
-        2,
-        {
-            "fsdp": {},
-            "fsdp, full": {"mode": "full"},
-            "fsdp, selective": {"mode": "selective"},
-            "fsdp, stock": {"backend": "torchtitan"},
-            "fsdp, bfloat16": {"param_dtype": "bfloat16"},
-            "fsdp, non-finite gradient": {"non_finite_on": 1, "optimizer": "fused"},
-            "ddp, non-finite gradient": {**{"non_finite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
-            "fsdp, infinite element": {"infinite_on": 1, "optimizer": "fused"},
-            "ddp, infinite element": {**{"infinite_on": 1, "optimizer": "fused", "replicate": 2, "shard": 1}},
-            "ddp": {"replicate": 2, "shard": 1},
-            "fsdp, quantile": {"rule": "quantile"},
-            "fsdp, full, quantile": {"rule": "quantile", "mode": "full"},
-            "fsdp, tied": {"tied": True},
-            "fsdp, full, tied": {"tied": True, "mode": "full"},
-            "ddp, tied": {"tied": True, "replicate": 2, "shard": 1},
-            "ddp, quantile": {"rule": "quantile", "replicate": 2, "shard": 1},
-        },
-    )
+    folder = made_once(tmp_path_factory, "fsdp", lambda folder: launch(folder, 2, RUNS))
+    return dict(zip(RUNS, torch.load(folder / "results.pt"), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,13 @@ checkpoint of one process goes on on two, tensor-parallel, and from there on one
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support import commands
+from tests.support.shared import made_once
 
 pytestmark = pytest.mark.slow
 
@@ -131,13 +133,16 @@ RUNS = [  # (processes, name, settings), one after another
 ]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("runs")
+def train_all(folder: Path) -> None:
     runs = json.dumps([(world, settings) for world, _, settings in RUNS])
     done = commands.run("-m", "tests.support.parallel_worker", str(folder), runs)
     errors = "\n".join(line for line in done.stderr.splitlines() if "redistributing" not in line)
     assert done.returncode == 0, f"exit code {done.returncode}\n{errors[-20000:]}"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    folder = made_once(tmp_path_factory, "parallel", train_all)
     return {name: torch.load(folder / f"{i}.pt") for i, (_, name, _) in enumerate(RUNS)}
 
 
