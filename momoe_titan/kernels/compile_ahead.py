@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
 from momoe_titan.kernels.gemms import select_gemms
+from momoe_titan.kernels.hopper.kernels import (
+    down_proj_backward_kernel,
+    rows_kernel,
+    up_proj_kernel,
+    weight_grad_kernel,
+)
 from momoe_titan.kernels.op import Needs
 from momoe_titan.kernels.routing import build_routing, packed_size, unpack_routing
 from momoe_titan.save_percent import num_saved_rows
@@ -189,11 +196,23 @@ def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
         os._exit(0)
 
 
+def hash_kernels() -> None:
+    """Have Triton hash the Hopper kernels, by which it finds them on disk, in the order of a training step.
+
+    They share functions that call one another, and Triton's hash of such functions depends on which was hashed first. A
+    process that compiles one kernel alone would store it under a name that no other process looks for.
+    """
+    for kernel in (up_proj_kernel, rows_kernel, down_proj_backward_kernel, weight_grad_kernel):
+        if isinstance(kernel, JITFunction):
+            _ = kernel.cache_key
+
+
 def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
     """Start compiling; the first launch of this process that would compile waits until that has ended.
 
     Returns at once. Forks this process, whose threads might hold locks: call it before any are started.
     """
+    hash_kernels()
     fork = multiprocessing.get_context("fork")
     experts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient
     parts = (*experts, layer.router, layer.other_sort, layer.loss)

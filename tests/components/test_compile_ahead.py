@@ -22,6 +22,18 @@ compile_ahead.compile_here(lambda: (layer.router(), layer.loss()), gpu.PlannedGp
 """
 
 
+HASHES = """
+import os
+from momoe_titan.kernels.compile_ahead import hash_kernels
+from momoe_titan.kernels.hopper import kernels
+hash_kernels()
+is_child = os.fork() == 0  # as `start` does, before it compiles some kernels alone
+names = ("weight_grad_kernel",) if is_child else ("up_proj_kernel", "rows_kernel", "weight_grad_kernel")
+print([getattr(kernels, name).cache_key for name in names][-1], flush=True)
+os._exit(0) if is_child else os.wait()
+"""
+
+
 class Kernel:
     """What `launch` sees of a kernel."""
 
@@ -74,6 +86,15 @@ def test_the_first_launch_waits_once():
     for _ in range(2):
         launch.launch(kernel, (1,))
     assert kernel.calls == ["waited", "launched", "launched"]
+
+
+def test_a_kernel_compiled_alone_has_the_name_that_a_step_looks_for():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    names = subprocess.run(
+        [sys.executable, "-c", HASHES], check=True, env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    first, second = said.split()
+    assert first == second
 
 
 def test_compiles_without_a_gpu(tmp_path):
