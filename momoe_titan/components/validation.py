@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -20,6 +19,7 @@ from momoe_titan.components.loss import LossInModel
 from momoe_titan.components.metrics import MomoeMetricsProcessor
 from momoe_titan.data.fixed_batches import FixedBatches
 from momoe_titan.data.loader import build_validation_dataloader
+from momoe_titan.data.tokenizer import TextTokenizer
 
 
 class TextValidator(LossInModel, Validator):
@@ -38,7 +38,7 @@ class TextValidator(LossInModel, Validator):
         job_config: JobConfig,
         dp_world_size: int,
         dp_rank: int,
-        tokenizer: BaseTokenizer,
+        tokenizer: TextTokenizer,
         parallel_dims: ParallelDims,
         loss_fn: LossFunction,
         validation_context: ValidationContext,
