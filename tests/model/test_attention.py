@@ -11,6 +11,7 @@ from momoe_titan.config.checks.job import check_document_mask
 from momoe_titan.config.machine import Machine
 from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.attention import BLOCK, DocumentAttention, block_mask, document_mask, number_documents
+from momoe_titan.model.parallel.activation_checkpoint import _Replay, _Save
 from tests.support.tiny import ONE_PROCESS, SEQ, VOCAB, build, job_config, tiny_args
 
 # Lengths of the documents of two sequences, one of a single token among them.
@@ -157,8 +158,8 @@ def test_flex_attention_on_a_gpu(length, width):
 def test_recomputed_and_compiled_blocks_on_a_gpu():
     """In bfloat16, near what a CPU computes in float32."""
     widths = {"dim": 128, "head_dim": 32, "moe_hidden_dim": 64, "dense_hidden_dim": 256}
-    tokens = torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(0))
-    numbers = number_documents(tokens, positions_of(LENGTHS), None)
+    tokens = torch.randint(VOCAB, (2, 256), generator=torch.Generator().manual_seed(0))
+    numbers = number_documents(tokens, positions_of([[100, 1, 155], [256]]), None)
 
     def losses(device, **settings):
         config = job_config()
@@ -167,7 +168,8 @@ def test_recomputed_and_compiled_blocks_on_a_gpu():
             setattr(getattr(config, section), field, value)
         apply = partial(parallelize_momoe_llama, parallel_dims=ONE_PROCESS, job_config=config)
         moe = {"num_experts": 8, "top_k": 2}
-        model = build(tiny_args(moe, document_mask=True, **widths), parallelize=apply, device=device)
+        args = tiny_args(moe, document_mask=True, max_seq_len=256, **widths)
+        model = build(args, parallelize=apply, device=device)
         found = []
         for _ in range(3):
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -191,6 +193,11 @@ def test_recomputed_and_compiled_blocks_on_a_gpu():
     ):
         torch._dynamo.reset()
         assert losses("cuda", **settings) == pytest.approx(expected, rel=0.02), settings
+
+
+def test_a_compiled_region_passes_our_checkpointing():
+    """As flex attention is one, in blocks that are not compiled, with mode "selective" and "op": torch refuses it else."""
+    assert _Save.supports_higher_order_operators and _Replay.supports_higher_order_operators
 
 
 def test_heads_that_flex_attention_cannot_compute_are_refused():

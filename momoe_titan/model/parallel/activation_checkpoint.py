@@ -68,6 +68,8 @@ Contexts = tuple[AbstractContextManager, AbstractContextManager]
 class _Save(TorchDispatchMode):
     """Runs all ops, and appends what the listed ones return to `saved`."""
 
+    supports_higher_order_operators = True  # what a compiled region is to a mode: it passes like any other op
+
     def __init__(self, saved: list):
         super().__init__()
         self.saved = saved
