@@ -196,7 +196,7 @@ def test_recomputed_and_compiled_blocks_on_a_gpu():
 
 
 def test_a_compiled_region_passes_our_checkpointing():
-    """As flex attention is one, in blocks that are not compiled, with mode "selective" and "op": torch refuses it else."""
+    """As flex attention is one in eager blocks, with mode "selective" and "op"; torch refuses it otherwise."""
     assert _Save.supports_higher_order_operators and _Replay.supports_higher_order_operators
 
 
