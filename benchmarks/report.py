@@ -258,6 +258,11 @@ def step_breakdown() -> str:
     return _plain("step_breakdown_h200", part="part of the step", before="before, ms", after="now, ms")
 
 
+def cuda_graph() -> str:
+    losses = {f"loss_{step}": f"loss, step {step}" for step in (20, 40, 60)}
+    return _plain("cuda_graph_500m_h200", run="run", ms="step, ms", busy="busy, %", peak="peak, GiB", **losses)
+
+
 def first_step() -> str:
     return _plain("first_step_h200", phase="phase", before="before, s", now="now, s")
 
@@ -468,7 +473,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (balance_average, balance_ep)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
-    + (step_breakdown, first_step, rms_norm)
+    + (step_breakdown, cuda_graph, first_step, rms_norm)
 }
 
 
