@@ -111,6 +111,10 @@ def _parse_lines(file: str, lines: bytes, first: int, field: str) -> pa.Array:
     if not lines.strip():
         return pa.array([], pa.large_string())
     try:
+        # Arrow's reader crashes on a line that is `null`, and takes records from between others on one line.
+        ends = lines.count(b"\n", 0, -1)
+        if not lines.startswith(b"{") or lines.count(b"\n{") != ends:
+            raise ValueError("a line that is no record, or an empty one")
         texts = arrow_json.read_json(
             io.BytesIO(lines),
             read_options=arrow_json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
@@ -119,11 +123,11 @@ def _parse_lines(file: str, lines: bytes, first: int, field: str) -> pa.Array:
             ),
         ).column(field)
         texts.validate(full=True)  # that it is UTF-8
-        if texts.null_count == 0:
+        if texts.null_count == 0 and len(texts) == ends + 1:
             return pa.concat_arrays(texts.chunks)
-    except (pa.ArrowException, ValueError):
+    except (pa.ArrowException, ValueError, OverflowError):  # OverflowError: more than 2 GiB in a line
         pass
-    # A fault, or something that only Arrow refuses, such as a number too large in another field.
+    # A fault, an empty line, or something that only Arrow refuses, such as a number too large in another field.
     found = [_parse_line(line, field) for line in lines.split(b"\n")]
     for number, (_, fault) in enumerate(found, start=first):
         if fault:

@@ -136,6 +136,9 @@ FAULTS = {
     "number.jsonl": (GOOD + b'{"text": 3}\n', "line 2 has no text in the field 'text' (momoe.data_text_field)"),
     "other.jsonl": (GOOD + b'\n{"body": "b"}\n', "line 3 has no text in the field 'text' (momoe.data_text_field), but"),
     "null.jsonl": (GOOD * 3 + b'{"text": null}\n' + GOOD, "line 4 has no text"),
+    "bare.jsonl": (GOOD + b"null\n" + GOOD, "line 2 has no text"),  # a crash of Arrow's reader
+    "two.jsonl": (GOOD + GOOD[:-1] + GOOD, "line 2 is not JSON"),
+    "broken.jsonl": (b'{"text": "a"\n}\n' + GOOD, "line 1 is not JSON"),
     "list.jsonl": (b'["text"]\n', "line 1 has no text"),
     "surrogate.jsonl": (GOOD + b'{"text": "\\ud800"}\n', "line 2 has a text that is not Unicode"),
     "latin.jsonl": (GOOD * 2 + b'{"text": "\xe4"}\n', "line 3 is not JSON"),
