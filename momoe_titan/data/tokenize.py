@@ -242,7 +242,7 @@ def tokenize(options: argparse.Namespace) -> None:
         DataError: text, tokenizer or folder cannot be used.
     """
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
-    files = [file for path in options.texts for file in find_local_files(path)]
+    files = find_local_files(options.texts, "TEXTS")
     stats = [[os.path.realpath(file), os.path.getsize(file)] for file in files]
     made_with = {"fingerprint": tokenizer.fingerprint, "num_ids": tokenizer.num_ids, "folder": options.tokenizer}
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}

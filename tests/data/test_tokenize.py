@@ -37,8 +37,12 @@ def texts(tmp_path):
 
 
 def run(texts, output, *options):
-    args = [texts, "-o", str(output), "--tokenizer", TOKENIZER, "--text_field", "body"]
-    return tokenize.main([*args, "--shard_tokens", "500", "--processes", "1", *options])
+    return tokenize.main([texts, *options_of(output), *options])
+
+
+def options_of(output):
+    options = ["-o", str(output), "--tokenizer", TOKENIZER, "--text_field", "body"]
+    return [*options, "--shard_tokens", "500", "--processes", "1"]
 
 
 def documents(source):
@@ -127,6 +131,11 @@ def test_interrupted_work_is_not_taken_and_goes_on(tmp_path, texts, tokenizer, m
     assert shards > 0 and f"in {shards} shards" in capsys.readouterr().err
     assert sum(calls[4:]) < len(TEXTS), "what was done is not done again"
     assert documents(open_tokens(str(tmp_path / "cut"), tokenizer, "")) == tokenizer.encode_documents(TEXTS)
+    # also where a file is named twice
+    assert tokenize.main([f"{texts}/b.jsonl", texts, *options_of(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again/tokens.json").read_text()) == json.loads(
+        (tmp_path / "whole/tokens.json").read_text()
+    )
     assert json.loads((tmp_path / "cut/tokens.json").read_text()) == json.loads(
         (tmp_path / "whole/tokens.json").read_text()
     )
