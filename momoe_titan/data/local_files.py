@@ -50,12 +50,13 @@ def find_local_files(path: str | Sequence[str], name: str = "dataset_path") -> l
 
 def _in_folder(folder: str, name: str) -> list[str]:
     files = sorted(_walk(folder, set()))
-    others = [file for file in files if kind_of(file) is None or not os.path.isfile(file)]
+    readable = {file for file in files if kind_of(file) is not None and os.path.isfile(file)}
+    others = [file for file in files if file not in readable]
     if others:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         named = ", ".join(os.path.relpath(file, folder) for file in others[:NAMED])
         logger.warning(f"{name} {folder!r}: does not read {named}{more}, which are no files of {READABLE}")
-    return [file for file in files if file not in set(others)]
+    return [file for file in files if file in readable]
 
 
 def _walk(folder: str, seen: set[str]) -> Iterator[str]:
