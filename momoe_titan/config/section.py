@@ -33,8 +33,8 @@ class DataSource:
 
     path: str | list[str] = ""
     """
-    A file, a folder or a pattern, or a list of these, as
-    training.dataset_path names them; token shards too.
+    A file, a folder or a pattern, as training.dataset_path names
+    them, or a list of these; or token shards, which no list holds.
     """
 
     dataset: str = "local"
@@ -272,6 +272,8 @@ def _data_source(index: int, table: Any) -> DataSource:
     check_types(name, table)
     if table.dataset.lower() not in OWN_DATASETS:
         raise ValueError(f"{name}.dataset is {table.dataset!r}, must be one of {', '.join(map(repr, OWN_DATASETS))}")
+    if table.dataset.lower() != "local" and not isinstance(table.path, str):
+        raise ValueError(f"{name}.path is {table.path!r}, must be one folder, or left out, with {table.dataset!r}")
     if not 0 < table.weight < float("inf"):
         raise ValueError(f"{name}.weight is {table.weight!r}, must be a finite number above 0")
     return table

@@ -9,6 +9,7 @@ from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from momoe_titan.config.section import DataSource
+from momoe_titan.data.errors import DataError
 from momoe_titan.data.local_files import load_local
 from momoe_titan.data.source import Source, TextList
 from momoe_titan.data.stdlib import load_stdlib
@@ -34,6 +35,10 @@ def open_source(given: DataSource, tokenizer: TextTokenizer, field: str) -> Sour
     if dataset == LOCAL:
         if isinstance(given.path, str) and given.path and holds_shards(given.path):
             return open_tokens(given.path, tokenizer, field)
+        if not isinstance(given.path, str) and any(map(holds_shards, given.path)):
+            raise DataError(
+                f"{field} {given.path!r}: token shards cannot stand in a list; give each a table [[momoe.data]]"
+            )
         return load_local(given.path, given.text_field, field)
     if dataset in STDLIB:
         assert not isinstance(given.path, list)

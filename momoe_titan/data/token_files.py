@@ -70,13 +70,14 @@ class TokenFiles(Source):
             found.append(shard[index - self._ends[at] + len(shard)])
         return found
 
-    def largest_id(self) -> int:
-        """The largest id of all; reads every shard as a whole."""
-        largest = -1
+    def range_of_ids(self) -> tuple[int, int]:
+        """The smallest and the largest id of all, 0 where there is none; reads every shard as a whole."""
+        smallest = largest = 0
         for shard in self._shards:
             for start in range(0, len(shard.data), _CHUNK_IDS):
-                largest = max(largest, int(shard.data[start : start + _CHUNK_IDS].max()))
-        return largest
+                ids = shard.data[start : start + _CHUNK_IDS]
+                smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+        return smallest, largest
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -111,6 +112,8 @@ def open_tokens(path: str, tokenizer: TextTokenizer, field: str) -> TokenFiles:
         if each is not None:
             _check_tokenizer(each, tokenizer, name)
     source = TokenFiles(name, paths, info)
+    if len(source) == 0:
+        raise DataError(f"{name} holds no document")
     if None in infos:
         _check_ids(source, tokenizer)
     return source
@@ -146,7 +149,10 @@ def _find_shards(path: str, name: str) -> list[str]:
         raise NoShardsError(f"{name} is no folder of token shards, no shard (.bin and .idx), and no pattern of such")
     for folder in {os.path.dirname(f) for f in found}:
         _check_finished(folder, name)
-    return sorted({os.path.splitext(f)[0] for f in found})
+    shards: dict[str, str] = {}  # by what links lead to
+    for stem in sorted({os.path.splitext(f)[0] for f in found}):
+        shards.setdefault(os.path.realpath(f"{stem}.idx"), stem)
+    return list(shards.values())
 
 
 def _check_finished(folder: str, name: str) -> None:
@@ -196,7 +202,10 @@ def _check_ids(source: TokenFiles, tokenizer: TextTokenizer) -> None:
         f"{source.name} does not say with which tokenizer its shards were made: there is no {INFO}, as "
         f"python -m momoe_titan.data.tokenize writes it. Their ids are checked to be below {tokenizer.num_ids}"
     )
-    if (largest := source.largest_id()) >= tokenizer.num_ids:
+    smallest, largest = source.range_of_ids()
+    if smallest < 0:
+        raise DataError(f"{source.name} holds the id {smallest}, must be at least 0")
+    if largest >= tokenizer.num_ids:
         raise DataError(
             f"{source.name} holds the id {largest}, but the tokenizer in model.hf_assets_path "
             f"{tokenizer.tokenizer_path!r} ends with {tokenizer.num_ids - 1}: it is another one's"

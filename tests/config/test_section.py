@@ -98,6 +98,7 @@ def test_bad_field_is_named_with_its_value(fields):
         ({"path": "a", "weight": math.inf}, ".weight is inf, must be a finite number above 0"),
         ({"path": "a", "text_field": 1}, ".text_field is 1, must be of type str"),
         ({"dataset": "c4"}, ".dataset is 'c4', must be one of 'local', 'python_stdlib'"),
+        ({"dataset": "python_stdlib", "path": ["a"]}, ".path is ['a'], must be one folder, or left out"),
         ("a.jsonl", " is 'a.jsonl', must be a table"),
     ],
 )

@@ -11,10 +11,12 @@ import pytest
 from torchtitan.config import ConfigManager
 
 import momoe_titan
+from momoe_titan.config.section import DataSource
 from momoe_titan.data import tokenize
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.indexed import DTYPES, Shard, ShardWriter, dtype_for
 from momoe_titan.data.loader import build_dataloader
+from momoe_titan.data.registration import open_source
 from momoe_titan.data.token_files import holds_shards, open_tokens
 from momoe_titan.data.tokenizer import TextTokenizer
 
@@ -170,6 +172,26 @@ def test_shards_of_others_are_read_with_a_warning(tmp_path, tokenizer, caplog):
     (tmp_path / "m.bin").write_bytes(struct.pack("<5i", 5, 6, 7, 2048, 1))
     with pytest.raises(DataError, match="holds the id 2048, but the tokenizer .* ends with 2047"):
         open_tokens(str(tmp_path), tokenizer, "training.dataset_path")
+    (tmp_path / "m.bin").write_bytes(struct.pack("<5i", 5, 6, 7, -1, 1))
+    with pytest.raises(DataError, match="holds the id -1, must be at least 0"):
+        open_tokens(str(tmp_path), tokenizer, "training.dataset_path")
+
+
+def test_links_lead_to_no_shard_twice_and_empty_shards_are_named(tmp_path, texts, tokenizer):
+    folder = tmp_path / "all"
+    for name, count in (("a", 0), ("b", 3)):
+        (folder / name).mkdir(parents=True)
+        with ShardWriter(folder / name / "0", dtype_for(9)) as writer:
+            writer.add([[5, 1]] * count)
+    (folder / "circle").symlink_to(folder)
+    (folder / "again.idx").symlink_to(folder / "b" / "0.idx")
+    (folder / "again.bin").symlink_to(folder / "b" / "0.bin")
+    assert documents(open_tokens(str(folder), tokenizer, "")) == [[5, 1]] * 3
+    with pytest.raises(DataError, match=r"^training.dataset_path '.*/a' holds no document"):
+        open_tokens(str(folder / "a"), tokenizer, "training.dataset_path")
+    given = DataSource(path=[texts, str(folder / "b")])
+    with pytest.raises(DataError, match=r"^momoe.data\[0\].path .*: token shards cannot stand in a list"):
+        open_source(given, tokenizer, "momoe.data[0].path")
 
 
 def test_texts_and_shards_in_one_folder_are_refused(tmp_path, texts, tokenizer, capsys):
