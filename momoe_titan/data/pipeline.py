@@ -20,6 +20,7 @@ from torchtitan.tools.logging import logger
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.order import Order
 from momoe_titan.data.packing import Packer
+from momoe_titan.data.source import Source
 from momoe_titan.data.tokenizer import TextTokenizer
 
 GROUP = 32  # documents that a thread takes at once
@@ -151,12 +152,8 @@ class Encode:
         tokens: list[Any] = [None] * len(group.at)
         try:
             for number in {source for source, _, _ in group.documents}:
-                source = self.order.sources[number]
                 of_source = [i for i, (other, _, _) in enumerate(group.documents) if other == number]
-                read: list[Any] = source.read([group.documents[i][1] for i in of_source])
-                if not source.holds_tokens:
-                    read = self.tokenizer.encode_documents(read)
-                    read = [np.fromiter(ids, np.int32, len(ids)) for ids in read]
+                read = self._read(self.order.sources[number], [group.documents[i][1] for i in of_source])
                 for i, ids in zip(of_source, read, strict=True):
                     tokens[i] = ids[group.at[i][1] :]
         except DataError as e:
@@ -165,6 +162,16 @@ class Encode:
             group.error = DataError(f"the data cannot be read any more: {e}")
         group.tokens = tokens
         return group
+
+    def _read(self, source: Source, documents: list[int]) -> list[Any]:
+        read: list[Any] = source.read(documents)
+        if source.holds_tokens:
+            return read
+        try:
+            read = self.tokenizer.encode_documents(read)
+        except BaseException as e:  # a panic of the library is no Exception, and would end this thread without a word
+            raise DataError(f"{source.name}: one of the documents {documents} cannot be tokenized: {e}") from e
+        return [np.fromiter(ids, np.int32, len(ids)) for ids in read]
 
 
 class Batches(_Node):

@@ -335,6 +335,18 @@ def test_data_that_goes_away_is_named_in_one_line(tmp_path, tokenizer):
     assert str(refused.value) == "the data cannot be read any more: Stale file handle"
 
 
+def test_a_panic_of_the_tokenizer_ends_the_run(tmp_path, tokenizer, monkeypatch):
+    """As pyo3 raises one: no Exception, which torchdata's threads do not pass on."""
+    loader = build(tokenizer, *local(write(tmp_path / "a.jsonl", ["one", "two"])))
+
+    def panic(_):
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+    monkeypatch.setattr(tokenizer, "encode_documents", panic)
+    with pytest.raises(DataError, match=r"a.jsonl': one of the documents \[\d.*\] cannot be tokenized: index out"):
+        batches(loader, 1)
+
+
 def test_an_iterator_that_is_left_ends_its_threads(tmp_path, tokenizer):
     before = set(threading.enumerate())
     iterator = iter(build(tokenizer, *local(write(tmp_path / "a.jsonl"))))
