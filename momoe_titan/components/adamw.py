@@ -18,6 +18,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient, divided among ranks as the parameter is.
+
+    Autograd leaves the gradient of a norm under tensor parallelism as each rank's part of a sum, which is added up here.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
+
+
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step on a GPU reads every gradient once and writes none.
 
@@ -98,7 +110,7 @@ class AdamW(torch.optim.AdamW):
         copy = self.copies.get(parameter)
         return Updated(
             parameter=local(parameter),
-            gradient=local(parameter.grad).contiguous(),  # pyright: ignore[reportArgumentType] - asked before
+            gradient=local_gradient(parameter).contiguous(),
             exp_avg=local(state["exp_avg"]),
             exp_avg_sq=local(state["exp_avg_sq"]),
             step=state["step"],

@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 from momoe_titan.components import adamw as component
 from momoe_titan.components.adamw import AdamW
@@ -111,6 +116,23 @@ def test_copies_are_written_with_the_parameters(kernel_runs):
     for p in parameters[:2]:  # the interpreter rounds towards zero
         torch.testing.assert_close(optimizer.copies[p], p.detach().bfloat16(), rtol=2**-7, atol=0)
     assert not optimizer.copies[parameters[2]].any() and not optimizer.state[parameters[2]]
+
+
+def test_parts_of_a_sum_are_added_up_over_ranks(kernel_runs):
+    """Under tensor parallelism without FSDP autograd leaves the gradients of norms so."""
+    dist.init_process_group("fake", rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        norm = parallelize_module(nn.RMSNorm(8), mesh, SequenceParallel())
+        optimizer = AdamW(norm.parameters(), lr=0.1)
+        norm(DTensor.from_local(torch.randn(1, 4, 8), mesh, [Shard(1)])).to_local().sum().backward()
+        assert any(placement.is_partial() for placement in norm.weight.grad.placements)
+        with CommDebugMode() as counted:
+            optimizer.step()
+        assert optimizer.wrote_copies  # the kernel ran
+        assert counted.get_total_counts() == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_where_the_kernel_cannot_run_narrow_gradients_are_widened():
