@@ -74,8 +74,7 @@ def cache_texts(files: Sequence[str], field: str, name: str) -> CachedTexts:
         DataError: a file cannot be used, they hold no text, or the cache cannot be written.
     """
     try:
-        stats = [(os.path.realpath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
-        key = json.dumps([VERSION, MAX_DOCUMENT_CHARS, field, stats])
+        key = json.dumps([VERSION, MAX_DOCUMENT_CHARS, field, list(map(_state_of, files))])
         folder = os.path.join(datasets_config.HF_DATASETS_CACHE, "momoe_titan")
         target = os.path.join(folder, hashlib.sha256(key.encode()).hexdigest()[:32] + ".arrow")
         if not _is_whole(target):
@@ -89,6 +88,12 @@ def cache_texts(files: Sequence[str], field: str, name: str) -> CachedTexts:
         raise DataError(
             f"{name}: {e} (the environment variable HF_DATASETS_CACHE names the folder of the cache)"
         ) from e
+
+
+def _state_of(file: str) -> tuple[str, int, int, int]:
+    """What changes where a file does. Programs that copy files set the first of the times to that of the original."""
+    stat = os.stat(file)
+    return os.path.realpath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _summary_of(file: str) -> str:
@@ -133,6 +138,8 @@ def _write(files: Sequence[str], field: str, name: str, target: str) -> None:
             "file_size": os.path.getsize(partial),
             "files": list(files),
         }
+        if _is_whole(target):  # another host was faster, and may have mapped its file into memory
+            return
         os.replace(partial, target)
         with open(partial, "w") as f:
             json.dump(summary, f)

@@ -233,7 +233,9 @@ def test_texts_are_read_once_and_again_where_a_file_changes(tmp_path, monkeypatc
     compress(write(tmp_path / "b/b.jsonl", ["one", "two"]), ".gz")
     assert load_local(f"{tmp_path}/b").fingerprint == first.fingerprint
     assert load_local(str(write(tmp_path / "a.parquet", ["one", "two"]))).fingerprint == first.fingerprint
+    times = os.stat(file)
     write(file, ["one", "TWO"])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as programs that copy files do
     assert load_local(str(file)).fingerprint != first.fingerprint
 
 
@@ -261,6 +263,24 @@ def test_one_process_of_a_host_reads_while_the_others_wait(tmp_path, monkeypatch
     for process in processes:
         process.join()
     assert sorted(found) == [(1000, 0), (1000, 0), (1000, 1)]
+
+
+def test_a_slower_host_leaves_the_file_that_another_has_mapped(tmp_path, monkeypatch):
+    """Hosts may share the cache's folder without having locks in common."""
+    file = str(write(tmp_path / "a.jsonl", ["one"]))
+    read, faster = text_cache.read_texts, []
+
+    def read_slowly(*args):
+        monkeypatch.setattr(text_cache, "read_texts", read)
+        faster.append(load_local(file).file)
+        faster.append(os.stat(faster[0]).st_ino)
+        yield from read(*args)
+
+    monkeypatch.setattr(text_cache, "_wait_for", lambda *_: None)
+    monkeypatch.setattr(text_cache, "read_texts", read_slowly)
+    slower = load_local(file)
+    assert [slower.file, os.stat(slower.file).st_ino] == faster and slower.read([0]) == ["one"]
+    assert {path.suffix for path in Path(slower.file).parent.iterdir()} == {".arrow", ".json", ".lock"}
 
 
 def test_a_folder_for_the_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
