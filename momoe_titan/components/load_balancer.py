@@ -79,7 +79,7 @@ class ExpertLoadBalancer:
         """The hook. Of its arguments it reads `optimizer.found_inf` alone, if there is one."""
         if not self.layers:
             return
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = self._found_inf(optimizer)
         counts = [layer.tokens_per_expert for layer in self.layers]
         if self.solved:
             counts_LE, histogram_LEB, input_sum_LC = self._sum_with_margins(counts)
@@ -118,7 +118,12 @@ class ExpertLoadBalancer:
             biases = [layer.expert_bias for layer in self.solved]
             before_LE, after_LE = self._gates.logits_of_step()
             score_func = self.solved[0].router.score_func
-            self._step.follow(biases, before_LE, after_LE, score_func, getattr(optimizer, "found_inf", None))
+            self._step.follow(biases, before_LE, after_LE, score_func, self._found_inf(optimizer))
+
+    def _found_inf(self, optimizer: torch.optim.Optimizer | None) -> torch.Tensor | None:
+        """The optimizer's, where the biases are: with weights offloaded to the CPU it is there."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        return None if found_inf is None else found_inf.to(self.layers[0].expert_bias.device, non_blocking=True)
 
     def _sum_with_margins(self, counts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Counts, margins and sums of inputs over all ranks, by one all-reduce; those of this rank are zeroed."""

@@ -1,5 +1,7 @@
 """Loss-free balancing in the optimizer step, and what must not reach it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchtitan.models.moe import MoEArgs
@@ -191,6 +193,18 @@ def test_counts_of_the_last_step():
     assert balancer.counts_LE.tolist() == counts
     balancer()  # a step without tokens
     assert not balancer.counts_LE.any()
+
+
+def test_a_decision_on_the_cpu_is_taken_to_the_biases():
+    """Weights offloaded to the CPU have their gradients there, and with them found_inf; a kernel cannot read it."""
+    balancer = ExpertLoadBalancer([moe_layer(load_balance_rule="quantile").to("meta")])
+    seen = []
+    for name in ("solve", "follow"):
+        setattr(balancer._step, name, lambda *args: seen.append(args[-1].device.type))
+    optimizer = SimpleNamespace(found_inf=torch.zeros(()))
+    balancer(optimizer)
+    balancer.follow_gates(optimizer)
+    assert seen == ["meta", "meta"]
 
 
 def test_no_moe_layer():
