@@ -14,6 +14,7 @@ from momoe_titan.data.source import Source
 
 ROUNDS = 6  # of the Feistel network
 BLOCK = 1 << 16  # positions in which each source has its exact share
+MIXING = 2  # version of the order in which several sources are mixed
 KEPT = 1 << 14  # documents of a source up to which whole permutations are kept, not computed place by place
 
 
@@ -54,6 +55,7 @@ class Order:
             "shuffle": self.shuffle,
             "documents": self._lengths,
             "shares": self._quotas,
+            "mixing": MIXING if len(self.sources) > 1 else 0,
             "content": [source.fingerprint for source in self.sources],
         }
 
@@ -139,8 +141,9 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
 @lru_cache(maxsize=2)
 def _arranged(seed: int, block: int, quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The source at each place of a block, and how many of the same source the block has before the place."""
-    sources = np.repeat(np.arange(len(quotas)), quotas)
-    source = np.random.Generator(np.random.PCG64([seed, block])).permutation(sources)
+    # Not by numpy's own permutation: another version of numpy may have another one.
+    places = permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, (seed, block, 0, 1))
+    source = np.repeat(np.arange(len(quotas)), quotas)[places]
     before = np.empty(BLOCK, np.int64)
     for i, quota in enumerate(quotas):
         before[source == i] = np.arange(quota)

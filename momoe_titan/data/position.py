@@ -50,6 +50,8 @@ def why_other_data(then: dict[str, Any], now: dict[str, Any], name: str) -> str:
         return f"the text of {name} is another than then"
     if then["shares"] != now["shares"]:
         return "the weights of [[momoe.data]] were others"
+    if then.get("mixing", 0) != now["mixing"]:
+        return "it was written by a version of this package that mixed sources in another order"
     if then["shuffle"] != now["shuffle"]:
         field = "momoe.data_shuffle"
         return f"it was written with {field} = {str(then['shuffle']).lower()}, now it is {str(now['shuffle']).lower()}"

@@ -12,7 +12,7 @@ import pytest
 
 from momoe_titan.data.order import Order
 from momoe_titan.data.packing import PACKERS
-from momoe_titan.data.position import unpack_position
+from momoe_titan.data.position import unpack_position, why_other_data
 from tests.support.text_data import batches, loaders, numbered, states_of, tokens_in
 
 
@@ -127,6 +127,17 @@ def test_a_pass_has_each_document_once_and_the_next_pass_another_order():
     first, second = ([document for _, document, _ in each] for each in passes[:2])
     assert first != second and first != sorted(first)
     assert Order(order.sources, seed=1).find(range(9)) != order.find(range(9)) == Order(order.sources).find(range(9))
+
+
+def test_the_order_stays_the_same_from_version_to_version():
+    """Of this package and of numpy. One that changes it raises `order.MIXING`, or reads documents of a pass twice."""
+    order = Order([numbered(1, [1] * 50), numbered(51, [1] * 20000)], [1, 1], seed=3)
+    assert order.find(range(65534, 65542)) == [
+        (0, 14, 823), (0, 35, 823), (0, 3, 823), (1, 11676, 1), (0, 27, 823), (0, 19, 823), (1, 1822, 1), (0, 15, 823)
+    ]  # fmt: skip
+    now = order.described()
+    then = {key: value for key, value in now.items() if key != "mixing"}
+    assert "mixed sources in another order" in why_other_data(then, now, "data") and not why_other_data(now, now, "")
 
 
 def test_ranks_of_a_later_pass_share_it(caplog):
