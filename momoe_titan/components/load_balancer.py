@@ -170,7 +170,8 @@ class _GateFollower:
     def _rows(self, gate: DTensor) -> torch.Tensor:
         if self.rows is None:
             ids = torch.arange(gate.shape[0], device=gate.to_local().device)
-            self.rows = distribute_tensor(ids, gate.device_mesh, gate.placements, src_data_rank=None).to_local()
+            rows = distribute_tensor(ids, gate.device_mesh, gate.placements, src_data_rank=None).to_local()
+            self.rows = rows.to(ids.device)  # from the mesh's, which is another where weights are offloaded to the CPU
         return self.rows
 
     def _local_logits(self, input_sum_LC: torch.Tensor) -> torch.Tensor:
