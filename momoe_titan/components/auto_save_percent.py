@@ -27,6 +27,7 @@ from momoe_titan.save_percent import AUTO
 # What the choice depends on; a stored one is taken where all of it is as it was.
 _SECTIONS = ("model", "training", "parallelism", "activation_checkpoint", "compile", "optimizer")
 _NOT_MEMORY = {"steps", "dataset", "dataset_path", "lr", "gc_freq", "max_norm", "dataloader", "hf_assets_path"}
+_MOMOE_NOT_MEMORY = ("save_percent", "check_ids", "data", "load_balance_")  # how names in [momoe] begin
 
 
 def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
@@ -64,7 +65,7 @@ def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
 def job_fields(job_config: JobConfig) -> dict[str, Any]:
     """The fields of a job that its memory depends on. A stored choice is reused only if they are the same."""
     momoe = job_config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
-    fields = {f"momoe.{name}": getattr(momoe, name) for name in ("memory_budget", "backend", "vocab_size")}
+    fields = {f"momoe.{name}": value for name, value in vars(momoe).items() if not name.startswith(_MOMOE_NOT_MEMORY)}
     for section in _SECTIONS:
         for name, value in dataclasses.asdict(getattr(job_config, section)).items():
             if name not in _NOT_MEMORY:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from momoe_titan.components.auto_save_percent import (
+    job_fields,
     plan_in_child,
     set_up_auto_save_percent,
 )
@@ -153,6 +154,28 @@ def test_room_is_asked_of_a_stored_choice_only_where_a_ledger_needs_it(tmp_path,
     grows = dataclasses.replace(plan(), layer_growth={"0": (0, 0), "1": (0, 0)})
     monkeypatch.setattr(f"{__name__}.plan", lambda: grows)
     assert start(tmp_path, 11_500).choice == [0, 90]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mixed_precision", "autocast"),
+        ("loss_chunk_mib", 0),
+        ("cuda_graphs", True),
+        ("document_mask", True),
+        ("memory_budget", 0.5),
+    ],
+)
+def test_a_choice_for_other_memory_is_not_taken(tmp_path, caplog, field, value):
+    caplog.set_level("INFO")
+    for fields in ({}, {field: value}):
+        start(tmp_path, 11_500, job_fields(job_config(save_percent="auto", **fields)))
+    assert f"is for other momoe.{field}" in caplog.text
+
+
+def test_a_choice_is_taken_where_memory_is_the_same():
+    same = {"load_balance_rate": 0.5, "data_shuffle": False}
+    assert job_fields(job_config(save_percent="auto")) == job_fields(job_config(save_percent="auto", **same))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"save_percent": [1, 1]}', None])
