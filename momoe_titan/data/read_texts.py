@@ -163,6 +163,22 @@ def _fault_of(text: str) -> str:
     return ""
 
 
+def _is_utf8(texts: pa.Array) -> bool:
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _fault_of_bytes(text: bytes) -> str:
+    try:
+        text.decode()
+    except UnicodeDecodeError as e:
+        return str(e)
+    return ""
+
+
 def _read_parquet(file: str, field: str) -> Iterator[tuple[pa.Array, float]]:
     with parquet.ParquetFile(file) as opened:
         schema = opened.schema_arrow
@@ -175,10 +191,13 @@ def _read_parquet(file: str, field: str) -> Iterator[tuple[pa.Array, float]]:
         rows = 0
         for batch in opened.iter_batches(columns=[field], batch_size=1024):
             column = batch.column(batch.schema.get_field_index(field))
-            if column.null_count:
-                row = column.is_null().to_pylist().index(True)
-                raise DataError(f"{file!r}: row {rows + row + 1} has no text in the column {field!r}")
             texts = column.cast(pa.large_string())
-            texts.validate(full=True)
+            if texts.null_count:
+                row = texts.is_null().to_pylist().index(True)
+                raise DataError(f"{file!r}: row {rows + row + 1} has no text in the column {field!r}")
+            if not _is_utf8(texts):
+                faults = map(_fault_of_bytes, texts.cast(pa.large_binary()).to_pylist())
+                row, fault = next((row, fault) for row, fault in enumerate(faults, start=rows + 1) if fault)
+                raise DataError(f"{file!r}: row {row} is not UTF-8: {fault}")
             rows += len(texts)
             yield texts, rows / max(1, opened.metadata.num_rows)

@@ -178,11 +178,15 @@ def test_a_fault_behind_many_blocks_has_the_right_line(tmp_path, monkeypatch):
     assert list(map(len, texts(tmp_path))) == [1] * 50 + [1000, 1]
 
 
-@pytest.mark.parametrize("column", [["a", None, "c"], [1, 2, 3], [b"a", b"b", b"c"]])
+NOT_UTF8 = pa.array([b"a"] * 1100 + [b"\xff"]).view(pa.string())  # in the second batch
+
+
+@pytest.mark.parametrize("column", [["a", None, "c"], [1, 2, 3], [b"a", b"b", b"c"], NOT_UTF8])
 def test_a_fault_in_parquet_names_the_file_and_the_row(tmp_path, column):
     pq.write_table(pa.table({"text": ["fine"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": column}), tmp_path / "b.parquet")
     message = "row 2 has no text" if column[1] is None else "of type (int64|binary), not text"
+    message = "row 1101 is not UTF-8" if column is NOT_UTF8 else message
     with pytest.raises(DataError, match=f"b.parquet.*{message}"):
         load_local(str(tmp_path))
 
