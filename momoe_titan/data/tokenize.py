@@ -243,7 +243,7 @@ def tokenize(options: argparse.Namespace) -> None:
     """
     tokenizer = load_tokenizer(options.tokenizer, "--tokenizer")
     files = find_local_files(options.texts, "TEXTS")
-    stats = [[os.path.realpath(file), os.path.getsize(file)] for file in files]
+    stats = [[os.path.realpath(file), os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
     made_with = {"fingerprint": tokenizer.fingerprint, "num_ids": tokenizer.num_ids, "folder": options.tokenizer}
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     info: dict[str, Any] = {

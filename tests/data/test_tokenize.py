@@ -157,6 +157,10 @@ def test_another_tokenizer_or_text_is_refused(tmp_path, texts, tokenizer, capsys
     assert "holds tokens of another tokenizer" in capsys.readouterr().err
     assert run(texts + "/a.jsonl", tmp_path / "tokens") == 2
     assert "holds tokens of another source" in capsys.readouterr().err
+    file = Path(texts, "a.jsonl")
+    file.write_text(file.read_text().replace("document 0", "document _"))
+    assert run(texts, tmp_path / "tokens") == 2
+    assert "holds tokens of another source" in capsys.readouterr().err
     assert run(str(tmp_path / "nothing"), tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()
 
