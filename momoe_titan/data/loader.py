@@ -187,12 +187,21 @@ def build_validation_dataloader(
     Raises:
         DataError: As `build_dataloader`.
     """
-    options, validation = _options(job_config), job_config.validation
+    options, validation, training = _options(job_config), job_config.validation, job_config.training
     given = DataSource(validation.dataset_path or "", validation.dataset, options.data_text_field)
+    trained_on = options.data or [DataSource(training.dataset_path or "", training.dataset)]
+    if any(each.dataset == given.dataset and given.path in _paths(each) for each in trained_on):
+        logger.warning(
+            "validation reads data that is trained on: its loss does not say how the model does on text it has not seen"
+        )
     batches = None if validation.steps == -1 else validation.steps
     build = _Build("validation", validation, options, tokenizer, 0, 1, infinite=batches is not None)
     loader = build.loader({"validation.dataset_path": given}, 0, shuffle=False)
     return FixedBatches(loader, dp_rank, dp_world_size, validation.local_batch_size, batches)
+
+
+def _paths(source: DataSource) -> list[str]:
+    return [source.path] if isinstance(source.path, str) else source.path
 
 
 def _options(job_config: JobConfig) -> Momoe:

@@ -16,7 +16,7 @@ from torchtitan.hf_datasets import DatasetConfig
 from momoe_titan.components.validation import build_validator
 from momoe_titan.data import loader as loader_module
 from momoe_titan.data.errors import DataError
-from momoe_titan.data.loader import TextDataloader, build_dataloader
+from momoe_titan.data.loader import TextDataloader, build_dataloader, build_validation_dataloader
 from momoe_titan.data.packing import LINE, BestFit, Interleave
 from momoe_titan.data.pipeline import Place
 from momoe_titan.data.position import divide
@@ -301,6 +301,15 @@ def test_the_text_field_of_the_job_reaches_the_loader(tmp_path, tokenizer):
     ((inputs, labels),) = batches(build(tokenizer, *local(tmp_path, "--momoe.data_text_field=body")), 1)
     assert tokenizer.decode(inputs[0]).startswith("some text")
     assert inputs[0][1:] == labels[0][:-1]
+
+
+def test_validation_on_what_is_trained_on_is_said(tmp_path, tokenizer, caplog):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name)
+        options = [f"--validation.dataset_path={tmp_path}/{name}", "--validation.dataset=local"]
+        build_validation_dataloader(1, 0, tokenizer, job(*local(tmp_path / "a.jsonl"), *options))
+        assert ("validation reads data that is trained on" in caplog.text) == (name == "a.jsonl")
+        caplog.clear()
 
 
 def test_what_has_no_effect_is_said(tmp_path, tokenizer, caplog):
