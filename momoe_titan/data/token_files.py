@@ -163,8 +163,9 @@ def _check_finished(folder: str, name: str) -> None:
 
 
 def first_text(folder: str | os.PathLike[str]) -> str | None:
-    """A file of text in a folder, or None."""
-    return next((name for name in sorted(os.listdir(folder)) if kind_of(name)), None)
+    """A file of text in a folder or below, by its path from there; None if there is none."""
+    found = ((root, name) for root, _, names in os.walk(folder) for name in sorted(names) if kind_of(name))
+    return next((os.path.relpath(os.path.join(*each), folder) for each in found), None)
 
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:

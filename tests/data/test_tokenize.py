@@ -204,9 +204,10 @@ def test_texts_and_shards_in_one_folder_are_refused(tmp_path, texts, tokenizer, 
     assert not holds_shards(texts)
     assert run(texts, texts) == 2 and "holds 'a.jsonl'" in capsys.readouterr().err
     assert run(texts, tmp_path / "tokens") == 0
-    (tmp_path / "tokens" / "more.txt").write_text("text")
+    (tmp_path / "tokens" / "below").mkdir()
+    (tmp_path / "tokens" / "below" / "more.txt").write_text("text")
     assert holds_shards(str(tmp_path / "tokens"))
-    with pytest.raises(DataError, match=r"^training.dataset_path .* holds token shards and 'more.txt'"):
+    with pytest.raises(DataError, match=r"^training.dataset_path .* holds token shards and 'below/more.txt'"):
         open_tokens(str(tmp_path / "tokens"), tokenizer, "training.dataset_path")
 
 
