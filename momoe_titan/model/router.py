@@ -70,8 +70,9 @@ class MomoeRouter(TokenChoiceTopKRouter):
             _debug_force_load_balance=moe_args._debug_force_load_balance,
         )
         self.gate = Float32Linear(dim, moe_args.num_experts, bias=moe_args.gate_bias)
-        self.register_buffer("entropy_and_tokens", torch.zeros(2), persistent=False)
-        self.register_buffer("loss_sums", torch.zeros(2), persistent=False)
+        # float32 whatever the default dtype is, which TorchTitan sets to training.dtype
+        self.register_buffer("entropy_and_tokens", torch.zeros(2, dtype=torch.float32), persistent=False)
+        self.register_buffer("loss_sums", torch.zeros(2, dtype=torch.float32), persistent=False)
         self.aux_loss_weight = self.z_loss_weight = 0.0
         self.aux_loss_scope = "global"
         self.tokens_per_step: float | None = None
@@ -83,16 +84,16 @@ class MomoeRouter(TokenChoiceTopKRouter):
     def count_margins(self) -> None:
         """Count from now on what quantile balancing needs."""
         self.margins_EB = torch.zeros(self.num_experts, NUM_BINS, dtype=torch.int32)
-        self.input_sum_C = torch.zeros(self.gate.in_features + 1)
+        self.input_sum_C = torch.zeros(self.gate.in_features + 1, dtype=torch.float32)
 
     def record_shares(self) -> None:
         """Make room for what an auxiliary loss over the "global" batch needs; the load balancer fills it."""
-        self.last_shares_E = torch.zeros(self.num_experts)
+        self.last_shares_E = torch.zeros(self.num_experts, dtype=torch.float32)
 
     def reset_statistics(self, device: torch.device) -> None:
         """Set all buffers to zero, on this device."""
-        self.entropy_and_tokens = torch.zeros(2, device=device)
-        self.loss_sums = torch.zeros(2, device=device)
+        self.entropy_and_tokens = torch.zeros(2, dtype=torch.float32, device=device)
+        self.loss_sums = torch.zeros(2, dtype=torch.float32, device=device)
         if self.last_shares_E is not None:
             self.last_shares_E = torch.zeros_like(self.last_shares_E, device=device)
         if self.margins_EB is not None and self.input_sum_C is not None:

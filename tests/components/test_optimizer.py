@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torchtitan.models.moe import MoEArgs
+from torchtitan.tools.utils import set_default_dtype
 
 from momoe_titan.components.optimizer import ExpertLoadBalancer
-from momoe_titan.model import MomoeMoE, StockMoE
+from momoe_titan.model import MomoeLlama, MomoeMoE, StockMoE
 from momoe_titan.moe.balancing import bias_delta
 from tests.support.tiny import (
     assert_same_run,
@@ -257,6 +258,16 @@ class TestQuantile:
             assert (moe.router.margins_EB.sum(dim=1) == batch(0)[0].numel()).all()
             assert torch.equal(moe.router.margins_EB[:, :192].sum(dim=1), moe.tokens_per_expert)
             assert moe.router.input_sum_C[-1] == batch(0)[0].numel()
+
+    def test_statistics_are_float32_in_a_bfloat16_model(self):
+        """TorchTitan builds models under training.dtype; a sum in bfloat16 stands still at 256 tokens."""
+        with torch.device("meta"), set_default_dtype(torch.bfloat16):
+            model = MomoeLlama(self.args(aux_loss_weight=0.1))
+        model.to_empty(device="cpu")
+        model.init_weights()
+        for moe in moes(model):
+            floats = [b for b in moe.buffers() if b.is_floating_point()]
+            assert {b.dtype for b in floats} == {torch.float32} and len(floats) == 5
 
     def test_gradient_accumulation(self):
         whole, parts = (train(build(self.args()), steps=3, microbatches=n) for n in (1, 8))
