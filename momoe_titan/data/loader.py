@@ -1,11 +1,13 @@
 """Builds the data loaders of `training.dataset` and `validation.dataset`; checkpoints include their position."""
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
 from torchtitan.config.job_config import Training, Validation
@@ -227,6 +229,7 @@ class _Build:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         weights = [each.weight for each in given.values()]
         order = Order([source for source in sources if source is not None], weights, seed, shuffle)
+        _check_all_ranks(order)
         return TextDataloader(order, self.tokenizer, self._shape(), self.dp_rank, self.dp_world_size)
 
     def _shape(self) -> Shape:
@@ -247,6 +250,27 @@ class _Build:
             passes_once=not self.infinite,
             starts_over=self.section == "validation",
         )
+
+
+def _check_all_ranks(order: Order) -> None:
+    """Refuse data that is another one on other hosts: documents would be read twice, and others never.
+
+    Raises:
+        DataError: it is not that of the first rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    described = order.described()
+    first = [described]
+    dist.broadcast_object_list(first, src=0)
+    for i, source in enumerate(order.sources):
+        known = first[0]["documents"][i], first[0]["content"][i]
+        here = described["documents"][i], described["content"][i]
+        if here != known:
+            raise DataError(
+                f"{source.name} is not the same for all ranks: rank 0 reads {known[0]} documents (content {known[1]}), "
+                f"rank {dist.get_rank()} on the host {socket.gethostname()} reads {here[0]} (content {here[1]})"
+            )
 
 
 def _own_threads() -> int:

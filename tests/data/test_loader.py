@@ -312,6 +312,21 @@ def test_validation_on_what_is_trained_on_is_said(tmp_path, tokenizer, caplog):
         caplog.clear()
 
 
+def test_hosts_with_other_data_are_named(tmp_path, tokenizer, monkeypatch):
+    write(tmp_path / "a.jsonl", ["one", "two"])
+    sent = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda found, src: sent.extend(found))
+    build(tokenizer, *local(tmp_path))
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda found, src: found.__setitem__(src, sent[0]))
+    build(tokenizer, *local(tmp_path))
+    write(tmp_path / "a.jsonl", ["one", "owt"])
+    with pytest.raises(DataError, match=r"not the same for all ranks: rank 0 reads 2 documents \(content .* rank 1 on"):
+        build(tokenizer, *local(tmp_path))
+
+
 def test_what_has_no_effect_is_said(tmp_path, tokenizer, caplog):
     caplog.set_level("INFO")
     write(tmp_path / "a.jsonl")
