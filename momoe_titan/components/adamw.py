@@ -21,7 +21,7 @@ def local(tensor: Tensor) -> Tensor:
 def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of the gradient, divided among ranks as the parameter is.
 
-    Autograd leaves the gradient of a norm under tensor parallelism as each rank's part of a sum: it is added up here.
+    Under tensor parallelism without FSDP autograd leaves those of norms and gates as each rank's part of a sum.
     """
     gradient = parameter.grad
     assert gradient is not None
