@@ -17,6 +17,7 @@ from momoe_titan.components.compute_weights import ComputeWeights
 from momoe_titan.components.non_finite import NonFiniteGuard
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import AUTOCAST, Momoe
+from momoe_titan.dashboard.tags import LEARNING_RATE, TOKENS_SEEN
 
 Batch = tuple[dict[str, Tensor], Tensor]
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
@@ -148,5 +149,5 @@ class TrainingStep:
             seen = dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh)
         else:
             mean = worst = loss.item()
-        extra_metrics = {"n_tokens_seen": seen, "lr": lr}
+        extra_metrics = {TOKENS_SEEN: seen, LEARNING_RATE: lr}
         self.metrics_processor.log(self.step, mean, worst, grad_norm.item(), extra_metrics=extra_metrics)
