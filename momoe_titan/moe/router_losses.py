@@ -85,8 +85,8 @@ def accumulate_router_losses(sums_2: Tensor, logits_TE: Tensor, shares_SE: Tenso
         scores_TE = expert_scores(logits_TE, score_func)
         p_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
         p_SE = p_TE.view(shares_SE.shape[0], -1, p_TE.shape[1]).sum(dim=1)
-        sums_2[0] += wanted * logits_TE.shape[1] * (shares_SE * p_SE).sum()
-    sums_2[1] += wanted * logits_TE.logsumexp(dim=1).square().sum()
+        sums_2[0] += (logits_TE.shape[1] * (shares_SE * p_SE).sum()).masked_fill(wanted == 0, 0.0)
+    sums_2[1] += logits_TE.logsumexp(dim=1).square().sum().masked_fill(wanted == 0, 0.0)
 
 
 @accumulate_router_losses.register_fake

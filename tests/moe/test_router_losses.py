@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from momoe_titan.moe import router_losses
 from momoe_titan.moe.expert_stats import want_entropy
 from momoe_titan.moe.router import expert_scores, route_tokens
 from momoe_titan.moe.router_losses import accumulate_router_losses, add_router_losses, expert_shares
@@ -58,3 +59,11 @@ def test_sums_for_the_log_are_those_of_the_formula(score_func, num_sequences):
     want_entropy(False)
     want = [formula(logits_TE, ids_TK, num_sequences, score_func, *weights) for weights in ((1, 0), (0, 1))]
     torch.testing.assert_close(sums_2, torch.stack(want))
+
+
+def test_a_nan_in_a_step_that_is_not_logged_stays_out_of_the_next(monkeypatch):
+    """A CUDA graph records every step, times a number on the device."""
+    monkeypatch.setattr(router_losses, "recording_entropy", lambda device: torch.zeros(()))
+    sums_2 = torch.ones(2)
+    accumulate_router_losses(sums_2, torch.full((3, 4), float("nan")), torch.ones(1, 4), "sigmoid")
+    assert sums_2.tolist() == [1.0, 1.0]
