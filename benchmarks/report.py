@@ -250,12 +250,12 @@ def train_500m() -> str:
 
 def models_h200() -> str:
     header = {"model": "model, sequences per GPU", "gpus": "GPUs", "implementation": "MoE"}
-    header |= {"before": "before, tokens/s per GPU", "now": "now, tokens/s per GPU"}
-    return _plain("models_h200", **header, mfu="MFU now, %")
+    header |= {"before": "old step, tokens/s per GPU", "now": "new step, tokens/s per GPU"}
+    return _plain("models_h200", **header, mfu="new step, MFU, %")
 
 
 def step_breakdown() -> str:
-    return _plain("step_breakdown_h200", part="part of the step", before="before, ms", after="now, ms")
+    return _plain("step_breakdown_h200", part="part of the step", before="old step, ms", after="new step, ms")
 
 
 def cuda_graph() -> str:
@@ -264,7 +264,7 @@ def cuda_graph() -> str:
 
 
 def first_step() -> str:
-    return _plain("first_step_h200", phase="phase", before="before, s", now="now, s")
+    return _plain("first_step_h200", phase="phase", before="old step, s", now="new step, s")
 
 
 def rms_norm() -> str:
