@@ -38,13 +38,13 @@ def reason_for_autocast(config: JobConfig, dims: ParallelDims) -> str | None:
 class TrainingStep:
     """Mixin for TorchTitan's trainer: the step, and the precision that it computes in.
 
-    The step is TorchTitan's, in its order: gradients of all microbatches, clipping, optimizer, schedule, metrics. But
-    clipping writes no gradient. One norm serves clipping, the guard against NaN gradients, and the log. Our AdamW
-    scales each gradient while it reads it; for other optimizers the gradients are scaled before the step.
+    The order is TorchTitan's: gradients of all microbatches, clipping, optimizer, schedule, metrics. What differs is
+    that one norm serves clipping, the guard against NaN gradients and the log, and that clipping by itself writes no
+    gradient: our AdamW scales each gradient while it reads it. For other optimizers the gradients are scaled in place.
 
     Attributes:
-        weights: what the modules compute with, from `set_up_precision` on; None under FSDP, autocast or in one
-            precision.
+        weights: the copies that the modules compute with, from `set_up_precision` on. None under FSDP, under autocast,
+            and where `training.mixed_precision_param` is `training.dtype`.
     """
 
     job_config: JobConfig
@@ -62,14 +62,21 @@ class TrainingStep:
     weights: ComputeWeights | None = None
 
     def set_up_precision(self) -> None:
-        """Decide how a job without FSDP computes in `training.mixed_precision_param`, and say so. To call once all is
-        built, on every rank."""
+        """Decide how a job without FSDP computes in `training.mixed_precision_param`, and say so.
+
+        To be called on every rank, when model, optimizers and validator are built.
+        """
         config, dims = self.job_config, self.parallel_dims
         if dims.fsdp_enabled or config.model.name != MODEL_NAME:
             return
         wanted, own = config.training.mixed_precision_param, config.training.dtype
         if (reason := reason_for_autocast(config, dims)) is not None:
-            if wanted != own:
+            if wanted != own and (dims.tp_enabled or dims.pp_enabled):
+                logger.warning(
+                    f"Precision: {own} throughout, not {wanted}: with tensor or pipeline parallelism TorchTitan has no "
+                    f"autocast, which this job would need ({reason})"
+                )
+            elif wanted != own:
                 logger.info(f"Precision: autocast to {wanted}, {own} weights and residuals ({reason})")
             return
         self.maybe_enable_amp = contextlib.nullcontext()
@@ -115,7 +122,7 @@ class TrainingStep:
             self._log(loss, global_valid_tokens, local_valid_tokens, grad_norm, lr)
 
     def _microbatch(self, inputs: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor) -> Tensor:
-        """The loss of a microbatch, sent to the device, whose gradients are made or added to."""
+        """Send a microbatch to the device, and make its gradients or add them. Gives its loss."""
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         trainer: Any = self
         loss = trainer.forward_backward_step(
@@ -125,7 +132,8 @@ class TrainingStep:
 
     @torch.no_grad()
     def _clip(self) -> Tensor:
-        """Have the optimizers clip the gradient in their next step; its norm before that."""
+        """Have the optimizers clip the gradients in their next step. Gives the norm before clipping, float32 of no
+        dimension."""
         guard: NonFiniteGuard = self.optimizers.non_finite_guard
         parameters = [p for part in self.model_parts for p in part.parameters()]
         guard.norm = norm = guard.compute_norm(parameters, self.device)
