@@ -149,7 +149,9 @@ def test_one_line_says_which(caplog):
 @pytest.mark.parametrize("parallelism", ["tp_enabled", "pp_enabled"])
 def test_no_line_speaks_of_an_autocast_that_torchtitan_does_not_have(parallelism, caplog):
     with caplog.at_level("INFO"):
-        Trainer("bfloat16", dims=SimpleNamespace(**{**vars(ONE_PROCESS), parallelism: True}), mixed_precision="autocast")
+        Trainer(
+            "bfloat16", dims=SimpleNamespace(**{**vars(ONE_PROCESS), parallelism: True}), mixed_precision="autocast"
+        )
     (record,) = [r for r in caplog.records if r.getMessage().startswith("Precision")]
     assert record.levelname == "WARNING" and "float32 throughout" in record.getMessage()
 
