@@ -1,4 +1,4 @@
-"""AdamW whose step on a GPU is one kernel, and torch's own elsewhere, with the same state."""
+"""AdamW: one kernel of ours on a GPU, torch's own step elsewhere, with the same state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,8 @@ def local(tensor: Tensor) -> Tensor:
 def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of the gradient, divided among ranks as the parameter is.
 
-    Under tensor parallelism without FSDP autograd leaves those of norms and gates as each rank's part of a sum.
+    Under tensor parallelism without FSDP, autograd leaves the gradients of norms and gates unsummed: each rank has its
+    part of the sum.
     """
     gradient = parameter.grad
     assert gradient is not None
@@ -33,17 +34,17 @@ def local_gradient(parameter: Tensor) -> Tensor:
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step on a GPU reads every gradient once and writes none.
 
-    The state is torch's, under the same names. Where not all tensors are contiguous and on one GPU, torch's own step is
-    taken, after the gradients were scaled and laid out as it needs them.
+    The state is torch's, under the same names. If the parameters are not all contiguous, on one GPU and of a dtype that
+    the kernel takes, the step is torch's own, after the gradients were scaled and laid out as that step needs them.
 
     Attributes:
         clip_coefficient: float32 of no dimension, by which the next step multiplies the gradients; None for 1.
-        found_inf: the same; where it is not 0, the step leaves parameters and state as they are.
-        copies: of a parameter one in a narrower dtype, which a step on a GPU writes too.
-        wrote_copies: whether the last step did.
+        found_inf: float32 of no dimension. Unless it is 0, the step leaves parameters and state as they are.
+        copies: for some or all parameters a copy in a narrower dtype, which a step on a GPU writes too.
+        wrote_copies: whether the last step wrote the copies.
 
     Raises:
-        ValueError: an option that the kernel does not have.
+        ValueError: an option that the kernel does not have, or a tensor as learning rate.
     """
 
     found_inf: Tensor | None = None
@@ -96,7 +97,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _updated(self, parameter: Tensor) -> Updated:
-        """What the kernel needs of a parameter. Makes its state in the first step."""
+        """What the kernel needs of a parameter, whose state is made in the first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

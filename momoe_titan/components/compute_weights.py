@@ -11,24 +11,24 @@ from momoe_titan.components.adamw import local
 
 
 class ComputeWeights(contextlib.AbstractContextManager):
-    """While entered, all modules compute with narrow copies of their parameters, whose gradients the parameters get.
+    """While entered, all modules compute with narrow copies of their parameters, and the parameters get the gradients.
 
     The modules' own parameters, which the optimizer moves and checkpoints hold, stay in their dtype. So do buffers.
-    Activations get the dtype of the copies, as under FSDP's mixed precision. Parameters are copied anew when the
-    context is entered, unless the optimizer has written the copies (`written`); those that an operation of torch has
-    changed since are copied in any case. Entering again inside changes nothing.
+    Activations get the dtype of the copies, as under FSDP's mixed precision. On entering, all parameters are copied.
+    Where the optimizer has written the copies (`written`), only those parameters are copied that an operation of torch
+    has changed since the last time. Entered again inside itself, the context does nothing.
 
     Args:
         model_parts: on their device, with values.
-        dtype: of the copies. Parameters that have it already are their own.
-        sums_in_parameters_dtype: add up gradients in the dtype of the parameters, as several backwards a step need it:
-            each gradient is added when the backward has computed it. Otherwise the parameters get the copies' narrow
-            gradients at the end, as they are.
+        dtype: of the copies. Parameters that have this dtype already get no copy.
+        sums_in_parameters_dtype: add up gradients in the dtype of the parameters, for steps of several backwards: each
+            gradient is added as soon as the backward has computed it. Otherwise the parameters get the copies' narrow
+            gradients on leaving, as they are.
 
     Attributes:
-        copies: of each parameter that has one.
-        written: whether the optimizer has written the copies too in its last step. To be set after each step, because
-            torch's fused optimizers change parameters without a trace.
+        copies: the copy of each parameter that has one.
+        written: whether the optimizer has written the copies in its last step. The trainer sets it after each step,
+            because torch's fused optimizers do not raise the version of the parameters that they change.
     """
 
     def __init__(self, model_parts: Iterable[nn.Module], dtype: torch.dtype, sums_in_parameters_dtype: bool = True):
@@ -75,7 +75,7 @@ class ComputeWeights(contextlib.AbstractContextManager):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the parameters that may have changed since they were copied, in one launch."""
+        """Copy the parameters that may have changed since they were last copied, in one launch."""
         versions = {parameter: _version(parameter) for parameter in self.copies}
         stale = [
             parameter
@@ -96,7 +96,7 @@ class ComputeWeights(contextlib.AbstractContextManager):
 
 @torch.no_grad()
 def _add_gradient(parameter: Tensor, copy: Tensor) -> None:
-    """Add the copy's gradient to the parameter's, in the parameter's dtype, and let it go."""
+    """Add the copy's gradient to the parameter's, in the parameter's dtype, and free it."""
     gradient, copy.grad = copy.grad, None
     if gradient is None:
         return
@@ -107,5 +107,5 @@ def _add_gradient(parameter: Tensor, copy: Tensor) -> None:
 
 
 def _version(parameter: nn.Parameter) -> int:
-    """A number that changes whenever an operation of torch changes the values, of a DTensor also through its shard."""
+    """A number that grows whenever an operation of torch changes the values, for a DTensor those of its shard too."""
     return parameter._version + (parameter.to_local()._version if isinstance(parameter, DTensor) else 0)

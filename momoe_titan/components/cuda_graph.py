@@ -48,7 +48,7 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
 
 @dataclass
 class _Captured:
-    """A graph, the tensors it reads and those it writes; all are overwritten by its next replay."""
+    """A graph, the tensors that it reads, and those that it writes. The next replay overwrites all of them."""
 
     graph: torch.cuda.CUDAGraph
     batch: dict[str, Tensor]
@@ -65,17 +65,18 @@ class _Captured:
 
 
 class CapturedStep:
-    """Forward and backward of a microbatch: `body`, or a CUDA graph of it once it has run a few times.
+    """Forward and backward of a microbatch: calls `body` a few times, and then replays a CUDA graph of it.
 
-    A graph repeats what was captured, on the same addresses. Hence there is one for each shape of the batch, each
-    save_percent of the layers, and each set of addresses of parameters, buffers and gradients. A first microbatch makes
-    gradients, and a later one adds to them: these are two graphs. All graphs share one pool of memory, which holds the
-    activations between steps too; `release` gives it back. A capture that fails leaves everything to `body`, with a
-    warning.
+    A graph repeats the captured work on the same addresses. Hence there is one graph for each shape of the batch, each
+    save_percent of the layers, and each set of addresses of parameters, buffers and gradients. The first microbatch of
+    a step makes gradients, and a later one adds to them: these are two graphs. All graphs share one pool of memory,
+    which keeps the activations' memory between steps too; `release` gives it back. After a capture that fails, with a
+    warning, `body` is called throughout.
 
     Args:
-        body: called with the inputs by name, the labels and the number of valid tokens; gives the loss.
-        model_parts: what it trains.
+        body: called with the inputs by name, the labels and the number of valid tokens; gives the loss and makes or
+            adds the gradients.
+        model_parts: whose parameters get the gradients.
         ready: says whether a graph may be captured now.
     """
 
@@ -104,7 +105,7 @@ class CapturedStep:
         return self.body(inputs, labels, num_tokens) if found is None else found.replay(batch)
 
     def make_room(self) -> None:
-        """Before something else than training runs: `release`, unless the GPU has as much memory to spare."""
+        """Call before something other than training runs: `release`, unless as much memory again is free."""
         if self._graphs and torch.cuda.mem_get_info()[0] < self._num_bytes:
             self.release()
 
@@ -118,7 +119,7 @@ class CapturedStep:
     def _is_too_early(self, batch: dict[str, Tensor]) -> bool:
         """Whether the kernels of such a call may not all be compiled yet. Counts the call.
 
-        A later microbatch waits for the first one's graph, whose gradients stay where they are.
+        A later microbatch is captured only when the first one has a graph, whose gradients keep their addresses.
         """
         is_first = all(p.grad is None for p in self.parameters)
         kind = (*self._work(batch), is_first)
@@ -173,7 +174,7 @@ class StepFromGraph:
     """Mixin for TorchTitan's trainer: runs forward and backward from CUDA graphs, where `momoe.cuda_graphs` says so.
 
     Attributes:
-        captured: what does, from `set_up_cuda_graphs` on, or None.
+        captured: what runs them, from `set_up_cuda_graphs` on. None where the job runs without graphs.
     """
 
     job_config: JobConfig
@@ -182,7 +183,8 @@ class StepFromGraph:
     captured: CapturedStep | None = None
 
     def set_up_cuda_graphs(self) -> None:
-        """To call once all is built. Says why there are no graphs, where a GPU could run them."""
+        """To be called when model, optimizers and validator are built. Where the job asks for graphs and cannot have
+        them on a GPU, a line says why."""
         config = self.job_config
         wanted = config.model.name == MODEL_NAME and getattr(config, "momoe", Momoe()).cuda_graphs
         if not wanted or not torch.cuda.is_available():
@@ -206,7 +208,7 @@ class StepFromGraph:
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor
     ) -> Tensor:
-        """The loss of a microbatch, whose gradients it makes or adds to."""
+        """Make the gradients of a microbatch, or add them. Gives its loss."""
         run = self._forward_backward if self.captured is None else self.captured
         return run(input_dict, labels, global_valid_tokens)
 

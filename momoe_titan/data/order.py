@@ -1,7 +1,7 @@
 """`Order`: which document stands at each position of the one sequence of documents that all ranks of a run share.
 
-At every position stands a document of a source; the sequence never ends. It is computed, not stored: every rank can
-look up any position in the memory of a few numbers, and neither ranks nor threads have an influence on it.
+At every position stands a document of a source, and the sequence never ends. The sequence is computed, not stored:
+every rank can look up any position, with little memory. The numbers of ranks and threads have no influence on it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from momoe_titan.data.source import Source
 ROUNDS = 6  # of the Feistel network
 BLOCK = 1 << 16  # positions in which each source has its exact share
 MIXING = 2  # version of the order in which several sources are mixed
-KEPT = 1 << 14  # documents of a source up to which whole permutations are kept, not computed place by place
+KEPT = 1 << 14  # sources of at most so many documents have their permutations kept, not computed place by place
 
 
 class Order:
@@ -30,7 +30,7 @@ class Order:
         sources: with one document or more each.
         weights: shares of text, above 0, in any unit. One source needs none.
         seed: of shuffling and mixing.
-        shuffle: False keeps the documents of a source in their own order.
+        shuffle: False keeps the documents of each source in their own order.
     """
 
     def __init__(
@@ -95,8 +95,9 @@ class Order:
 
 
 def permute(places: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where a permutation of 0 to length - 1, which the key chooses, puts these places; any of them, in no memory.
+    """Where a permutation of 0 to length - 1, which the key chooses, puts these places.
 
+    Any place can be computed by itself, without a table of the permutation.
     A Feistel network permutes the numbers below a power of four. A number that lands at `length` or above is permuted
     again until it is below ("cycle walking"; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
 
@@ -140,7 +141,7 @@ def _round_keys(key: tuple[int, ...]) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _arranged(seed: int, block: int, quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The source at each place of a block, and how many of the same source the block has before the place."""
+    """The source at each place of a block, and how many documents of that source the block has before the place."""
     # Not by numpy's own permutation: another version of numpy may have another one.
     places = permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, (seed, block, 0, 1))
     source = np.repeat(np.arange(len(quotas)), quotas)[places]

@@ -2,8 +2,9 @@
 
     Documents -> ParallelMapper (threads that turn text into tokens) -> Batches -> PinMemory -> Prefetcher
 
-Every batch comes with the place at which the data goes on behind it, so that a checkpoint knows it whatever the stages
-have read ahead. The nodes' own states are not used: they nest, and cannot be divided among another number of ranks.
+Every batch comes with the place at which the data goes on behind it, so that a checkpoint holds the right place however
+far the stages have read ahead. The nodes' own states are not used: they nest, and cannot be divided among another
+number of ranks.
 """
 
 from collections import deque
@@ -32,9 +33,9 @@ class Place:
     """Where a rank is in an order of documents.
 
     Attributes:
-        left: documents that it reads first: position, and how many tokens are used.
-        next: the first position of those that it reads then.
-        step: from there to its next position, which is the number of ranks.
+        left: documents to read first: for each its position, and how many of its tokens are used already.
+        next: the position of the document to read after those.
+        step: from each position to the rank's next one, which is the number of ranks.
     """
 
     left: list[tuple[int, int]]
@@ -47,12 +48,12 @@ class Group:
     """Documents that go through the stages together.
 
     Attributes:
-        at: position of each, and how many of its tokens are used.
+        at: for each document its position, and how many of its tokens are used already.
         documents: see `Order.find`.
-        taken: how many documents of `Place.left` are read with this group and those before.
-        next: see `Place`, behind this group.
-        tokens: of each document those not yet used, once there are any.
-        error: why there are none.
+        taken: how many documents of `Place.left` have been read up to the end of this group.
+        next: `Place.next` at the end of this group.
+        tokens: int32 [n], for each document those not yet used. Empty until `Encode` has filled it.
+        error: why `Encode` could not.
     """
 
     at: list[tuple[int, int]]
@@ -68,9 +69,9 @@ class Batch:
     """What the model gets of the data.
 
     Attributes:
-        inputs: "input" int64 [sequences, tokens]; where asked for "positions" int64 of the same shape, the place of
+        inputs: "input", int64 [sequences, tokens]. If asked for also "positions", int64 of the same shape: the place of
             each token in the part of its document that is in the sequence, so that it is 0 where a part begins.
-        labels: int64 of the same shape: the token behind each, `IGNORE_INDEX` where there is none.
+        labels: int64 of the same shape: the token that follows each, or `IGNORE_INDEX` where none does.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -82,7 +83,7 @@ class Batch:
 
 
 class _Node(BaseNode):
-    """A node that begins where its constructor says, and has no state beside."""
+    """A node that begins where its constructor says, and saves no state."""
 
     def get_state(self) -> dict[str, Any]:
         return {}
@@ -95,8 +96,8 @@ class Documents(_Node):
         order: of all ranks.
         place: where to begin.
         end: the position at which the data ends; None for data without an end.
-        says_passes: warn where a dataset is read again. Groups are read ahead of need, so that one which stops early
-            may never come to what was said.
+        says_passes: warn where a dataset is read again. Groups are read ahead, so that a run which stops early may
+            never come to the pass that a warning has named.
     """
 
     def __init__(self, order: Order, place: Place, end: int | None = None, says_passes: bool = True):
@@ -175,11 +176,11 @@ class Encode:
 
 
 class Batches(_Node):
-    """Batches, each with the place behind it.
+    """Batches, each with the place where the data goes on after it; a `DataError` where the data cannot be read.
 
     Args:
         source: of groups with tokens.
-        packer: its sequences have one token more than the model sees, for the last label.
+        packer: makes sequences of one token more than the model sees, for the last label.
         order, place: see `Documents`.
         batch_size: sequences of a batch; at the end of the data there may be fewer.
         pad: token for what is left of a sequence. Its label is ignored.
@@ -279,14 +280,14 @@ def build_pipeline(
     end: int | None = None,
     says_passes: bool = True,
 ) -> BaseNode:
-    """The last node of the whole pipeline: an iterator of batches with the places behind them.
+    """The last node of the whole pipeline, which gives what `Batches` does.
 
     Args:
         order, place, end, says_passes: see `Documents`.
         packer, batch_size, with_positions: see `Batches`.
-        threads: how many tokenize; 0 for none beside the caller's.
+        threads: how many tokenize; with 0 the thread that makes the batches does.
         ahead: batches that are made before they are asked for; 0 makes each when it is asked for.
-        pin: put them into pinned memory.
+        pin: put batches into pinned memory.
     """
     documents = Documents(order, place, end, says_passes)
     tokens = ParallelMapper(documents, Encode(order, tokenizer), threads, in_order=True, method="thread")

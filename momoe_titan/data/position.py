@@ -1,4 +1,4 @@
-"""The position in the data that a checkpoint holds for each rank, and how other numbers of ranks go on from it."""
+"""The position in the data that a checkpoint holds for each rank, and how another number of ranks goes on from it."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def warn_restart(reason: str) -> None:
 
 
 def is_position(saved: bytes) -> bool:
-    """Whether these bytes are a position, not the pickle of TorchTitan's loader or of this package's former one."""
+    """Whether these bytes are a position, not the pickle of TorchTitan's loader or of version 0.1.0's."""
     return saved.startswith(b"{")
 
 
@@ -31,17 +31,17 @@ def pack_position(order: dict[str, Any], place: Place) -> bytes:
 
 
 def unpack_position(saved: bytes) -> tuple[dict[str, Any], Place]:
-    """What `pack_position` was given."""
+    """The order and the place that `pack_position` was given."""
     state = json.loads(saved)
     left = [(position, skip) for position, skip in state["left"]]
     return state["order"], Place(left, state["next"], state["step"])
 
 
 def why_other_data(then: dict[str, Any], now: dict[str, Any], name: str) -> str:
-    """Why a position in one order means nothing in another; empty if it does.
+    """Why a position in one order means nothing in another; empty if the position holds.
 
     Args:
-        then, now: `Order.described`, whose seeds may differ.
+        then, now: `Order.described` of both orders. Their seeds may differ.
         name: what messages call the data.
     """
     if then["documents"] != now["documents"]:
@@ -63,13 +63,15 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def divide(places: Sequence[Place], rank: int, ranks: int) -> Place:
-    """The place of one of another number of ranks.
+    """The place of one rank, where there were other ranks before.
 
-    Every old rank had documents left, and would have gone on with every `step`-th from its next position. The new ranks
-    share all unread documents before the farthest of these positions, and then go on from it.
+    Every old rank had documents left, and would have gone on with every `step`-th document from its next position. The
+    new ranks share all unread documents before the farthest of these next positions, and then go on from that one.
 
     Args:
         places: of all old ranks.
+        rank: of the new ranks.
+        ranks: how many new ranks there are.
     """
     farthest = max(place.next for place in places)
     left = [each for place in places for each in place.left]
