@@ -196,18 +196,18 @@ class Momoe:
     loss_chunk_mib: float = 384
     """
     How many MiB of logits the loss holds at a time. Output layer, cross
-    entropy and their gradients are computed for so many tokens, then
-    for the next ones, so that all logits never exist at once. 0 holds
+    entropy and their gradients are computed for one chunk of tokens
+    after the other, so that all logits never exist at once. 0 holds
     them all: TorchTitan's loss.
     """
 
     cuda_graphs: bool = False
     """
     Run the forward and the backward of a step from a CUDA graph, which
-    the host starts at once, on one GPU with the Triton kernels. Same
-    results. Off by itself, with a line that says why, where a graph
-    cannot be captured. The activations' memory stays reserved between
-    steps, except where a validation may need it.
+    the host starts by one call, on one GPU with the Triton kernels.
+    The kernels are the same. Where a graph cannot be captured, a line
+    says why and the job runs without. The activations' memory stays
+    reserved between steps, except where a validation may need it.
     """
 
     mixed_precision: MixedPrecision = "weights"
