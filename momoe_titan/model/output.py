@@ -63,7 +63,7 @@ class OutputLayer(nn.Linear):
             chunk_bytes=self.chunk_bytes,
             shard=shard,
         )
-        return loss[None]
+        return torch.stack((loss,))  # not a view, of which FSDP warns
 
 
 def _product_dtype(weight: torch.Tensor) -> torch.dtype:
