@@ -155,7 +155,7 @@ class CapturedStep:
                 loss = self.body(inputs, labels, num_tokens).detach()
         except RuntimeError as error:
             self.failed = True
-            self._graphs.clear()
+            self.release()
             for parameter, gradient in before:
                 parameter.grad = gradient
             logger.warning(f"CUDA graphs are off from here on, since capturing one failed: {_first_line(error)}")
