@@ -1,7 +1,9 @@
-"""Where the time of a training step goes on one GPU, and where the time to the first step goes.
+"""Where the time of a training step goes on a GPU, and where the time to the first step goes.
 
     python benchmarks/step_breakdown.py --out breakdown.json -- --job.config_file train_configs/500m.toml \
         --compile.enable --training.local_batch_size 16
+    torchrun --nproc_per_node=2 benchmarks/step_breakdown.py --out breakdown.json -- \
+        --job.config_file train_configs/500m.toml
 
 What follows `--` are the options of the job. It runs in this process, and its last steps are measured three times:
 without a profiler (the time of a step), with one that sees the GPU only (how much of that time the GPU works), and with
@@ -10,7 +12,9 @@ what the GPU waited for. The kernels of a CUDA graph have no op around them: the
 the output layer's products count as dense.
 
 The file has milliseconds per step by part, the kernels that take longest, and the gaps between kernels; and when each
-phase before the first steps had ended, in seconds since the process was started.
+phase before the first steps had ended, in seconds since the process was started. With several ranks it is of the first
+one, and says of each collective of the last step when it ran, and for how long no other kernel did (exposed). A
+collective takes as long as its slowest rank makes it wait.
 """
 
 import argparse
@@ -37,7 +41,10 @@ TIMED, PROFILED = 20, 3  # steps
 SHOWN = 40  # kernels, gaps and ops in the file
 
 # The first pattern that fits the name of an op around a kernel, or the kernel's own, is its part of the step.
+COLLECTIVE = r"ncclDevKernel|ncclKernel"
 PARTS = (
+    ("collectives", COLLECTIVE),
+    ("FSDP copies", r"FSDP::|fsdp::|chunk_cat|split_with_sizes|CopyFunctor"),
     ("optimizer", r"Optimizer\.step|adamw|clip_grad|_foreach|fused_adam|multi_tensor_apply|zero_grad|_square_sum"),
     ("attention", r"sdpa|scaled_dot_product|cudnn|flash|fmha|complex"),
     (
@@ -83,6 +90,33 @@ def gaps_between(spans: list[tuple[float, float]]) -> tuple[float, list[tuple[fl
         covered += max(0.0, stop - max(begin, end))
         end = max(end, stop)
     return covered, gaps
+
+
+def exposed_ms(kernels: list[dict]) -> tuple[float, list[dict[str, Any]]]:
+    """How long collectives ran with no other kernel beside them, in all and for each collective.
+
+    Args:
+        kernels: of one stretch of time, sorted by their begin.
+    """
+    compute = [(e["ts"], e["ts"] + e["dur"]) for e in kernels if not re.search(COLLECTIVE, e["name"])]
+    starts, ends, end = [], [], float("-inf")  # of stretches with compute
+    for begin, stop in compute:
+        if begin > end:
+            starts.append(begin)
+            ends.append(stop)
+        else:
+            ends[-1] = max(ends[-1], stop)
+        end = max(end, stop)
+    rows = []
+    for e in kernels:
+        if re.search(COLLECTIVE, e["name"]):
+            begin, stop = e["ts"], e["ts"] + e["dur"]
+            first, last = bisect.bisect_right(ends, begin), bisect.bisect_left(starts, stop)
+            hidden = sum(min(ends[i], stop) - max(starts[i], begin) for i in range(first, last))
+            name = re.sub(r"^ncclDevKernel_|\(.*", "", e["name"])
+            at = (begin - kernels[0]["ts"]) / 1e3
+            rows.append({"name": name, "at_ms": at, "ms": e["dur"] / 1e3, "exposed_ms": (e["dur"] - hidden) / 1e3})
+    return sum(row["exposed_ms"] for row in rows), rows
 
 
 class Trace:
@@ -157,7 +191,10 @@ def breakdown(trace: Trace, steps: int, vocab_size: int, num_experts: int) -> di
     def per_step(times: collections.Counter) -> dict[str, float]:
         return {name: us / steps / 1e3 for name, us in times.most_common(SHOWN)}
 
+    exposed, collectives = exposed_ms(trace.kernels)
     return {
+        "collectives_exposed_ms": exposed / steps,
+        "collectives_of_last_step": collectives[len(collectives) * (steps - 1) // steps :],
         "busy_ms": busy / steps / 1e3,
         "whole_ms": whole / steps / 1e3,
         "parts_ms": per_step(parts),
@@ -256,7 +293,7 @@ def main() -> None:
     from momoe_titan.components import trainer
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.traces or temporary)
+        folder = Path(args.traces or temporary) / os.environ["RANK"]
         folder.mkdir(parents=True, exist_ok=True)
         profiled = profiled_trainer(trainer.Trainer, phases, result, folder)
         ahead = (lambda config: None) if args.no_compile_ahead else trainer.compile_kernels_ahead
@@ -269,7 +306,8 @@ def main() -> None:
     result["dynamo"] = torch._dynamo.utils.compile_times(repr="str", aggregate=True)
     result["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
     result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    Path(args.out).write_text(json.dumps(result, indent=1))
+    if os.environ["RANK"] == "0":
+        Path(args.out).write_text(json.dumps(result, indent=1))
     sys.exit(status)
 
 

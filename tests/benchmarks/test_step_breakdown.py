@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.step_breakdown import Trace, breakdown, gaps_between, part_of
+from benchmarks.step_breakdown import Trace, breakdown, exposed_ms, gaps_between, part_of
 
 
 def event(cat, name, ts, dur, tid=1, **args):
@@ -42,6 +42,8 @@ def test_counts_parts_gaps_and_host(tmp_path):
         (["triton_per_fused__fused_rms_norm_0"], "", "norm"),
         (["rows_kernel"], "", "experts"),
         (["Memcpy HtoD"], "", "copies"),
+        (["FSDP::all_gather", "fsdp::all_gather_copy_in", "Memcpy DtoD"], "", "FSDP copies"),
+        (["FSDP::all_gather", "ncclDevKernel_AllGather_RING_LL(x)"], "", "collectives"),
     ],
 )
 def test_knows_the_part_of_a_kernel(names, shapes, part):
@@ -50,3 +52,19 @@ def test_knows_the_part_of_a_kernel(names, shapes, part):
 
 def test_gaps_lie_between_what_is_covered():
     assert gaps_between([(0, 2), (1, 5), (2, 3), (7, 8)]) == (6, [(5, 7)])
+
+
+def test_a_collective_is_exposed_where_no_other_kernel_runs():
+    kernels = [
+        event("kernel", "up", 0, 10),
+        event("kernel", "ncclDevKernel_AllGather_RING_LL(args)", 5, 10),  # 5 beside the first, 3 beside the next
+        event("kernel", "down", 12, 20),
+        event("kernel", "beside", 12, 4),
+        event("kernel", "ncclDevKernel_ReduceScatter_Sum_f32(args)", 20, 5),
+        event("kernel", "ncclDevKernel_AllReduce(args)", 40, 7),
+    ]
+    total, rows = exposed_ms(kernels)
+    assert total == pytest.approx(0.009)
+    assert [row["exposed_ms"] for row in rows] == pytest.approx([0.002, 0, 0.007])
+    assert [row["name"] for row in rows] == ["AllGather_RING_LL", "ReduceScatter_Sum_f32", "AllReduce"]
+    assert rows[1]["at_ms"] == pytest.approx(0.02)
