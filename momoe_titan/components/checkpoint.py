@@ -1,8 +1,11 @@
 """Saves and finds checkpoints: which one a job resumes from, and how an incomplete one is recognised."""
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from typing import Any, cast
 
 import torch
@@ -24,6 +27,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
+from momoe_titan.components.checksums import find_changed_bytes, metadata_has_changed, write_metadata_sum
 from momoe_titan.components.resumed_settings import apply_job_settings, log_differences, save_job
 from momoe_titan.config.section import STOCK_BACKEND
 from momoe_titan.data.loader import TextDataloader
@@ -59,7 +63,11 @@ def read_metadata(path: str) -> Metadata:
     if not os.path.isdir(path):
         raise CheckpointError("there is no such folder")
     try:
+        if metadata_has_changed(path):  # before anything in it is unpickled
+            raise CheckpointError("its .metadata has changed since it was written (metadata.sha256)")
         metadata = FileSystemReader(path).read_metadata()
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         if os.path.isfile(os.path.join(path, "model.safetensors.index.json")):
             raise CheckpointError("it is in Hugging Face's format") from None
@@ -97,10 +105,18 @@ def find_fault(path: str, exclude_from_loading: list[str], model_only: bool) -> 
     return None
 
 
-def find_step(folder: str, exclude_from_loading: list[str]) -> tuple[int, dict[int, str]]:
-    """The last step that training can resume from, or -1; and for each later step why it cannot be loaded."""
-    faults: dict[int, str] = {}
+def find_step(
+    folder: str, exclude_from_loading: list[str], known_faults: Mapping[int, str] | None = None
+) -> tuple[int, dict[int, str]]:
+    """The last step that training can resume from, or -1; and for each later step why it cannot be loaded.
+
+    Args:
+        known_faults: of steps that are not to be taken.
+    """
+    faults: dict[int, str] = dict(known_faults or {})
     for step in sorted(saved_steps(folder), reverse=True):
+        if step in faults:
+            continue
         fault = find_fault(step_folder(folder, step), exclude_from_loading, model_only=step == 0)
         if fault is None:
             return step, faults
@@ -124,7 +140,8 @@ def saved_steps(folder: str) -> list[int]:
 class CheckpointManager(titan.CheckpointManager):
     """TorchTitan's checkpoint manager, for runs that can be killed at any moment and resume on other numbers of ranks.
 
-    - Resumes from the last whole checkpoint, and warns of later ones that it passed over. Where none is whole, it
+    - Resumes from the last whole checkpoint, and warns of later ones that it passed over. All ranks together read it
+      once before, and take the one before it where a byte has changed (`checksums`). Where none is whole, the run
       starts as a new run does, from the initial_load fields; TorchTitan would ignore these.
     - Makes a folder incomplete before it writes the folder again.
     - Keeps the latest k whole checkpoints, besides the one that is being written.
@@ -218,10 +235,11 @@ class CheckpointManager(titan.CheckpointManager):
                 f"{self.folder!r}, and there is no such folder; load_step -1 starts a new run"
             )
         path = self._create_checkpoint_id(step)
+        fault = find_fault(path, self.exclude_from_loading, model_only=step == 0)
         _check(
             "checkpoint.load_step",
             path,
-            find_fault(path, self.exclude_from_loading, model_only=step == 0),
+            _changed_bytes(path) if fault is None else fault,
             "load_step -1 takes the last that holds more; a run of another job.dump_folder can "
             "start from it by checkpoint.initial_load_path",
         )
@@ -239,6 +257,8 @@ class CheckpointManager(titan.CheckpointManager):
             path = self._hf_folder(path)
         elif path:
             fault = find_fault(path, self.exclude_from_loading, model_only)
+            if fault is None:
+                fault = _changed_bytes(path, self._states_to_load(model_only) if model_only else None)
             _check("checkpoint.initial_load_path", path, fault, "set checkpoint.initial_load_model_only to true")
         else:
             return False
@@ -267,14 +287,20 @@ class CheckpointManager(titan.CheckpointManager):
     def _find_load_step(self, folder: str = "") -> int:
         if folder:  # that of a replica under torchft
             return super()._find_load_step(folder)
-        # One rank looks, so that all ranks load the same checkpoint.
-        found: list[tuple[int, dict[int, str]]] = [(-1, {})]
-        if _rank() == 0:
-            found = [find_step(self.folder, self.exclude_from_loading)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(found, src=0)
-        step, faults = found[0]
-        for passed, fault in faults.items():
+        faults: dict[int, str] = {}
+        while True:
+            # One rank looks, so that all ranks load the same checkpoint.
+            found = [(-1, faults)]
+            if _rank() == 0:
+                found = [find_step(self.folder, self.exclude_from_loading, faults)]
+            if dist.is_initialized():
+                dist.broadcast_object_list(found, src=0)
+            step, faults = found[0]
+            changed = _changed_bytes(self._create_checkpoint_id(step)) if step >= 0 else None
+            if changed is None:
+                break
+            faults[step] = changed
+        for passed, fault in sorted(faults.items(), reverse=True):
             logger.warning(f"PASSED OVER the checkpoint {self._create_checkpoint_id(passed)}: {fault}")
         return step
 
@@ -294,7 +320,10 @@ class CheckpointManager(titan.CheckpointManager):
         if self.async_mode == titan.AsyncMode.ASYNC_WITH_PINNED_MEM and torch.accelerator.is_available():
             # The save reads on a stream of its own, which does not wait for this one.
             torch.accelerator.current_stream().synchronize()
-        return super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
+        under_way = super().dcp_save({**state_dict, **kept}, checkpoint_id, *args, **kwargs)
+        if _rank() == 0 and not kwargs.get("to_hf"):
+            _keep_sum(checkpoint_id, under_way)
+        return under_way
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         loader = state_dict.get(DATALOADER)
@@ -338,6 +367,44 @@ class _OtherRanks(Stateful):
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _changed_bytes(path: str, names: Collection[str] | None = None) -> str | None:
+    """Why this checkpoint is not as it was written, or None. Each rank reads a part of it, and all get one answer.
+
+    Args:
+        names: look only at these keys of the state dict; all if None.
+    """
+    begin = time.monotonic()
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    try:
+        fault = find_changed_bytes(path, FileSystemReader(path).read_metadata(), names, _rank(), num_ranks)
+    except Exception as e:  # raised here, it would leave the other ranks waiting
+        fault = repr(e)
+    faults = [fault] * num_ranks
+    if num_ranks > 1:
+        dist.all_gather_object(faults, fault)
+    logger.info(f"Checked the bytes of the checkpoint {path} ({time.monotonic() - begin:.1f} s)")
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _keep_sum(path: str, under_way: Any) -> None:
+    """Keep the sum of a checkpoint's .metadata once that is written: now, or at the end of an asynchronous save.
+
+    Args:
+        under_way: what dcp.save or dcp.async_save returns: its futures, if it has any.
+    """
+    future = getattr(under_way, "upload_completion", under_way)
+
+    def keep(done: Any = None) -> None:
+        # The save itself has failed, or a purge has removed the folder: others say so, and without a sum it loads too.
+        with contextlib.suppress(OSError):
+            write_metadata_sum(path)
+
+    if isinstance(future, Future):
+        future.add_done_callback(keep)
+    else:
+        keep()
 
 
 def _check(field: str, path: str, fault: str | None, advice: str) -> None:

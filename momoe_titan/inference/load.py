@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torchtitan.tools.logging import logger
 
 from momoe_titan.components.checkpoint import CheckpointError, read_metadata, saved_steps, step_folder
+from momoe_titan.components.checksums import find_changed_bytes
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.reading import read_job as read_configuration
 from momoe_titan.config.suggestions import did_you_mean
@@ -125,7 +126,7 @@ def load_model(path: str, args: MomoeLlamaArgs, device: torch.device | str, dtyp
     """The model in evaluation mode, with weights of `dtype`, from either kind of checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or bytes of it have changed since they were written.
     """
     is_hf = find_checkpoint(path)[1]
     if is_hf:
@@ -150,6 +151,8 @@ def load_model(path: str, args: MomoeLlamaArgs, device: torch.device | str, dtyp
         model.load_state_dict(adapter.from_hf(hf_state_dict))
     else:
         tensors = {key: state_dict[key] for key in saved_tensors(path, args)}
+        if (fault := find_changed_bytes(path, read_metadata(path), tensors)) is not None:
+            raise ValueError(f"the checkpoint {path!r} cannot be loaded: {fault}")
         load_checkpoint(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     return model.eval().requires_grad_(False)
 

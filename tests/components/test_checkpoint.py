@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torchtitan.components import checkpoint as titan
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import ConfigManager, JobConfig
@@ -182,9 +183,26 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def flip(path, at):
+    """One bit of the byte at this place, counted from the end where it is negative."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+
+
+def flip_in(folder, name):
+    """One bit within the tensor or object of this name."""
+    stored = FileSystemReader(folder).read_metadata().storage_data
+    where = next(info for index, info in stored.items() if index.fqn == name)
+    flip(folder / where.relative_path, where.offset + where.length // 2)
+
+
 DAMAGES = {
+    "bytes of train_state.step": lambda folder: flip_in(folder, "train_state.step"),
+    "bytes of layers.1.moe.experts.w2": lambda folder: flip_in(folder, "layers.1.moe.experts.w2"),
+    "metadata.sha256": lambda folder: flip(folder / ".metadata", -9),
     "no .metadata": lambda folder: (folder / ".metadata").unlink(),
-    "cannot be read": lambda folder: truncate(folder / ".metadata"),
+    "cannot be read": lambda folder: ((folder / "metadata.sha256").unlink(), truncate(folder / ".metadata")),
     "is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
     "bytes": lambda folder: truncate(folder / "__0_0.distcp"),
 }
