@@ -16,6 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from momoe_titan.kernels import combine, decode, gpu
+from momoe_titan.kernels.experts import Experts, validate_experts
 from momoe_titan.kernels.gemms import ZRows, select_gemms
 from momoe_titan.kernels.launch import on_its_device
 from momoe_titan.kernels.memory_schedule import LayerSizes, MemorySchedule, memory_schedule
@@ -35,14 +36,19 @@ BACKENDS = ("auto", "triton", "torch")
 _REFERENCE_TILE_ROWS = 128
 
 _lib = torch.library.Library("momoe_titan", "DEF")
+_KIND = (  # see Experts
+    "Tensor? gate=None, Tensor? bias1=None, Tensor? bias2=None, str activation='swiglu', str order='up_gate',"
+    " bool scores_on_input=False"
+)
 _lib.define(
     "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
-    " bool inference, str backend) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+    f" bool inference, str backend, {_KIND}) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
 for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
     _lib.define(
         f"{_name}(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, {_z} z, Tensor routing, SymInt num_rows,"
-        " float save_percent, bool[] needs, str backend) -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores)"
+        f" float save_percent, bool[] needs, str backend, {_KIND})"
+        " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores, Tensor dgate, Tensor dbias1, Tensor dbias2)"
     )
 
 
@@ -55,8 +61,7 @@ class SavedForBackward:
     """
 
     x_TD: Tensor
-    w1_ED2F: Tensor
-    w2_EFD: Tensor
+    experts: Experts
     scores_TK: Tensor
     z_S2F: Tensor  # x @ w1 of the first S routed rows; its storage may have been freed since, see `momoe_mlp`, on_saved
     packed_routing: Tensor  # int32, see `unpack_routing`
@@ -65,8 +70,8 @@ class SavedForBackward:
     backend: str  # "triton" or "torch"
 
     def routing(self) -> RoutingMetadata:
-        num_experts = self.w2_EFD.shape[0]
-        tile_rows = _tile_rows(self.x_TD, self.w2_EFD, self.backend)
+        num_experts = self.experts.w2.shape[0]
+        tile_rows = _tile_rows(self.x_TD, self.experts, self.backend)
         num_tokens, num_chosen = self.scores_TK.shape
         return unpack_routing(self.packed_routing, num_tokens, num_chosen, num_experts, tile_rows, self.num_rows)
 
@@ -92,10 +97,13 @@ class Needs(NamedTuple):
     w1: bool
     w2: bool
     scores: bool
+    gate: bool = False
+    bias1: bool = False
+    bias2: bool = False
 
 
-def _tile_rows(x_TD: Tensor, w2_EFD: Tensor, backend: str) -> int:
-    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, w2_EFD.shape[1]).tile_rows
+def _tile_rows(x_TD: Tensor, experts: Experts, backend: str) -> int:
+    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, experts.ffn).tile_rows
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -122,10 +130,11 @@ def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
         combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
 
 
-def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
+def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, *kind):
+    experts = Experts(w1_ED2F, w2_EFD, *kind)
     num_experts, ffn, _ = w2_EFD.shape
     num_tokens, num_chosen = ids_TK.shape
-    tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    tile_rows = _tile_rows(x_TD, experts, backend)
     max_rows = tile_rows * MAX_TILES * (1 if (planned := gpu.planned()) is None else planned.load.rows)
     num_saved = num_saved_rows(num_rows, save_percent)
     if num_rows > max_rows:
@@ -134,7 +143,7 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
         packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
         routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
-            out_TD, z_S2F = torch_forward(x_TD, w1_ED2F, w2_EFD, scores_TK, routing, num_saved)
+            out_TD, z_S2F = torch_forward(x_TD, experts, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
     x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
@@ -153,25 +162,13 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
 
-def _backward(
-    dout_TD,
-    x_TD,
-    w1_ED2F,
-    w2_EFD,
-    scores_TK,
-    z_S2F,
-    packed,
-    num_rows,
-    save_percent,
-    needs,
-    backend,
-    over_z=False,
-):
-    saved = SavedForBackward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, backend)
+def _backward(dout_TD, x_TD, w1, w2, scores_TK, z, packed, num_rows, save_percent, needs, backend, *kind, over_z=False):
+    experts, needs = Experts(w1, w2, *kind), Needs(*needs)
+    saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend)
     if backend == "triton":
-        return _triton_backward(dout_TD.contiguous(), saved, Needs(*needs), over_z)
-    grads = torch_backward(dout_TD.contiguous(), x_TD, w1_ED2F, w2_EFD, scores_TK, saved.rows_of_z(), saved.routing())
-    return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
+        return _triton_backward(dout_TD.contiguous(), saved, needs, over_z)
+    grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing())
+    return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in needs._asdict().items())
 
 
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
@@ -179,7 +176,7 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
     z_S2F, routing = saved.rows_of_z(), saved.routing()
     num_saved = z_S2F.shape[0]
-    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, saved.x_TD, saved.w1_ED2F, saved.w2_EFD))
+    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, saved.x_TD, saved.experts.w1, saved.experts.w2))
     ffn = w2_EFD.shape[1]
     gemms: Any = select_gemms(x_TD, ffn)  # z and dz have the form that this family of kernels takes
     schedule = _schedule(gemms, x_TD, w2_EFD, num_rows, inference=False)
@@ -213,7 +210,7 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
         if over_z:
             saved.free_z()
         dw2 = _weight_grad(gemms, act_RF, dout_TD, routing, w2_EFD, gather_b=True)
-    return dx_TD, dw1, dw2, dscores_TK
+    return dx_TD, dw1, dw2, dscores_TK, *(x_TD.new_empty(0) for _ in range(3))
 
 
 def _score_grad(dscore: Tensor, routing: RoutingMetadata, scores_TK: Tensor, needed: bool) -> Tensor:
@@ -245,32 +242,36 @@ IMPLEMENTATIONS = {
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
-def _forward_fake(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend):
-    num_experts, ffn, _ = w2_EFD.shape
+def _forward_fake(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, *kind):
+    experts = Experts(w1, w2_EFD, *kind)
     num_tokens, num_chosen = ids_TK.shape
-    tile_rows = _tile_rows(x_TD, w2_EFD, backend)
+    num_experts = w2_EFD.shape[0]
+    tile_rows = _tile_rows(x_TD, experts, backend)
     packed = 0 if inference else packed_size(num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     return (
         torch.empty_like(x_TD),
         ids_TK.new_empty(num_experts, dtype=torch.int64),
-        x_TD.new_empty(num_saved_rows(num_rows, save_percent), 2 * ffn),
+        x_TD.new_empty(num_saved_rows(num_rows, save_percent), experts.width),
         ids_TK.new_empty(packed, dtype=torch.int32),
     )
 
 
 @torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
 @torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
-def _backward_fake(dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, num_rows, save_percent, needs, backend):
-    inputs = (x_TD, w1_ED2F, w2_EFD, scores_TK)
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, needs, backend, *kind):
+    inputs = (x, w1, w2, scores, *kind[:3])
+    some = zip(inputs, Needs(*needs), strict=False)
+    grads = [torch.empty_like(t) if need else x.new_empty(0) for t, need in some]
+    return (*grads, *(x.new_empty(0) for _ in range(len(Needs._fields) - len(grads))))
 
 
 def _setup_context(ctx, inputs, output):
-    x_TD, w1_ED2F, w2_EFD, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend = inputs
+    x_TD, w1, w2, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend, *more = inputs
     _, counts_E, z_S2F, packed = output
+    ctx.kind = more[3:]
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
-    ctx.save_for_backward(x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed)
+    ctx.save_for_backward(x_TD, w1, w2, scores_TK, z_S2F, packed, *more[:3])
 
 
 def _is_last_use(z_S2F: Tensor, dout_TD: Tensor) -> bool:
@@ -296,26 +297,39 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError("momoe_mlp has no second derivative")
 
 
+_INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 9, "bias1": 10, "bias2": 11}  # places among the op's inputs
+
+
 def _autograd_backward(ctx, dout_TD, *_):
     if dout_TD is None:
         return (None,) * 9
-    x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4)]
+    x_TD, w1, w2, scores_TK, z_S2F, packed, *more = ctx.saved_tensors
+    # The dispatcher leaves out arguments that have their default.
+    needs = [place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place] for place in _INPUTS.values()]
     backward = torch.ops.momoe_titan.moe_backward
     if _is_last_use(z_S2F, dout_TD):
         backward = torch.ops.momoe_titan.moe_backward_over_z
         torch.autograd.graph.increment_version(z_S2F)  # another backward after an error in this one is refused
+    sizes = ctx.num_rows, ctx.save_percent, needs, ctx.backend
     with torch.no_grad():
-        grads = backward(
-            dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, z_S2F, packed, ctx.num_rows, ctx.save_percent, needs, ctx.backend
-        )
+        grads = backward(dout_TD, x_TD, w1, w2, scores_TK, z_S2F, packed, *sizes, *more, *ctx.kind)
     if torch.is_grad_enabled():  # create_graph
-        grads = _OnceDifferentiable.apply(5, dout_TD, x_TD, w1_ED2F, w2_EFD, scores_TK, *grads)
-    dx, dw1, dw2, dscores = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dx, dw1, dw2, None, dscores, None, None, None, None
+        inputs = dout_TD, x_TD, w1, w2, scores_TK, *(t for t in more if t is not None)
+        grads = _OnceDifferentiable.apply(len(inputs), *inputs, *grads)
+    result: list[Tensor | None] = [None] * 15
+    for place, grad, need in zip(_INPUTS.values(), grads, needs, strict=True):
+        if need:
+            result[place] = grad
+    return tuple(result)
 
 
 torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
+
+
+def has_kernels(experts: Experts) -> bool:
+    """Whether the Triton kernels take these experts; the torch backend does where they don't."""
+    is_whole = experts.gate is None and experts.w1.is_contiguous() and experts.w2.is_contiguous()
+    return experts.is_swiglu and experts.order == "up_gate" and is_whole
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -332,19 +346,17 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
-    if x_TD.dim() != 2 or w1_ED2F.dim() != 3 or w2_EFD.dim() != 3 or ids_TK.dim() != 2:
+def _validate(x_TD, experts: Experts, ids_TK, scores_TK, num_rows):
+    w1, w2 = experts.w1, experts.w2
+    if x_TD.dim() != 2 or any(w.dim() != 3 for w in experts.weights) or ids_TK.dim() != 2:
         raise ValueError(
             "x, w1, w2, ids must be (T, D), (E, D, 2F), (E, F, D), (T, K), got "
-            f"{[tuple(t.shape) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK)]}"
+            f"{[tuple(t.shape) for t in (x_TD, w1, w2, ids_TK)]}"
         )
-    num_experts, ffn, d_model = w2_EFD.shape
+    num_experts, _, d_model = w2.shape
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"w2 must be of 1 to {MAX_EXPERTS} experts, got {tuple(w2_EFD.shape)}")
-    if w1_ED2F.shape != (num_experts, d_model, 2 * ffn):
-        raise ValueError(
-            f"w1 must be (E, D, 2F) = {(num_experts, d_model, 2 * ffn)} to go with w2, got {tuple(w1_ED2F.shape)}"
-        )
+        raise ValueError(f"w2 must be of 1 to {MAX_EXPERTS} experts, got {tuple(w2.shape)}")
+    validate_experts(experts)
     if x_TD.shape[1] != d_model:
         raise ValueError(f"x must have D = {d_model} columns, got {tuple(x_TD.shape)}")
     if ids_TK.shape[0] != x_TD.shape[0] or scores_TK.shape != ids_TK.shape:
@@ -354,23 +366,31 @@ def _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows):
         )
     if ids_TK.shape[1] == 0:
         raise ValueError(f"ids must have at least one column, got {tuple(ids_TK.shape)}")
-    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, (Integral, torch.SymInt))):
-        raise ValueError(f"num_rows must be an int, got {num_rows!r}")
-    if num_rows is not None and not 0 <= num_rows <= ids_TK.numel():  # pyright: ignore[reportOperatorIssue] - an int
-        raise ValueError(f"num_rows must be from 0 to T * K = {ids_TK.numel()}, got {num_rows}")
+    _validate_num_rows(num_rows, ids_TK.numel())
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64, got {ids_TK.dtype}")
     if not scores_TK.is_floating_point():
         raise ValueError(f"scores must be of a floating dtype, got {scores_TK.dtype}")
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x must be bfloat16, float16 or float32, got {x_TD.dtype}")
-    if not x_TD.dtype == w1_ED2F.dtype == w2_EFD.dtype:
+    if any(t.dtype != x_TD.dtype for t in experts.tensors):
         raise ValueError(
-            f"x, w1 and w2 must share a dtype outside of autocast, got {x_TD.dtype}, {w1_ED2F.dtype}, {w2_EFD.dtype}"
+            f"x, weights and biases must share a dtype outside of autocast, got {x_TD.dtype}, "
+            f"{', '.join(str(t.dtype) for t in experts.tensors)}"
         )
-    if len({t.device for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)}) != 1:
-        devices = [str(t.device) for t in (x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)]
-        raise ValueError(f"x, w1, w2, ids and scores must be on one device, got {devices}")
+    tensors = x_TD, ids_TK, scores_TK, *experts.tensors
+    if len({t.device for t in tensors}) != 1:
+        devices = [str(t.device) for t in tensors]
+        raise ValueError(f"x, ids, scores, weights and biases must be on one device, got {devices}")
+
+
+def _validate_num_rows(num_rows, num_slots: int) -> None:
+    if num_rows is None:
+        return
+    if isinstance(num_rows, bool) or not isinstance(num_rows, (Integral, torch.SymInt)):
+        raise ValueError(f"num_rows must be an int, got {num_rows!r}")
+    if not 0 <= num_rows <= num_slots:  # pyright: ignore[reportOperatorIssue] - an int
+        raise ValueError(f"num_rows must be from 0 to T * K = {num_slots}, got {num_rows}")
 
 
 def _validate_ids(ids_TK, num_experts, num_rows):
@@ -405,32 +425,53 @@ def _wants_grad(*inputs: Tensor) -> bool:
     return False
 
 
+def _gathered(w1: Tensor | tuple[Tensor, Tensor], w2: Tensor, dtype: torch.dtype | None, kind: dict) -> Experts:
+    """Experts of what the caller gave, in `dtype` if that is one."""
+    up, gate = w1 if isinstance(w1, tuple | list) else (w1, None)
+    bias1 = kind.pop("bias1")
+    if isinstance(bias1, tuple | list):
+        bias1 = torch.cat(bias1, dim=1)
+    tensors = {"w1": up, "w2": w2, "gate": gate, "bias1": bias1, "bias2": kind.pop("bias2")}
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t is not None else None for name, t in tensors.items()}
+    return Experts(**tensors, **kind)
+
+
 def momoe_mlp(
     x_TD: Tensor,
-    w1_ED2F: Tensor,
+    w1_EDZ: Tensor | tuple[Tensor, Tensor],
     w2_EFD: Tensor,
     ids_TK: Tensor,
     scores_TK: Tensor,
     save_percent: float = 0.0,
     *,
+    bias1: Tensor | tuple[Tensor, Tensor] | None = None,
+    bias2: Tensor | None = None,
+    activation: str = "swiglu",
+    order: str = "up_gate",
+    scores_on_input: bool = False,
     num_rows: int | None = None,
     backend: str = "auto",
     check_ids: bool = False,
     on_saved: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """SwiGLU mixture of experts: ``out[t] = sum_k scores[t, k] * (up * silu(gate)) @ w2[e]``,
-    with ``[up, gate] = x[t] @ w1[e]`` and ``e = ids[t, k]``.
+    """Mixture of experts: ``out[t] = sum_k scores[t, k] * ((up * silu(gate)) @ w2[e] + bias2[e])``,
+    with ``[up, gate] = x[t] @ w1[e] + bias1[e]`` and ``e = ids[t, k]``.
 
-    Differentiable in x, w1, w2 and scores, backwards and once: another derivative is
+    Differentiable in x, the weights, the biases and scores, backwards and once: another derivative is
     refused. Accumulates in float32, is deterministic to the bit, and neither synchronises
     with the host nor compiles anything for a new T on the "triton" backend. One exception: up to
     16 tokens of 16-bit dtypes without gradients have kernels of their own (see decode.py).
 
+    Weights are read where they are, whatever their strides, and gradients have the strides of their weights: pass
+    weights that are stored as (E, out, in) as ``w.transpose(1, 2)``, which copies nothing.
+
     Args:
         x_TD: tokens, bfloat16, float16 or float32.
-        w1_ED2F: first F columns up, last F gate; dtype of x.
-        w2_EFD: dtype of x. Under ``torch.autocast`` x, w1 and w2 may differ, and are cast to its dtype. Of the three,
-            a view that does not start on 16 bytes is copied.
+        w1_EDZ: (E, D, 2F), up and gate in the order of `order`; or two tensors (up, gate), each (E, D, F) and both with
+            the same strides; or (E, D, F) for an activation without a gate. dtype of x.
+        w2_EFD: dtype of x. Under ``torch.autocast`` x, weights and biases may differ, and are cast to its dtype. Of x
+            and the weights, a view that does not start on 16 bytes is copied.
         ids_TK: chosen experts, int32 or int64. An id outside ``[0, E)`` marks an
             unused slot: it adds nothing and the gradient of its score is 0, so
             tokens may choose different numbers of experts.
@@ -438,6 +479,12 @@ def momoe_mlp(
         save_percent: 0 to 100, the share of z = x @ w1 (R x 2F, R = T * K) that is
             saved for the backward; the rest is computed again there. It changes
             memory and time, never the result. Nothing is saved where no gradient is wanted.
+        bias1: (E, 2F) in the order of w1's columns, or a tensor for each of w1's; dtype of x.
+        bias2: (E, D), dtype of x.
+        activation: one of `momoe_titan.kernels.ACTIVATIONS`; activations.py has their formulas.
+        order: of w1's columns: "up_gate" or "gate_up" (halves), "interleaved_up_gate" or "interleaved_gate_up" (in
+            turn, the one that is named first in column 0).
+        scores_on_input: multiply the input of an expert with the score, in place of its output.
         num_rows: R, where the caller knows that fewer than T * K slots are used: at least their
             number (a smaller R is undefined behaviour), at most T * K. What the op allocates
             and saves goes by R.
@@ -453,30 +500,40 @@ def momoe_mlp(
         expert, int64 (E), not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes, devices, num_rows, save_percent or backend don't fit.
+        ValueError: shapes, dtypes, devices, strides, num_rows, save_percent, backend, activation or order don't fit.
         RuntimeError: a forward-mode derivative, or a second one, is asked for.
     """
     save_percent = validate_save_percent(save_percent)
-    device_type = x_TD.device.type
+    device_type, dtype = x_TD.device.type, None
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x_TD, w1_ED2F, w2_EFD = x_TD.to(dtype), w1_ED2F.to(dtype), w2_EFD.to(dtype)
-    _validate(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows)
+        x_TD = x_TD.to(dtype)
+    kind = dict(bias1=bias1, bias2=bias2, activation=activation, order=order, scores_on_input=scores_on_input)
+    experts = _gathered(w1_EDZ, w2_EFD, dtype, kind)
+    _validate(x_TD, experts, ids_TK, scores_TK, num_rows)
     if check_ids:
         _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
-    wants_grad = _wants_grad(x_TD, w1_ED2F, w2_EFD, scores_TK)
-    out_TD, counts_E, z_S2F, _ = torch.ops.momoe_titan.moe_forward(
+    if not has_kernels(experts):
+        backend = "torch"
+    wants_grad = _wants_grad(x_TD, scores_TK, *experts.tensors)
+    out_TD, counts_E, z_SZ, _ = torch.ops.momoe_titan.moe_forward(
         x_TD.contiguous(),
-        w1_ED2F.contiguous(),
-        w2_EFD.contiguous(),
+        experts.w1,
+        experts.w2,
         ids_TK.contiguous(),
         scores_TK.contiguous(),
         ids_TK.numel() if num_rows is None else num_rows,
         save_percent if wants_grad else 0.0,
         not wants_grad,
         backend,
+        experts.gate,
+        experts.bias1,
+        experts.bias2,
+        activation,
+        order,
+        scores_on_input,
     )
-    if on_saved is not None and z_S2F.shape[0]:
-        on_saved(z_S2F)
+    if on_saved is not None and z_SZ.shape[0]:
+        on_saved(z_SZ)
     return out_TD, counts_E

@@ -73,7 +73,7 @@ class MemoryTrace(TorchDispatchMode):
     Args:
         place_of: the place of a module; None if it is that of its parent.
         observer: called after each op with (func, args, kwargs, out, phase), but not for ops inside our own ops.
-        implementations: from an op to the function that implements it, called with "triton" as its last argument.
+        implementations: from an op to the function that implements it, called with "triton" as its `backend`.
 
     Attributes:
         phase: the current part of the step, set by the caller; in a backward "backward" is recorded in its place.
@@ -206,7 +206,7 @@ class MemoryTrace(TorchDispatchMode):
     def _follow(self, func, args):
         self._inside = []
         with self._dz_over_z(func, args), _ReenteredTrace(self):
-            out = self._implementations[func](*args[:-1], "triton")
+            out = self._implementations[func](*_with_backend(func, args, "triton"))
         z = self._blocks.get(out[2].untyped_storage()._cdata) if func is FORWARD else None
         if z is not None:
             self._mark_z(z)
@@ -326,6 +326,11 @@ class MemoryTrace(TorchDispatchMode):
             if self.events[i][0] == block.number:
                 self.events[i] = (block.number, block.num_bytes, ZRows(layer, saved=True))
                 break
+
+
+def _with_backend(func, args, backend: str) -> list:
+    names = [argument.name for argument in func._schema.arguments]
+    return [backend if name == "backend" else arg for name, arg in zip(names, args, strict=False)]
 
 
 def _with_even_splits(rows, output_splits, input_splits, group_name) -> tuple[Any, ...]:
