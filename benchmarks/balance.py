@@ -7,7 +7,9 @@ An arm is one of the names in ARMS, or settings of its own: "NAME:rule=quantile,
 All arms of a seed start from the same weights and read the same batches. The text is every .py and
 .md file of this Python's library and packages, whole files held out for validation, shuffled and
 tokenized once. Each GPU trains one arm after another in one process, so that compilation is paid
-once; a machine without a GPU trains one arm at a time.
+once; a machine without a GPU trains one arm at a time. On a GPU a step is that of a job: compiled
+blocks, bfloat16 copies of the weights, and a CUDA graph. Arms with backend=torchtitan train as
+TorchTitan itself does: autocast, its optimizer and its clipping, no graph.
 
 A run's results:
     val_loss          mean over the validation tokens (1M by default)
@@ -47,6 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torchtitan.components.optimizer import build_optimizers as build_stock_optimizers
 from torchtitan.config import JobConfig
 from torchtitan.models.llama4.infra.parallelize import apply_compile
 
@@ -54,7 +57,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
+from momoe_titan.components.compute_weights import ComputeWeights  # noqa: E402
+from momoe_titan.components.cuda_graph import CapturedStep  # noqa: E402
+from momoe_titan.components.load_balancer import ExpertLoadBalancer  # noqa: E402
 from momoe_titan.components.optimizer import build_momoe_optimizers  # noqa: E402
+from momoe_titan.components.training_step import CLIP_EPS  # noqa: E402
 from momoe_titan.kernels.quantile import count_margins  # noqa: E402
 from momoe_titan.model import MomoeLlama, flavors  # noqa: E402
 from momoe_titan.model.moe import BalancedMoE  # noqa: E402
@@ -103,6 +110,7 @@ DEFAULTS = {
     "gate_lr_scale": 1.0,
     "backend": "auto",
     "coupled": 1,  # the average follows the schedule
+    "steps": 0,  # 0: those of --steps
 }
 # lr, warm-up and schedule of train_configs/; batch is in sequences
 JOBS = {
@@ -233,7 +241,7 @@ class Batches:
         both = torch.from_numpy(text)
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
-        return both[:, :-1], both[:, 1:]
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -282,7 +290,12 @@ def build_optimizers(model: MomoeLlama, arm: dict, lr: float):
     config = JobConfig().optimizer
     config.lr, config.beta1, config.beta2, config.eps, config.weight_decay = lr, 0.9, 0.95, 1e-8, 0.1
     config.implementation = "fused"
-    optimizers = build_momoe_optimizers([model], config, ONE_PROCESS)
+    if arm["backend"] == "torchtitan":
+        optimizers = build_stock_optimizers([model], config, ONE_PROCESS)
+        optimizers.load_balancer = ExpertLoadBalancer([model])
+        optimizers.register_step_pre_hook(optimizers.load_balancer)
+    else:
+        optimizers = build_momoe_optimizers([model], config, ONE_PROCESS)
     if not arm["follow"]:
         optimizers._optimizer_step_post_hooks.clear()
     gates = {id(moe.router.gate.weight) for moe in moe_layers(model)}
@@ -295,6 +308,72 @@ def build_optimizers(model: MomoeLlama, arm: dict, lr: float):
                 other = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**other, "params": of_gates, "lr_scale": arm["gate_lr_scale"]})
     return optimizers
+
+
+class Step:
+    """Forward, backward, clipping and update of a model, on a GPU as a job does them.
+
+    Args:
+        model: from `build_model`.
+        optimizers: from `build_optimizers`.
+        arm: its settings.
+        compiled: whether the blocks are.
+    """
+
+    def __init__(self, model: MomoeLlama, optimizers, arm: dict, device: torch.device, compiled: bool):
+        self.model, self.optimizers, self.device = model, optimizers, device
+        self.parameters = list(model.parameters())
+        self.loss = torch.compile(cross_entropy) if compiled else cross_entropy
+        self.is_stock = arm["backend"] == "torchtitan"
+        self.weights: ComputeWeights | None = None
+        self.captured: CapturedStep | None = None
+        if compiled and not self.is_stock:
+            self.weights = ComputeWeights([model], torch.bfloat16, sums_in_parameters_dtype=False)
+            for optimizer in optimizers:
+                optimizer.copies = self.weights.copies
+            self.captured = CapturedStep(self._forward_backward, [model])
+            self.captured.parameters += self.weights.copies.values()
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss."""
+        cast = self.weights or torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        with cast:
+            return self.loss(self.model(tokens), labels)
+
+    def _forward_backward(self, inputs: dict, labels: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
+        loss = self.loss(self.model(inputs["tokens"]), labels)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Train one step. Gives its loss, on the device."""
+        if self.captured is None or self.weights is None:
+            loss = self.forward(tokens, labels)
+            loss.backward()
+            loss = loss.detach()
+        else:
+            with self.weights:
+                loss = self.captured({"tokens": tokens}, labels, labels.new_ones(()))
+        self._clip()
+        self.optimizers.step()
+        if self.weights is not None:
+            self.weights.written = all(optimizer.wrote_copies for optimizer in self.optimizers)
+        self.optimizers.zero_grad()
+        return loss
+
+    def _clip(self) -> None:
+        if self.is_stock or not all(hasattr(optimizer, "clip_coefficient") for optimizer in self.optimizers):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+            return
+        guard = self.optimizers.non_finite_guard  # as `components.training_step` clips
+        guard.norm = norm = guard.compute_norm(self.parameters, self.device)
+        for optimizer in self.optimizers:
+            optimizer.clip_coefficient = (1.0 / (norm + CLIP_EPS)).clamp(max=1.0)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens, in float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: str) -> float:
@@ -326,6 +405,7 @@ class Run:
         job = JOBS[options.flavor]
         self.job = {**job, "batch": options.batch or job["batch"], "seq_len": options.seq_len or job["seq_len"]}
         self.lr = self.arm["lr"] or options.lr or job["lr"]
+        self.steps = self.arm["steps"] or options.steps
         warmup = self.arm["warmup"] if self.arm["warmup"] >= 0 else options.warmup
         self.warmup = job["warmup"] if warmup < 0 else warmup
         shape = self.job["batch"], self.job["seq_len"]
@@ -337,15 +417,7 @@ class Run:
         self.model = build_model(options.flavor, self.arm, self.job, seed, device, options.compile)
         self.optimizers = build_optimizers(self.model, self.arm, self.lr)
         self.layers = moe_layers(self.model)
-        self.loss = torch.compile(self._cross_entropy) if options.compile else self._cross_entropy
-
-    @staticmethod
-    def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))
-
-    def _forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.loss(self.model(tokens), labels)
+        self.step = Step(self.model, self.optimizers, self.arm, device, options.compile)
 
     def _synchronize(self) -> float:
         if self.device.type == "cuda":
@@ -353,7 +425,7 @@ class Run:
         return time.perf_counter()
 
     def train(self) -> dict:
-        steps, start = self.options.steps, time.perf_counter()
+        steps, start = self.steps, time.perf_counter()
         losses, counts, entropy, curve = [], [], {}, []
         half_time, validating, validated = start, 0.0, 0.0
         for step in range(1, steps + 1):
@@ -366,12 +438,8 @@ class Run:
                 self.optimizers.load_balancer.average_factor = lambda share=share: share
             records = step % 50 == 0 or step == steps
             want_entropy(records)
-            loss = self._forward(*self.train_batches[step - 1])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-            self.optimizers.step()
-            self.optimizers.zero_grad()
-            losses.append(loss.detach())
+            loss = self.step(*self.train_batches[step - 1])
+            losses.append(loss)
             counts.append(self.optimizers.load_balancer.counts_LE)
             if records:
                 sums = [moe.router.entropy_and_tokens for moe in self.layers]
@@ -417,7 +485,7 @@ class Run:
         losses, counts = [], []
         self._restart()
         for i in batches:
-            losses.append(self._forward(*self.val_batches[i]).detach())
+            losses.append(self.step.forward(*self.val_batches[i]).detach())
             counts.append(torch.stack([moe.tokens_per_expert for moe in self.layers]))
             for moe in self.layers:
                 moe.tokens_per_expert.zero_()
@@ -444,7 +512,7 @@ class Run:
             "maxvio_validation_batch": round(maxvio(counts_NLE).mean().item(), 4),
             "dead_experts": int((total_LE == 0).sum()),
         }
-        if self.options.floor and self.arm["rule"] == "quantile" and self.arm["rate"]:
+        if self.options.floor and not self.arm["steps"] and self.arm["rule"] == "quantile" and self.arm["rate"]:
             results["floor"] = self._floor()
         self._restart()
         return results
@@ -512,29 +580,27 @@ def time_rule(flavor: str) -> None:
     print(f"{flavor}: hooks {hooks:.2f} ms a step", flush=True)
 
 
-def time_steps(flavor: str, turns: int = 12, steps: int = 4) -> None:
-    """Print what a step takes with the rule and without balancing, in turns, without torch.compile.
+def time_steps(flavor: str, turns: int = 12, steps: int = 10) -> None:
+    """Print what a step takes with the rule and without balancing, in turns, as a job trains (see `Step`).
 
-    The learning rate is 0: both models route alike all the time, so that the rule's own work is all they differ in.
+    The learning rate is 0, and both models route alike: the rule's own work is all they differ in.
     """
     job, device = JOBS[flavor], torch.device("cuda")
     arms = {"none": DEFAULTS | {"rate": 0.0}, "quantile": DEFAULTS | {"rule": "quantile"}}
     shape = job["batch"], job["seq_len"] + 1
     text = torch.randint(0, flavors[flavor].vocab_size, shape, device=device)
-    models = {name: build_model(flavor, arm, job, 0, device, compiled=False) for name, arm in arms.items()}
-    optimizers = {name: build_optimizers(models[name], arm, 0.0) for name, arm in arms.items()}
-
-    def step(name: str) -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = Run._cross_entropy(models[name](text[:, :-1].contiguous()), text[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0, foreach=True)
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-
-    for _ in range(3):
-        for name in arms:
-            step(name)
+    batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    models = {name: build_model(flavor, arm, job, 0, device, compiled=True) for name, arm in arms.items()}
+    take = {
+        name: Step(models[name], build_optimizers(models[name], arm, 0.0), arm, device, compiled=True)
+        for name, arm in arms.items()
+    }
+    for _ in range(6):
+        take["quantile"](*batch)
+    for balanced, other in zip(moe_layers(models["quantile"]), moe_layers(models["none"]), strict=True):
+        other.expert_bias.copy_(balanced.expert_bias)
+    for _ in range(6):
+        take["none"](*batch)
     torch.cuda.synchronize()
     found: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(turns):
@@ -543,16 +609,19 @@ def time_steps(flavor: str, turns: int = 12, steps: int = 4) -> None:
             host = time.perf_counter()
             start.record()
             for _ in range(steps):
-                step(name)
+                take[name](*batch)
             end.record()
             host = time.perf_counter() - host
             torch.cuda.synchronize()
             found[name].append(start.elapsed_time(end) / steps)
     differences = [b - a for a, b in zip(found["none"], found["quantile"], strict=True)]
     medians = {name: round(statistics.median(times), 3) for name, times in found.items()}
+    from_graph = {name: bool(step.captured and step.captured._graphs) for name, step in take.items()}
+    added = statistics.median(differences)
     print(
-        f"{flavor}: ms a step {medians}, quantile - none: median {statistics.median(differences):.3f}, "
-        f"from {min(differences):.3f} to {max(differences):.3f}; host {1e3 * host / steps:.1f} ms a step",
+        f"{flavor}: ms a step {medians}, quantile - none: median {added:.3f} ({100 * added / medians['none']:.2f}%), "
+        f"from {min(differences):.3f} to {max(differences):.3f}; "
+        f"host {1e3 * host / steps:.1f} ms a step; from a graph: {from_graph}; all {found}",
         flush=True,
     )
 
@@ -671,6 +740,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, start = parse_options(arguments), time.time()
     if options.time_rule:
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.specialize_float = True
         for flavor in ("500M", "1.4B"):
             time_rule(flavor)
             gc.collect()
