@@ -1,12 +1,11 @@
 """Two processes on gloo train as one does: FSDP2 and DDP."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from momoe_titan.model.parallel.parallelize import _warn_of_ranks_without_experts
+from momoe_titan.model.parallel.fsdp import _experts_placement
 from momoe_titan.moe.balancing import bias_delta
 from tests.support import commands
 from tests.support.shared import made_once
@@ -61,11 +60,17 @@ def one():
     return train(build(tiny_args(load_balance_off_layers=[2])))
 
 
-@pytest.mark.parametrize("ranks, ep, warns", [(4, False, False), (8, False, True), (8, True, False)])
-def test_ranks_that_hold_no_expert_are_warned_of(ranks, ep, warns, caplog):
-    dims = SimpleNamespace(fsdp_enabled=True, ep_enabled=ep, get_mesh=lambda name: SimpleNamespace(size=lambda: ranks))
-    _warn_of_ranks_without_experts(build(tiny_args()), dims)  # 5 experts
-    assert ("leaves 3 of them without any of the 5 experts" in caplog.text) == warns
+@pytest.mark.parametrize(
+    "ranks, expert_ranks, along, warns",
+    [(5, 1, None, False), (12, 1, (1, 1, 0), False), (7, 1, None, True), (2, 3, (1, 1, 0), False), (7, 3, None, True)],
+)
+def test_experts_are_divided_along_the_second_dimension_on_more_ranks(ranks, expert_ranks, along, warns, caplog):
+    experts = 5 if expert_ranks == 1 else 3
+    block = build(tiny_args(moe={"num_experts": experts}, moe_hidden_dim=12)).layers["1"]
+    place = _experts_placement(block, ranks, expert_ranks)
+    weights = block.moe.experts.w1, block.moe.experts.w2, block.attention.wq.weight
+    assert (None if place is None else tuple(place(weight).dim for weight in weights)) == along
+    assert ("ranks leaves" in caplog.text) == warns
 
 
 def test_fsdp_is_the_single_process_run(one, two):

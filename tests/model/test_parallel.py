@@ -44,6 +44,7 @@ COMPILED = {
     "compile.components": ["model"],
 }
 STOCK = {"momoe.backend": "torchtitan"}
+THREE_EXPERTS = {"model.flavor": "3 experts"}  # fewer than ranks
 SIX_EXPERTS = {"model.flavor": "6 experts"}
 EIGHT_EXPERTS = {"model.flavor": "8 experts"}
 RECOMPUTED = {"activation_checkpoint.mode": "full"}
@@ -75,6 +76,7 @@ ONE_PROCESS = {
     "one": mesh() | VALIDATED,
     "whole logits, one": mesh() | WHOLE_LOGITS,
     "one, stock": mesh() | STOCK,
+    "one, 3 experts": mesh() | THREE_EXPERTS,
     "one, 6 experts": mesh() | SIX_EXPERTS,
     "one, 8 experts": mesh() | EIGHT_EXPERTS,
     "one, QK-norm": mesh() | QK_NORM,
@@ -102,6 +104,7 @@ TWO_PROCESSES = {
     "pp, interleaved, documents": mesh(pp=2) | INTERLEAVED | DOCUMENTS | VALIDATED,
 }
 FOUR_PROCESSES = {
+    "fsdp, 3 experts": mesh(shard=4) | THREE_EXPERTS,
     "hsdp": mesh(replicate=2, shard=2) | VALIDATED,
     "tp + fsdp": mesh(tp=2, shard=2),
     "tp + fsdp, tied": mesh(tp=2, shard=2) | TIED,

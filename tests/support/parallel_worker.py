@@ -248,6 +248,7 @@ def main(folder: str, runs: str) -> None:
         spec = get_train_spec("momoe_llama")
         spec.model_args = {
             "tiny": tiny_args(),
+            "3 experts": tiny_args(moe={"num_experts": 3}, moe_hidden_dim=12),
             "6 experts": tiny_args(moe={"num_experts": 6}),
             "8 experts": tiny_args(moe={"num_experts": 8}),
             "normalised": tiny_args(qk_norm="per_head"),

@@ -1,16 +1,13 @@
 """Applies parallelism, activation checkpointing and torch.compile to a model, with TorchTitan's functions."""
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import apply_cp_to_attention_module
 from torchtitan.distributed.tensor_parallel import maybe_enable_async_tp
 from torchtitan.models.llama3.infra.parallelize import apply_compile as compile_whole_blocks
-from torchtitan.models.llama3.infra.parallelize import apply_ddp, disable_fsdp_gradient_division
-from torchtitan.models.llama4.infra.parallelize import apply_compile, apply_fsdp
-from torchtitan.tools.logging import logger
+from torchtitan.models.llama3.infra.parallelize import apply_ddp
+from torchtitan.models.llama4.infra.parallelize import apply_compile
 
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.section import STOCK_BACKEND
@@ -18,6 +15,7 @@ from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.model.model import MomoeLlama, blocks_of
 from momoe_titan.model.parallel.activation_checkpoint import apply_activation_checkpointing
 from momoe_titan.model.parallel.expert import apply_expert_parallel
+from momoe_titan.model.parallel.fsdp import apply_fsdp
 from momoe_titan.model.parallel.tensor import apply_tp
 
 
@@ -51,61 +49,10 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
         _compile(model, job_config, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:
-        _shard(model, parallel_dims, job_config)
+        apply_fsdp(model, parallel_dims, job_config)
     elif parallel_dims.dp_replicate_enabled:
         apply_ddp(model, parallel_dims.get_mesh("dp_replicate"), enable_compile=compiled)
     return model
-
-
-def _shard(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
-    """Apply FSDP or HSDP."""
-    training = job_config.training
-    replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
-    mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
-    param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
-    reduce_dtype = TORCH_DTYPE_MAP[training.mixed_precision_reduce]
-    ends: dict[str, nn.Module] = {}
-    if model.model_args.tie_word_embeddings:
-        # A weight that two modules share must be in one FSDP group, and TorchTitan makes two: it does not see these.
-        ends = {name: model.get_submodule(name) for name in ("tok_embeddings", "norm", "output")}
-        offload = CPUOffloadPolicy() if training.enable_cpu_offload else OffloadPolicy()
-        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-        # The group's modules begin and end the forward: there is nothing to free in between.
-        fully_shard(
-            list(ends.values()), mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
-        )
-        for name in ends:
-            setattr(model, name, None)
-    apply_fsdp(
-        model,
-        mesh,
-        param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-        pp_enabled=parallel_dims.pp_enabled,
-        cpu_offload=training.enable_cpu_offload,
-        reshard_after_forward_policy=job_config.parallelism.fsdp_reshard_after_forward,
-        ep_degree=parallel_dims.ep,
-        edp_mesh=parallel_dims.get_optional_mesh([*replicate, "efsdp"]),
-        gradient_divide_factor=parallel_dims.fsdp_gradient_divide_factor,
-    )
-    for name, module in ends.items():
-        setattr(model, name, module)
-    disable_fsdp_gradient_division(model)  # also in the group that TorchTitan did not see
-    if mesh.device_type == "cpu":
-        _reduce_by_sums(model)
-    _warn_of_ranks_without_experts(model, parallel_dims)
-    logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
-
-
-def _warn_of_ranks_without_experts(model: MomoeLlama, parallel_dims: ParallelDims) -> None:
-    """Warn where FSDP, which gives each expert to one rank as a whole, has more ranks than experts."""
-    ranks = parallel_dims.get_mesh("fsdp").size()
-    experts = [block.moe.num_experts for block in blocks_of(model) if block.moe_enabled]
-    if experts and not parallel_dims.ep_enabled and ranks > min(experts):
-        logger.warning(
-            f"FSDP over {ranks} ranks leaves {ranks - min(experts)} of them without any of the {min(experts)} "
-            "experts, and the others with that much more: set parallelism.expert_parallel_degree, or replicate (HSDP)"
-        )
 
 
 def _compile(model: MomoeLlama, job_config: JobConfig, ep_enabled: bool) -> None:
@@ -135,13 +82,3 @@ def _compile(model: MomoeLlama, job_config: JobConfig, ep_enabled: bool) -> None
         values = {layer.save_percent for layer in experts if isinstance(layer, MomoeExperts)}
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (1 + len(values)))
         compile_whole_blocks(model, config)
-
-
-def _reduce_by_sums(model: MomoeLlama) -> None:
-    """Make FSDP sum gradients over ranks without dividing them.
-
-    TorchTitan asks for gradients divided by 1, for which FSDP uses a reduction that gloo lacks.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
