@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from momoe_titan.components.adamw import local
 from momoe_titan.components.compute_weights import ComputeWeights
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME
@@ -26,8 +28,14 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
     """Why the forward and the backward of this job cannot be captured, or None where they can."""
     momoe = config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
     checkpointing = config.activation_checkpoint
+    several = dims.world_size > 1
     for applies, reason in (
-        (dims.world_size > 1, "there are several GPUs"),
+        (several and not dims.fsdp_enabled, "of jobs on several GPUs, only those with FSDP or HSDP have them"),
+        (several and _dispatches(model_parts), "expert parallelism waits for the number of rows that arrive"),
+        (several and dims.tp_enabled, "there is tensor parallelism"),
+        (several and dims.cp_enabled, "there is context parallelism"),
+        (several and dims.pp_enabled, "there is pipeline parallelism"),
+        (config.training.enable_cpu_offload, "training.enable_cpu_offload waits for the GPU"),
         (momoe.backend in (STOCK_BACKEND, "torch"), f'momoe.backend = "{momoe.backend}" waits for the GPU'),
         (momoe.check_ids, "momoe.check_ids waits for the GPU"),
         (
@@ -44,6 +52,11 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
         if applies:
             return reason
     return None
+
+
+def _dispatches(model_parts: Sequence[nn.Module]) -> bool:
+    """Whether an MoE layer sends tokens to some of the ranks."""
+    return any(getattr(module, "dispatcher", None) is not None for part in model_parts for module in part.modules())
 
 
 @dataclass
@@ -73,11 +86,19 @@ class CapturedStep:
     which keeps the activations' memory between steps too; `release` gives it back. After a capture that fails, with a
     warning, `body` is called throughout.
 
+    FSDP's collectives are captured with the rest, on its own streams, and so are the buffers that it gathers weights
+    in. No rank takes part in a collective while it captures: the order of the collectives stays the same on all ranks,
+    also where one captures and another replays. A capture that fails leaves FSDP's modules somewhere in the middle of
+    a step; there the error is raised.
+
     Args:
         body: called with the inputs by name, the labels and the number of valid tokens; gives the loss and makes or
             adds the gradients.
         model_parts: whose parameters get the gradients.
         ready: says whether a graph may be captured now.
+
+    Raises:
+        RuntimeError: from a call, where a capture fails with FSDP.
     """
 
     def __init__(self, body: Body, model_parts: Sequence[nn.Module], ready: Callable[[], bool] = lambda: True):
@@ -85,6 +106,7 @@ class CapturedStep:
         self.parameters = [p for part in model_parts for p in part.parameters()]
         self.buffers = [b for part in model_parts for b in part.buffers()]
         self.experts = [m for part in model_parts for m in part.modules() if isinstance(m, MomoeExperts)]
+        self.sharded = [m for part in model_parts for m in part.modules() if isinstance(m, FSDPModule)]
         self.failed = False
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Captured] = {}
@@ -95,6 +117,8 @@ class CapturedStep:
         """The loss, a tensor of its own. Gradients are made or added to, as by `body`."""
         if self.failed or not self.ready():
             return self.body(inputs, labels, num_tokens)
+        for module in self.sharded:
+            module.reshard()  # what a validation has gathered: a graph gathers for itself
         batch = {**inputs, "labels": labels, "num_tokens": num_tokens}
         key = self._key(batch)
         found = self._graphs.get(key)
@@ -131,12 +155,13 @@ class CapturedStep:
         shapes = tuple((name, t.shape, t.dtype) for name, t in batch.items())
         return shapes, tuple(layer.save_percent for layer in self.experts)
 
+    @torch.no_grad()
     def _key(self, batch: dict[str, Tensor]) -> Hashable:
         return (
             self._work(batch),
-            tuple(p.data_ptr() for p in self.parameters),
-            tuple(b.data_ptr() for b in self.buffers),
-            tuple(0 if p.grad is None else p.grad.data_ptr() for p in self.parameters),
+            tuple(local(p).data_ptr() for p in self.parameters),
+            tuple(local(b).data_ptr() for b in self.buffers),
+            tuple(0 if p.grad is None else local(p.grad).data_ptr() for p in self.parameters),
         )
 
     def _capture(self, key: Hashable, batch: dict[str, Tensor]) -> _Captured | None:
@@ -154,6 +179,9 @@ class CapturedStep:
                 reserved = torch.cuda.memory_reserved()
                 loss = self.body(inputs, labels, num_tokens).detach()
         except RuntimeError as error:
+            if self.sharded:
+                error.add_note("a CUDA graph could not be captured; momoe.cuda_graphs = false trains without")
+                raise
             self.failed = True
             self.release()
             for parameter, gradient in before:
@@ -204,6 +232,12 @@ class StepFromGraph:
             self.captured.parameters += weights.copies.values()
         if (validator := getattr(self, "validator", None)) is not None:
             validator.before_validation = self.captured.make_room
+
+    def close(self) -> None:
+        """As the class behind this one. NCCL would wait for ever for the end of graphs that hold its collectives."""
+        if self.captured is not None:
+            self.captured.release()
+        super().close()  # pyright: ignore[reportAttributeAccessIssue] - a mixin
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Tensor

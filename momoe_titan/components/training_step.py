@@ -104,9 +104,10 @@ class TrainingStep:
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         local_valid_tokens = torch.stack([(labels != IGNORE_INDEX).sum() for _, labels in microbatches]).sum()
         local_valid_tokens = local_valid_tokens.to(self.device)
-        global_valid_tokens: Any = local_valid_tokens.float()
-        if self.parallel_dims.dp_enabled:
-            global_valid_tokens = dist_utils.dist_sum(local_valid_tokens, self.parallel_dims.get_mesh("batch"))
+        global_valid_tokens = local_valid_tokens.clone()
+        if self.parallel_dims.dp_enabled:  # TorchTitan's function would have the host wait for the device
+            torch.distributed.all_reduce(global_valid_tokens, group=self.parallel_dims.get_mesh("batch").get_group())
+        global_valid_tokens = global_valid_tokens.float()
 
         with self.weights or contextlib.nullcontext():
             losses = [self._microbatch(*batch, global_valid_tokens) for batch in microbatches]

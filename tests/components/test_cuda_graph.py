@@ -10,7 +10,7 @@ from torch import nn
 from torchtitan.config import JobConfig
 
 from momoe_titan.components import cuda_graph
-from momoe_titan.components.cuda_graph import CALLS_BEFORE_CAPTURE, CapturedStep, reason_against
+from momoe_titan.components.cuda_graph import CALLS_BEFORE_CAPTURE, CapturedStep, StepFromGraph, reason_against
 from tests.support.tiny import SEQ, VOCAB, build, tiny_args
 
 
@@ -153,19 +153,68 @@ def test_goes_on_without_a_graph_that_cannot_be_captured(monkeypatch, caplog):
         ("optimizer", "early_step_in_backward", True, "early_step"),
         ("model", "converters", ["float8"], "converters"),
         ("activation_checkpoint", "mode", "full", "preserve_rng_state"),
+        ("training", "enable_cpu_offload", True, "cpu_offload"),
         (None, None, None, None),
     ],
 )
 def test_says_why_not(section, field, value, says):
+    config = job_with_graphs()
+    if section:
+        setattr(getattr(config, section), field, value)
+    for dims in (SimpleNamespace(world_size=1), several_ranks()):
+        reason = reason_against(config, dims, [nn.Linear(1, 1)])
+        assert reason is None if says is None else says in reason
+
+
+@pytest.mark.parametrize(
+    "kinds, says",
+    [
+        ({"fsdp": True, "dp_replicate": True}, None),
+        ({"fsdp": False, "dp_replicate": True}, "only those with FSDP"),
+        ({"fsdp": False, "tp": True}, "only those with FSDP"),
+        ({"ep": True}, None),
+        ({"tp": True}, "tensor parallelism"),
+        ({"cp": True}, "context parallelism"),
+        ({"pp": True}, "pipeline parallelism"),
+    ],
+)
+def test_says_which_parallelism_has_none(kinds, says):
+    reason = reason_against(job_with_graphs(), several_ranks(**kinds), [nn.Linear(1, 1)])
+    assert reason is None if says is None else says in reason
+
+
+def test_a_layer_that_sends_to_chosen_ranks_has_none():
+    layer = nn.Linear(1, 1)
+    layer.dispatcher = object()
+    dims = several_ranks(ep=True)
+    assert "expert parallelism" in reason_against(job_with_graphs(), dims, [nn.Sequential(layer)])
+
+
+def test_graphs_end_before_the_job_does():
+    """While a graph holds a collective, the end of its process group waits for ever."""
+    order = []
+
+    class Behind:
+        def close(self):
+            order.append("closed")
+
+    class Trainer(StepFromGraph, Behind):
+        captured = SimpleNamespace(release=lambda: order.append("released"))
+
+    Trainer().close()
+    assert order == ["released", "closed"]
+
+
+def job_with_graphs():
     config = JobConfig()
     config.momoe = SimpleNamespace(backend="auto", check_ids=False)
     config.activation_checkpoint.mode = "none"
-    if section:
-        setattr(getattr(config, section), field, value)
-    one = SimpleNamespace(world_size=1)
-    reason = reason_against(config, one, [nn.Linear(1, 1)])
-    assert reason is None if says is None else says in reason
-    assert "several GPUs" in reason_against(config, SimpleNamespace(world_size=2), [nn.Linear(1, 1)])
+    return config
+
+
+def several_ranks(**kinds):
+    kinds = {"fsdp": True, "dp_replicate": False, "ep": False, "tp": False, "cp": False, "pp": False, **kinds}
+    return SimpleNamespace(world_size=2, **{f"{kind}_enabled": value for kind, value in kinds.items()})
 
 
 @pytest.mark.gpu
