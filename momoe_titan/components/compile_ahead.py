@@ -7,7 +7,7 @@ from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME, configured_args
-from momoe_titan.config.section import OUR_BACKENDS, Momoe
+from momoe_titan.config.section import AUTOCAST, OUR_BACKENDS, Momoe
 from momoe_titan.kernels import compile_ahead
 from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.moe.balancing import QUANTILE
@@ -41,6 +41,27 @@ def layer_kernels(config: JobConfig) -> compile_ahead.LayerKernels | None:
     )
 
 
+def step_kernels(config: JobConfig, layer: compile_ahead.LayerKernels, num_ranks: int) -> compile_ahead.StepKernels:
+    """What the kernels of this job's optimizer step depend on, where nothing unusual changes it.
+
+    A wrong guess takes time only: such kernels are compiled at their first launch.
+    """
+    args, training, optimizer, momoe = configured_args(config), config.training, config.optimizer, config.momoe  # pyright: ignore[reportAttributeAccessIssue] - a job with our layers
+    own, narrow = TORCH_DTYPE_MAP[training.dtype], TORCH_DTYPE_MAP[training.mixed_precision_param]
+    has_copies = num_ranks == 1 and own != narrow and momoe.mixed_precision != AUTOCAST  # FSDP has its own
+    accumulates = training.global_batch_size > training.local_batch_size
+    ours = optimizer.name == "AdamW" and optimizer.implementation == "fused"
+    return compile_ahead.StepKernels(
+        layer=layer,
+        num_layers=len(args.moe_layer_ids),
+        num_balanced=sum(bool(args.layer_load_balance_rate(i)) for i in args.moe_layer_ids),
+        parameter=own,
+        gradient=narrow if has_copies and ours and not accumulates else own,
+        copy=narrow if has_copies else None,
+        betas=(optimizer.beta1, optimizer.beta2) if ours else None,
+    )
+
+
 def compile_kernels_ahead(config: JobConfig) -> None:
     """Start to compile on the first rank of each machine. Does nothing without a GPU."""
     if not torch.cuda.is_available() or os.environ.get("LOCAL_RANK", "0") != "0":
@@ -48,4 +69,5 @@ def compile_kernels_ahead(config: JobConfig) -> None:
     layer = layer_kernels(config)
     if layer is not None:
         gpu = torch.cuda.get_device_properties(0)
-        compile_ahead.start(layer, PlannedGpu((gpu.major, gpu.minor), gpu.multi_processor_count))
+        step = step_kernels(config, layer, int(os.environ.get("WORLD_SIZE", "1")))
+        compile_ahead.start(layer, step, PlannedGpu((gpu.major, gpu.minor), gpu.multi_processor_count))

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momoe_titan.kernels import gpu
-from momoe_titan.kernels.launch import cdiv, launch
+from momoe_titan.kernels.launch import cdiv, launch, only_plans
 from momoe_titan.kernels.multi_tensor import (
     BLOCK,
     CHUNK,
@@ -203,7 +202,7 @@ class Adamw:
             scale: float32 of no dimension on the GPU, by which every gradient is multiplied.
             skip: the same: 0, or any other number to leave everything as it is, the step numbers too.
         """
-        if gpu.planned() is not None:
+        if only_plans():
             state = [t for u in tensors for t in (u.parameter, u.exp_avg, u.exp_avg_sq)]
             plan_traffic(state + [u.gradient for u in tensors], state + [u.copy for u in tensors if u.copy is not None])
             return

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momoe_titan.kernels import gpu
-from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2
+from momoe_titan.kernels.launch import cdiv, launch, next_power_of_2, only_plans
 from momoe_titan.kernels.multi_tensor import TL_DTYPES, Table, plan_traffic
 from momoe_titan.kernels.quantile import bin_edges
 from momoe_titan.kernels.router import SIGMOID, SOFTMAX, _clamp, _softmax, runs_here
@@ -162,7 +161,7 @@ class BalanceStep:
                 torch.stack([tensor.double() for tensor in group], out=part)
                 torch._foreach_zero_(list(group))  # pyright: ignore[reportPrivateImportUsage] - torch has no public name
             return flat, parts
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic([t for group in groups for t in group], [flat, *(t for group in groups for t in group)])
             return flat, parts
         ptrs = self._totals.on(flat.device, [t.data_ptr() for group in groups for t in group])
@@ -191,7 +190,7 @@ class BalanceStep:
         if not runs_here(histogram_LEB):
             _move_ref(biases, average * quantile_LE, found_inf)
             return
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic([quantile_LE, *biases], list(biases))
             return
         num_experts = quantile_LE.shape[1]
@@ -213,7 +212,7 @@ class BalanceStep:
             return quantiles_ref(histogram_LEB, top_k)
         num_layers, num_experts, bins = histogram_LEB.shape
         out_LE = histogram_LEB.new_empty(num_layers, num_experts)
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic([histogram_LEB], [out_LE])
             return out_LE
         if self._edges is None or self._edges.device != out_LE.device:
@@ -238,7 +237,7 @@ class BalanceStep:
             logits_Le = (torch.stack(list(weights)).float() * mean_LD[:, None, :]).sum(dim=-1)
             return logits_Le + torch.stack(list(gate_biases)) if gate_biases else logits_Le
         out_Le = torch.empty(len(weights), rows, device=weights[0].device)
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic([*weights, input_sum_LC], [out_Le])
             return out_Le
         ptrs = self._gates.on(out_Le.device, [t.data_ptr() for t in (*weights, *gate_biases)])
@@ -264,7 +263,7 @@ class BalanceStep:
             gained_LE = _scores_ref(after_LE, score_func) - _scores_ref(before_LE, score_func)
             _move_ref(biases, -gained_LE.double(), found_inf)
             return
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic([before_LE, after_LE, *biases], list(biases))
             return
         num_experts = after_LE.shape[1]

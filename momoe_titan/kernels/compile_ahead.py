@@ -1,9 +1,11 @@
-"""Compiles the kernels of an MoE layer and of the loss in processes of their own, before they first run.
+"""Compiles the kernels of a training step in processes of their own, before they first run.
 
-The processes have no GPU: they run the launchers on tensors without memory and fill Triton's cache on disk, where the
-first launch then finds the kernels.
+The processes use no GPU: they run the launchers on tensors without memory and fill Triton's cache on disk, where the
+first launch then finds the kernels. It also finds what Triton has a C compiler make, which takes as long as a small
+kernel: the functions by which Python launches kernels, and Triton's own access to the driver.
 """
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -13,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
+from momoe_titan.kernels.adamw import Adamw, Rates, Updated
+from momoe_titan.kernels.balance import BalanceStep
 from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.hopper.kernels import (
     down_proj_backward_kernel,
@@ -24,6 +29,7 @@ from momoe_titan.kernels.hopper.kernels import (
     up_proj_kernel,
     weight_grad_kernel,
 )
+from momoe_titan.kernels.multi_tensor import SquareSum
 from momoe_titan.kernels.op import Needs
 from momoe_titan.kernels.routing import build_routing, packed_size, unpack_routing
 from momoe_titan.save_percent import num_saved_rows
@@ -123,6 +129,7 @@ class LayerKernels:
         if self.counts_margins:
             histogram = self.new(self.num_experts, quantile.NUM_BINS, dtype=torch.int32)
             quantile._count_margins(logits, bias, ids, histogram, func)
+            quantile._add_tokens(self.new(1, self.d_model), self.new(self.d_model + 1, dtype=torch.float32))
         entropy._add_entropy(self.new(2, dtype=torch.float32), logits, self.new(dtype=torch.float32))
 
     def loss(self) -> None:
@@ -156,6 +163,54 @@ class LayerKernels:
         run(x, x, *self.weights, self.choice[1], z, packed, rows, self.save_percent, needs, "triton")
 
 
+@dataclass(frozen=True)
+class StepKernels:
+    """What the kernels between two backwards depend on.
+
+    Attributes:
+        layer: an MoE layer; its `counts_margins` says whether quantile balancing has a step.
+        num_layers, num_balanced: the MoE layers, and those of them whose biases move.
+        parameter, gradient, copy: dtypes that the optimizer gets; copy is None where it writes none.
+        betas: of AdamW; None for another optimizer.
+    """
+
+    layer: LayerKernels
+    num_layers: int
+    num_balanced: int
+    parameter: torch.dtype
+    gradient: torch.dtype
+    copy: torch.dtype | None
+    betas: tuple[float, float] | None
+
+    def update(self) -> None:
+        """The gradient's norm, and AdamW."""
+        new, one = self.layer.new, self.layer.new(dtype=torch.float32)
+        gradient = new(1, dtype=self.gradient)
+        SquareSum()([gradient])
+        if self.betas is not None:
+            parameter = new(1, dtype=self.parameter)
+            copy = None if self.copy is None else new(1, dtype=self.copy)
+            updated = Updated(parameter, gradient, parameter, parameter, one, copy)
+            Adamw().step([updated], Rates(1e-3, self.betas, 1e-8, 0.1), one, one)
+
+    def balance(self) -> None:
+        """Quantile balancing, in the order of a step."""
+        layer, new = self.layer, self.layer.new
+        if not layer.counts_margins:
+            return
+        balanced = range(self.num_balanced)
+        counts = [new(layer.num_experts, dtype=torch.int64) for _ in range(self.num_layers)]
+        margins = [new(layer.num_experts, quantile.NUM_BINS, dtype=torch.int32) for _ in balanced]
+        sums = [new(layer.d_model + 1, dtype=torch.float32) for _ in balanced]
+        biases = [new(layer.num_experts, dtype=torch.float32) for _ in balanced]
+        gates = [new(layer.num_experts, layer.d_model, dtype=self.parameter) for _ in balanced]
+        step, found_inf = BalanceStep(), new(dtype=torch.float32)
+        _, (_, histogram, sums_LC) = step.collect([counts, margins, sums])
+        step.solve(biases, histogram, layer.top_k, 1.0, found_inf)
+        logits = step.mean_logits(gates, [], sums_LC)
+        step.follow(biases, logits, logits, layer.route[0], found_inf)
+
+
 class _Target:
     """The part of Triton's driver that its compiler asks for, without a GPU."""
 
@@ -178,11 +233,29 @@ class _Target:
         return name
 
 
-def compile_here(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
-    """Compile what a function launches for this GPU. The process cannot launch any kernel from then on."""
+def compile_here(
+    part: Callable[[], None], target: gpu.PlannedGpu, then: Callable[[Any], None] = lambda compiled: None
+) -> None:
+    """Compile what a function launches for this GPU; `then` gets each kernel. The process cannot launch any from then
+    on."""
     driver.set_active(_Target(target.capability))  # pyright: ignore[reportArgumentType] - all of it that is used
-    with gpu.plan_for(target), launch.compiling_ahead(), torch.no_grad():
+    with gpu.plan_for(target), launch.compiling_ahead(then), torch.no_grad():
         part()
+
+
+def build_launcher(compiled: Any) -> None:
+    """Have the function built by which Python launches kernels with this one's arguments.
+
+    Triton 3.6 compiles one for each signature. Later versions have one for all signatures.
+    """
+    if hasattr(nvidia, "make_launcher"):
+        with contextlib.suppress(Exception):  # then the first launch builds it, or says why it cannot
+            nvidia.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def build_driver() -> None:
+    """Have Triton's access to the GPU's driver built."""
+    nvidia.CudaUtils()
 
 
 def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
@@ -191,7 +264,7 @@ def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     try:
-        compile_here(part, target)
+        compile_here(part, target, build_launcher)
     finally:
         os._exit(0)
 
@@ -207,7 +280,7 @@ def hash_kernels() -> None:
             _ = kernel.cache_key
 
 
-def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
+def start(layer: LayerKernels, step: StepKernels, target: gpu.PlannedGpu) -> None:
     """Start compiling; the first launch of this process that would compile waits until that has ended.
 
     Returns at once. Forks this process, whose threads might hold locks: call it before any are started.
@@ -215,7 +288,7 @@ def start(layer: LayerKernels, target: gpu.PlannedGpu) -> None:
     hash_kernels()
     fork = multiprocessing.get_context("fork")
     experts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient
-    parts = (*experts, layer.router, layer.other_sort, layer.loss)
+    parts = (build_driver, *experts, layer.router, layer.other_sort, layer.loss, step.update, step.balance)
     children = [fork.Process(target=_in_child, args=(part, target), daemon=True) for part in parts]
     for child in children:
         child.start()

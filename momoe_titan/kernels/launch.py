@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from momoe_titan.kernels import gpu
 
-_compiles_planned = False
+_take_compiled: Callable[[Any], None] | None = None  # gets the kernels of a planned GPU while they are compiled
 _wait: Callable[[], None] | None = None  # before this process compiles a kernel
 _compiled = {}  # (kernel, device, specialisation) -> its compiled kernel, and the constants that follow its arguments
 
@@ -56,8 +56,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
     if not all(grid):
         return
     if gpu.planned() is not None:
-        if _compiles_planned:
-            kernel.warmup(*args, grid=grid, **options)
+        if _take_compiled is not None:
+            _take_compiled(kernel.warmup(*args, grid=grid, **options))
         return
     if not isinstance(kernel, JITFunction):  # the interpreter's
         _launch_slowly(kernel, grid, args, options)
@@ -78,14 +78,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
 
 
 @contextlib.contextmanager
-def compiling_ahead() -> Iterator[None]:
-    """Within the block, launches on a GPU that is only planned compile their kernels."""
-    global _compiles_planned
-    _compiles_planned = True
+def compiling_ahead(then: Callable[[Any], None] = lambda compiled: None) -> Iterator[None]:
+    """Within the block, launches on a GPU that is only planned compile their kernels; `then` gets each of them."""
+    global _take_compiled
+    _take_compiled = then
     try:
         yield
     finally:
-        _compiles_planned = False
+        _take_compiled = None
+
+
+def only_plans() -> bool:
+    """Whether the GPU is only planned, and nothing is compiled for it: no kernel needs to be launched then."""
+    return gpu.planned() is not None and _take_compiled is None
 
 
 def before_compiling(wait: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from momoe_titan.kernels import gpu
-from momoe_titan.kernels.launch import launch
+from momoe_titan.kernels.launch import launch, only_plans
 
 # Measured on an H200: other sizes took 1 to 10% longer.
 CHUNK = 4096  # elements of a program
@@ -164,7 +164,7 @@ class SquareSum:
                 any order.
         """
         device = tensors[0].device
-        if gpu.planned() is not None:
+        if only_plans():
             plan_traffic(tensors, [])
             return tensors[0].new_empty((), dtype=torch.float32)
         groups: dict[tuple, list[tuple[int, int]]] = {}

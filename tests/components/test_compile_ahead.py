@@ -4,21 +4,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import momoe_titan.register  # noqa: F401 - the model of the jobs below
-from momoe_titan.components.compile_ahead import layer_kernels
+from momoe_titan.components.compile_ahead import layer_kernels, step_kernels
 from momoe_titan.config.reading import read_job
-from momoe_titan.kernels import gpu, launch
+from momoe_titan.kernels import compile_ahead, gpu, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTER_ONLY = """
 import torch
 from momoe_titan.kernels import compile_ahead, gpu
-layer = compile_ahead.LayerKernels(64, 64, 64, 4, 2, torch.bfloat16, 0.0, True, ("sigmoid", True, 1.0, True), False, 64)
-compile_ahead.compile_here(lambda: (layer.router(), layer.loss()), gpu.PlannedGpu((9, 0)))
+layer = compile_ahead.LayerKernels(64, 64, 64, 4, 2, torch.bfloat16, 0.0, True, ("sigmoid", True, 1.0, True), True, 64)
+step = compile_ahead.StepKernels(layer, 2, 2, torch.float32, torch.bfloat16, torch.bfloat16, (0.9, 0.95))
+seen = []
+parts = lambda: (layer.router(), layer.loss(), step.update(), step.balance())
+compile_ahead.compile_here(parts, gpu.PlannedGpu((9, 0)), lambda compiled: seen.append(compiled.metadata.name))
+print(*sorted(seen))
 """
 
 
@@ -102,7 +107,7 @@ def test_a_kernel_compiled_alone_has_the_name_that_a_step_looks_for():
 def test_compiles_without_a_gpu(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     env.pop("TRITON_INTERPRET", None)
-    subprocess.run([sys.executable, "-c", ROUTER_ONLY], check=True, env=env, cwd=ROOT)
+    shown = subprocess.run([sys.executable, "-c", ROUTER_ONLY], check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE)
     compiled = {file.stem for file in tmp_path.rglob("*.cubin")}
     assert compiled == {
         "_route_kernel",
@@ -111,4 +116,48 @@ def test_compiles_without_a_gpu(tmp_path):
         "_entropy_kernel",
         "_add_entropy_kernel",
         "_cross_entropy_kernel",
+        "_count_margins_kernel",
+        "_add_tokens_kernel",
+        "_square_sums_kernel",
+        "_count_steps_kernel",
+        "_adamw_kernel",
+        "_collect_kernel",
+        "_quantiles_kernel",
+        "_move_kernel",
+        "_mean_logits_kernel",
+        "_follow_kernel",
     }
+    assert set(shown.stdout.decode().split()) == compiled
+
+
+@pytest.mark.parametrize(
+    "options, ranks, dtypes",
+    [
+        ([], 1, (torch.float32, torch.bfloat16, torch.bfloat16)),
+        (["--training.global_batch_size", "32"], 1, (torch.float32, torch.float32, torch.bfloat16)),
+        (["--momoe.mixed_precision", "autocast"], 1, (torch.float32, torch.float32, None)),
+        ([], 2, (torch.float32, torch.float32, None)),
+        (["--optimizer.implementation", "for-loop"], 1, (torch.float32, torch.float32, torch.bfloat16)),
+        (["--momoe.load_balance_off_layers", "0", "3"], 1, (torch.float32, torch.bfloat16, torch.bfloat16)),
+    ],
+)
+def test_knows_what_the_optimizer_s_kernels_get(options, ranks, dtypes):
+    job = read_job(["--job.config_file", str(ROOT / "train_configs/500m.toml"), *options])
+    step = step_kernels(job, layer_kernels(job), ranks)
+    assert (step.parameter, step.gradient, step.copy) == dtypes
+    assert step.betas == (None if "for-loop" in options else (0.9, 0.95))
+    assert (step.num_layers, step.num_balanced) == (12, 10 if "0" in options else 12)
+
+
+def test_one_launcher_is_built_for_each_kernel_where_triton_has_no_common_one(monkeypatch):
+    built = []
+    compiled = SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.setattr(compile_ahead.nvidia, "CudaLauncher", lambda *args: built.append(args))
+    monkeypatch.delattr(compile_ahead.nvidia, "make_launcher", raising=False)
+    compile_ahead.build_launcher(compiled)
+    assert built == []
+    monkeypatch.setattr(compile_ahead.nvidia, "make_launcher", None, raising=False)
+    compile_ahead.build_launcher(compiled)
+    assert built == [("source", "metadata")]
+    monkeypatch.setattr(compile_ahead.nvidia, "CudaLauncher", None)  # cannot be built here: the first launch says why
+    compile_ahead.build_launcher(compiled)
