@@ -1,0 +1,252 @@
+"""Training jobs on one GPU, measured in turn: all are built and compiled first, then each trains some steps by itself.
+
+    python benchmarks/in_turns.py --out turns.json --steps 20 --rounds 3 \
+        --run "ours: --job.config_file train_configs/500m.toml" \
+        --run "stock: --job.config_file train_configs/500m.toml --momoe.backend torchtitan" \
+        -- --training.dataset python_stdlib --validation.no-enable --checkpoint.no-enable
+
+What follows `--` are options of every job; `training.steps` is set here. A GPU's clock and a busy host change over
+minutes: what is measured in turn is compared at the same time. Every job is a process, and all are on the GPU at once.
+With --one_by_one a job is built only when the one before has ended, where their memory does not fit together; modules
+are still imported at the same time.
+
+    step_ms            of each round, by the host's clock, with the wait for the GPU at the end of the round
+    backward_ms        of the same steps on the GPU: forward and backward of all microbatches
+    optimizer_ms       the rest of a step on the GPU: gradient norm, optimizer, what follows it
+    tokens_per_s, mfu  of the median round; mfu by TorchTitan's count, in which attention is not causal
+
+`--layers N` among the options of a run gives the flavor another number of layers. --memory_gib limits what PyTorch may
+reserve; a job that needs more is a row that says so.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+WARM = 10  # steps that are not measured: they compile, and capture CUDA graphs
+
+
+class HostEvent:
+    """What a CUDA event is asked here, by the host's clock: to try this script without a GPU."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def measured_trainer(base: type, link: Connection, steps: int) -> type:
+    """The trainer `base`, which after its first steps waits before every `steps` of them until it is told to go on."""
+    import torch
+
+    class Measured(base):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.marks: list[list[Any]] = []  # of each step: its begin, the gradients' norm, its end
+
+        def train_step(self, data_iterator):
+            self._mark(first=True)
+            super().train_step(data_iterator)
+            self._mark()
+            if self.step >= WARM and (self.step - WARM) % steps == 0:
+                self._hand_over()
+
+        def _clip(self):
+            self._mark()
+            return super()._clip()
+
+        def _mark(self, first=False):
+            if first:
+                self.marks.append([])
+            event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else HostEvent()
+            event.record()
+            self.marks[-1].append(event)
+
+        def _hand_over(self):
+            on_gpu = torch.cuda.is_available()
+            if on_gpu:
+                torch.cuda.synchronize()
+            now, metrics = time.perf_counter(), self.metrics_processor
+            seconds = (now - getattr(self, "begin", now)) / steps
+            tokens = self.job_config.training.local_batch_size * self.gradient_accumulation_steps
+            parts = [[a.elapsed_time(b) for a, b in zip(m, m[1:], strict=False)] for m in self.marks]
+            link.send(
+                {
+                    "step_ms": 1e3 * seconds,
+                    "backward_ms": statistics.mean(part[0] for part in parts),
+                    "optimizer_ms": statistics.mean(part[-1] for part in parts),
+                    "tokens": tokens * self.job_config.training.seq_len,
+                    "flops_per_token": metrics.num_flops_per_token,
+                    "peak_flops": metrics.gpu_peak_flops,
+                    "layers": self.model_args.n_layers,
+                    "allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0,
+                }
+            )
+            self.marks.clear()
+            link.recv()
+            self.begin = time.perf_counter()
+
+    return Measured
+
+
+def work(link: Connection, options: list[str], log: str, steps: int, memory_gib: float | None) -> None:
+    """Be one job: import, wait, build and train, with the console in a file."""
+    console = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(console, 1)
+    os.dup2(console, 2)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--layers", type=int)
+    own, options = parser.parse_known_args(options)
+    sys.argv = [sys.argv[0], *options]
+    import torch
+
+    from momoe_titan.train import describe_cpu, set_single_process_defaults
+
+    set_single_process_defaults()
+    with contextlib.nullcontext() if torch.cuda.is_available() else describe_cpu():
+        from momoe_titan.components import trainer
+    from momoe_titan.model.flavors import flavors
+
+    if own.layers is not None:
+        for args in flavors.data.values():
+            args.n_layers = own.layers
+    link.send("imported")
+    link.recv()
+    if memory_gib is not None:
+        share = memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    error = None
+    try:
+        with mock.patch.object(trainer, "Trainer", measured_trainer(trainer.Trainer, link, steps)):
+            trainer.train(options)
+    except torch.OutOfMemoryError as e:
+        error = f"out of memory: {str(e).splitlines()[0]}"
+    except BaseException as e:  # of any kind: another process tells of it
+        traceback.print_exc()
+        error = f"{type(e).__name__}: {e}"
+    link.send({"error": error})
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class Job:
+    """A job's process, seen from the one that gives the turns.
+
+    Attributes:
+        rounds: what was measured in each.
+        error: why the job ended early, or None.
+    """
+
+    def __init__(self, name: str, options: list[str], log: Path, steps: int, memory_gib: float | None):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.rounds, self.error = name, [], None
+        self.link, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, options, str(log), steps, memory_gib), daemon=True)
+        self.process.start()
+        other.close()
+
+    def hear(self) -> dict[str, Any]:
+        """The next message; of a job that has ended, why."""
+        try:
+            message = self.link.recv()
+        except EOFError:
+            message = {"error": f"the process ended with {self.process.exitcode}"}
+        if isinstance(message, dict) and message.get("error") is not None:
+            self.error = message["error"]
+        return message
+
+    def go(self) -> None:
+        self.link.send("go")
+
+    def row(self) -> dict[str, Any]:
+        """The results as one row of a table."""
+        if not self.rounds:
+            return {"run": self.name, "error": self.error or "no round was measured"}
+        last, ms = self.rounds[-1], statistics.median(r["step_ms"] for r in self.rounds)
+        speed = 1e3 * last["tokens"] / ms
+        row = {
+            "run": self.name,
+            "layers": last["layers"],
+            "tokens": last["tokens"],
+            "step_ms": [round(r["step_ms"], 2) for r in self.rounds],
+            "backward_ms": round(statistics.median(r["backward_ms"] for r in self.rounds), 2),
+            "optimizer_ms": round(statistics.median(r["optimizer_ms"] for r in self.rounds), 2),
+            "tokens_per_s": round(speed),
+            "flops_per_token": last["flops_per_token"],
+            "mfu": round(100 * last["flops_per_token"] * speed / last["peak_flops"], 1),
+            "allocated_gib": round(last["allocated_gib"], 2),
+            "reserved_gib": round(last["reserved_gib"], 2),
+        }
+        return row if self.error is None else row | {"error": self.error}
+
+
+def measure(jobs: list[Job], rounds: int, one_by_one: bool) -> None:
+    """Have the jobs built, and give them their turns."""
+    for job in jobs:
+        job.hear()  # has imported
+    for group in [[job] for job in jobs] if one_by_one else [jobs]:
+        for job in group:
+            job.go()
+        for job in group:
+            job.hear()  # is warm
+        for _ in range(rounds):
+            for job in group:
+                if job.error is None:
+                    job.go()
+                    message = job.hear()
+                    if "step_ms" in message:
+                        job.rounds.append(message)
+        for job in group:
+            if job.error is None:
+                job.go()
+                job.hear()
+            job.process.join(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="JSON file for the rows")
+    parser.add_argument("--run", action="append", required=True, metavar='"NAME: OPTIONS"', help="may be repeated")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each job")
+    parser.add_argument("--one_by_one", action="store_true", help="one job on the GPU at a time")
+    parser.add_argument("--memory_gib", type=float, help="that PyTorch may reserve, for a smaller GPU")
+    parser.add_argument("--logs", default=".", help="folder for the console of each job")
+    parser.add_argument("options", nargs="*", help="after --: of every job")
+    args = parser.parse_args()
+    steps = ["--training.steps", str(WARM + args.steps * args.rounds)]
+    jobs = []
+    for number, run in enumerate(args.run):
+        name, colon, own = run.partition(":")
+        if not colon:
+            parser.error(f"--run {run!r} must be 'NAME: OPTIONS'")
+        folder = Path(args.logs) / f"job{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ["--job.dump_folder", str(folder), *args.options, *own.split(), *steps]
+        jobs.append(Job(name, options, folder / "log.txt", args.steps, args.memory_gib))
+    try:
+        measure(jobs, args.rounds, args.one_by_one)
+    finally:
+        rows = [job.row() for job in jobs]
+        Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        for job in jobs:
+            if job.process.is_alive():
+                job.process.kill()
+
+
+if __name__ == "__main__":
+    main()
