@@ -1,0 +1,1 @@
+"""Our experts in the models of other packages, one module per package."""
