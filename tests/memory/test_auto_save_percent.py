@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torchtitan.config import ConfigManager
 
 from momoe_titan.components.auto_save_percent import (
     job_fields,
@@ -252,6 +253,14 @@ def test_what_the_plan_refuses_is_named(caplog, monkeypatch):
         "could not be planned: training.enable_cpu_offload is True: what is kept on the host is not planned"
         in caplog.text
     )
+
+
+@pytest.mark.gpu
+def test_a_shipped_job_is_planned_beside_its_gpu():
+    """By the torch of a machine with a GPU, which may have other fake versions of its ops than a CPU's."""
+    options = ["--job.config_file=train_configs/500m.toml", "--momoe.save_percent=auto"]
+    plan = plan_in_child(ConfigManager().parse_args(options))
+    assert plan is not None and 5 * GIB < MemoryPlan.from_dict(plan).reserved(0) < 60 * GIB
 
 
 def test_what_auto_cannot_do_is_refused():
