@@ -189,7 +189,8 @@ class MemoryTrace(TorchDispatchMode):
             return 1  # a step number that the optimizer reads
         if ours and func is _ALL_TO_ALL:
             args = _with_even_splits(*args)
-        out = kwargs["out"] if ours and func is _ADDMM_OUT else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = kwargs["out"] if ours and func is _ADDMM_OUT else func(*args, **kwargs)
         if ours:
             self._observe(func, args, kwargs, out)
             if func is _ATTENTION_BACKWARD:
