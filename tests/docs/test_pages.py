@@ -62,7 +62,10 @@ def test_options_that_pages_name_exist():
             assert hasattr(getattr(config, section, None), field), f"{name_of(path)}: --{section}.{field}"
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/layer.md"], ids=name_of)
+PAGES_THAT_RUN = [ROOT / name for name in ("README.md", "docs/layer.md", "docs/use_it_in_your_model.md")]
+
+
+@pytest.mark.parametrize("path", PAGES_THAT_RUN, ids=name_of)
 def test_python_in_a_page_runs(path):
     """The blocks of a page run one after the other, as a reader would paste them."""
     blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
