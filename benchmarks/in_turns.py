@@ -28,12 +28,33 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-WARM = 10  # steps that are not measured: they compile, and capture CUDA graphs
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every job.
+
+    Attributes:
+        warm: steps before the first turn, which compile, and capture CUDA graphs.
+        steps: of a turn.
+        rounds: turns of each job.
+        memory_gib: what PyTorch may reserve, or None.
+        one_by_one: whether a job is built only when the one before has ended.
+        logs: folder for the console of each job.
+    """
+
+    warm: int
+    steps: int
+    rounds: int
+    memory_gib: float | None
+    one_by_one: bool
+    logs: Path
 
 
 class HostEvent:
@@ -46,8 +67,8 @@ class HostEvent:
         return 1e3 * (end.at - self.at)
 
 
-def measured_trainer(base: type, link: Connection, steps: int) -> type:
-    """The trainer `base`, which after its first steps waits before every `steps` of them until it is told to go on."""
+def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
+    """The trainer `base`, which waits before every turn until it is told to go on, and says what the last one took."""
     import torch
 
     class Measured(base):
@@ -59,7 +80,7 @@ def measured_trainer(base: type, link: Connection, steps: int) -> type:
             self._mark(first=True)
             super().train_step(data_iterator)
             self._mark()
-            if self.step >= WARM and (self.step - WARM) % steps == 0:
+            if self.step >= plan.warm and (self.step - plan.warm) % plan.steps == 0:
                 self._hand_over()
 
         def _clip(self):
@@ -78,7 +99,7 @@ def measured_trainer(base: type, link: Connection, steps: int) -> type:
             if on_gpu:
                 torch.cuda.synchronize()
             now, metrics = time.perf_counter(), self.metrics_processor
-            seconds = (now - getattr(self, "begin", now)) / steps
+            seconds = (now - getattr(self, "begin", now)) / plan.steps
             tokens = self.job_config.training.local_batch_size * self.gradient_accumulation_steps
             parts = [[a.elapsed_time(b) for a, b in zip(m, m[1:], strict=False)] for m in self.marks]
             link.send(
@@ -101,7 +122,7 @@ def measured_trainer(base: type, link: Connection, steps: int) -> type:
     return Measured
 
 
-def work(link: Connection, options: list[str], log: str, steps: int, memory_gib: float | None) -> None:
+def work(link: Connection, options: list[str], log: str, plan: Plan) -> None:
     """Be one job: import, wait, build and train, with the console in a file."""
     console = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(console, 1)
@@ -124,12 +145,12 @@ def work(link: Connection, options: list[str], log: str, steps: int, memory_gib:
             args.n_layers = own.layers
     link.send("imported")
     link.recv()
-    if memory_gib is not None:
-        share = memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    if plan.memory_gib is not None:
+        share = plan.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
     error = None
     try:
-        with mock.patch.object(trainer, "Trainer", measured_trainer(trainer.Trainer, link, steps)):
+        with mock.patch.object(trainer, "Trainer", measured_trainer(trainer.Trainer, link, plan)):
             trainer.train(options)
     except torch.OutOfMemoryError as e:
         error = f"out of memory: {str(e).splitlines()[0]}"
@@ -149,11 +170,11 @@ class Job:
         error: why the job ended early, or None.
     """
 
-    def __init__(self, name: str, options: list[str], log: Path, steps: int, memory_gib: float | None):
+    def __init__(self, name: str, options: list[str], log: Path, plan: Plan):
         context = multiprocessing.get_context("spawn")
         self.name, self.rounds, self.error = name, [], None
         self.link, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, options, str(log), steps, memory_gib), daemon=True)
+        self.process = context.Process(target=work, args=(other, options, str(log), plan), daemon=True)
         self.process.start()
         other.close()
 
@@ -192,16 +213,16 @@ class Job:
         return row if self.error is None else row | {"error": self.error}
 
 
-def measure(jobs: list[Job], rounds: int, one_by_one: bool) -> None:
+def take_turns(jobs: list[Job], plan: Plan) -> None:
     """Have the jobs built, and give them their turns."""
     for job in jobs:
         job.hear()  # has imported
-    for group in [[job] for job in jobs] if one_by_one else [jobs]:
+    for group in [[job] for job in jobs] if plan.one_by_one else [jobs]:
         for job in group:
             job.go()
         for job in group:
             job.hear()  # is warm
-        for _ in range(rounds):
+        for _ in range(plan.rounds):
             for job in group:
                 if job.error is None:
                     job.go()
@@ -215,37 +236,55 @@ def measure(jobs: list[Job], rounds: int, one_by_one: bool) -> None:
             job.process.join(60)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(runs: Mapping[str, list[str]], plan: Plan) -> list[dict[str, Any]]:
+    """The rows of these jobs, whose options are given by name."""
+    jobs = []
+    for number, (name, options) in enumerate(runs.items()):
+        folder = plan.logs / f"job{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = ["--training.steps", str(plan.warm + plan.steps * plan.rounds)]
+        jobs.append(Job(name, ["--job.dump_folder", str(folder), *options, *steps], folder / "log.txt", plan))
+    try:
+        take_turns(jobs, plan)
+    finally:
+        for job in jobs:
+            if job.process.is_alive():
+                job.process.kill()
+    return [job.row() for job in jobs]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `plan_of`, those of every job, and the file of the results."""
     parser.add_argument("--out", required=True, help="JSON file for the rows")
-    parser.add_argument("--run", action="append", required=True, metavar='"NAME: OPTIONS"', help="may be repeated")
+    parser.add_argument("--warm", type=int, default=10, help="steps before the first turn")
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each job")
     parser.add_argument("--one_by_one", action="store_true", help="one job on the GPU at a time")
     parser.add_argument("--memory_gib", type=float, help="that PyTorch may reserve, for a smaller GPU")
-    parser.add_argument("--logs", default=".", help="folder for the console of each job")
+    parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the console of each job")
     parser.add_argument("options", nargs="*", help="after --: of every job")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What the options say."""
+    return Plan(args.warm, args.steps, args.rounds, args.memory_gib, args.one_by_one, args.logs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", required=True, metavar='"NAME: OPTIONS"', help="may be repeated")
+    add_arguments(parser)
     args = parser.parse_args()
-    steps = ["--training.steps", str(WARM + args.steps * args.rounds)]
-    jobs = []
-    for number, run in enumerate(args.run):
+    runs = {}
+    for run in args.run:
         name, colon, own = run.partition(":")
-        if not colon:
-            parser.error(f"--run {run!r} must be 'NAME: OPTIONS'")
-        folder = Path(args.logs) / f"job{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ["--job.dump_folder", str(folder), *args.options, *own.split(), *steps]
-        jobs.append(Job(name, options, folder / "log.txt", args.steps, args.memory_gib))
-    try:
-        measure(jobs, args.rounds, args.one_by_one)
-    finally:
-        rows = [job.row() for job in jobs]
-        Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
-        for row in rows:
-            print(json.dumps(row), flush=True)
-        for job in jobs:
-            if job.process.is_alive():
-                job.process.kill()
+        if not colon or name in runs:
+            parser.error(f"--run {run!r} must be 'NAME: OPTIONS' with a name of its own")
+        runs[name] = [*args.options, *own.split()]
+    rows = measure(runs, plan_of(args))
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
