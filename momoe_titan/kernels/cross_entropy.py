@@ -168,7 +168,10 @@ def rows_of_chunk(num_tokens: int, row_bytes: int, chunk_bytes: int) -> int:
 def _add_product(sum_VD: Tensor, a_CV: Tensor, b_CD: Tensor, is_first: bool) -> None:
     """sum += a^T b in float32, or sum = a^T b for the first one."""
     beta = 0.0 if is_first else 1.0
-    if gpu.has_gpu(sum_VD.device) and a_CV.dtype != torch.float32:
+    if gpu.planned() is not None and a_CV.dtype != torch.float32:
+        # On fake tensors torch 2.11 has no product with another dtype of the result: any of this work and memory.
+        torch.mm(a_CV.t(), b_CD, out=sum_VD.view(a_CV.dtype)[:, : sum_VD.shape[1]])
+    elif gpu.has_gpu(sum_VD.device) and a_CV.dtype != torch.float32:
         torch.addmm(sum_VD, a_CV.t(), b_CD, out_dtype=torch.float32, beta=beta, out=sum_VD)  # pyright: ignore[reportCallIssue] - the stubs lack out_dtype with out
     else:
         torch.addmm(sum_VD, a_CV.float().t(), b_CD.float(), beta=beta, out=sum_VD)
