@@ -24,6 +24,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -227,6 +228,7 @@ def take_turns(jobs: list[Job], plan: Plan) -> None:
                 if job.error is None:
                     job.go()
                     message = job.hear()
+                    print(job.name, json.dumps(message), flush=True)
                     if "step_ms" in message:
                         job.rounds.append(message)
         for job in group:
@@ -238,6 +240,7 @@ def take_turns(jobs: list[Job], plan: Plan) -> None:
 
 def measure(runs: Mapping[str, list[str]], plan: Plan) -> list[dict[str, Any]]:
     """The rows of these jobs, whose options are given by name."""
+    signal.signal(signal.SIGTERM, lambda *signum: sys.exit(1))  # ends the jobs too
     jobs = []
     for number, (name, options) in enumerate(runs.items()):
         folder = plan.logs / f"job{number}"
