@@ -7,7 +7,8 @@
 
 `texts` writes Python sources of this environment as records. `loader` counts tokens per second of batches, beside those
 of the tokenizer alone on as many cores. `training` trains in one process, by turns with new batches and with one
-batch over and over, and gives the speed of both, their swing, and the share of the time lost in waiting for data.
+batch over and over, and gives the speed of both, their swing, and the share of the time lost in waiting for data. Under
+torchrun it does so on several ranks, and gives what the first one sees.
 """
 
 import argparse
@@ -118,15 +119,16 @@ def turn_taking(base: type, result: dict[str, Any], tokens: str | None, processe
     class TurnTaking(base):
         def batch_generator(self, data_iterable):
             kinds = {"new": super().batch_generator(data_iterable)}
+            ranks = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
             if processes:
                 with workers_of("process"):
-                    loader = build_dataloader(1, 0, self.tokenizer, self.job_config)
+                    loader = build_dataloader(*ranks, self.tokenizer, self.job_config)
                     kinds["processes"] = super().batch_generator(loader)
                     next(kinds["processes"])
             if tokens:
                 config = copy.deepcopy(self.job_config)
                 config.training.dataset_path = tokens
-                kinds["tokens"] = super().batch_generator(build_dataloader(1, 0, self.tokenizer, config))
+                kinds["tokens"] = super().batch_generator(build_dataloader(*ranks, self.tokenizer, config))
             kinds["kept"] = itertools.repeat(next(kinds["new"]))
             training = self.job_config.training
             result["tokens_per_window"] = WINDOW * training.local_batch_size * training.seq_len
@@ -139,8 +141,10 @@ def turn_taking(base: type, result: dict[str, Any], tokens: str | None, processe
                     begin, waited = time.perf_counter(), 0.0
                     for _ in range(WINDOW):
                         batch = next(kinds[kind])
-                        if kind != "kept":  # to be read before the step, which may log and begin the list anew
-                            waited += self.metrics_processor.data_loading_times[-1]
+                        times = self.metrics_processor.data_loading_times
+                        if kind == "kept":
+                            times.append(0.0)  # the log takes their mean
+                        waited += times[-1]  # read before the step, which may log and begin the list anew
                         yield batch
                     synchronize()
                     seconds = time.perf_counter() - begin
@@ -213,6 +217,8 @@ def main() -> None:
         result = measure_loader(args.path, args.workers, args.seconds, args.tokenizer, args.method)
     else:
         result = measure_training(args.options, args.tokens, args.processes)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1))
     print(json.dumps({name: each for name, each in result.items() if name != "windows"}, indent=1))
