@@ -300,6 +300,11 @@ def parallel_two() -> str:
     return _plain("parallel_2xh100", **header, peak="peak, GiB", planned="plan, GiB", loss_40="loss, step 40")
 
 
+def link() -> str:
+    header = {"collective": "collective", "of": "of", "dtype": "dtype", "MB": "MB", "us": "us"}
+    return _plain("link_2xh200", **header, **{"GB/s": "GB/s"})
+
+
 def parallel_bfloat16() -> str:
     header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "lowest": "lowest log"}
     return _plain(
@@ -473,7 +478,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (balance_average, balance_ep)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
-    + (step_breakdown, cuda_graph, first_step, rms_norm)
+    + (step_breakdown, cuda_graph, first_step, rms_norm, link)
 }
 
 

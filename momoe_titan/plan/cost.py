@@ -34,6 +34,10 @@ _COLLECTIVES = {
     ops._c10d_functional.all_to_all_single: ("all-to-all", 0, 1),
     ops.momoe_titan.send_rows: ("all-to-all", 0, 1),
 }
+# What NCCL makes of a link within a node: seconds of a call beside its bytes, and the share of the link's bandwidth.
+# Fitted to benchmarks/results/link_2xh200.json, all-reduce as a reduce-scatter and an all-gather.
+CALL = 30e-6
+SHARES = {"all-gather": 0.57, "reduce-scatter": 0.56, "all-to-all": 0.66, "all-reduce": 0.56}
 # FSDP's collectives, which run at the same time as the compute of neighbouring blocks
 _FSDP = (ops.c10d._allgather_base_, ops.c10d._reduce_scatter_base_)
 
@@ -75,8 +79,8 @@ class Network:
     """GB/s that one GPU sends, in one direction, and how much of FSDP's traffic hides behind compute.
 
     Attributes:
-        nvlink: within a node of `node_size` GPUs.
-        ib: between nodes.
+        nvlink: what the link carries within a node of `node_size` GPUs; NCCL reaches `SHARES` of it.
+        ib: what is reached between nodes.
         overlap: fraction of the compute time that FSDP's collectives can use.
     """
 
@@ -221,6 +225,12 @@ def seconds(kind: str, work: Work, gpu: Gpu) -> float:
     return work.num_bytes / 1e12 / gpu.memory if rate is None else work.flops / 1e12 / rate
 
 
+def collective_seconds(name: str, work: Work, network: Network, between: bool = False) -> float:
+    """Of one kind of collective, within a node or between nodes."""
+    bandwidth = network.ib if between else network.nvlink * SHARES[name]
+    return work.count * CALL + work.num_bytes / 1e9 / bandwidth
+
+
 def step_time(
     cost: StepCost,
     gpu: Gpu,
@@ -254,7 +264,7 @@ def step_time(
     collectives: dict[str, float] = defaultdict(float)
     hideable = open_ = 0.0
     for (micro, name, fsdp, between), work in cost.sent.items():
-        taken = work.num_bytes / 1e9 / (network.ib if between else network.nvlink) * (repeated if micro else 1) / stages
+        taken = collective_seconds(name, work, network, between) * (repeated if micro else 1) / stages
         collectives[f"{name}{', FSDP' if fsdp else ''}{', between nodes' if between else ''}"] += taken
         hideable, open_ = hideable + taken * fsdp, open_ + taken * (not fsdp)
     compute, host = sum(by_kind.values()), count * gpu.launch / 1e6

@@ -1,5 +1,8 @@
 """The time model by hand-made work, and the work that a trace counts."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,11 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from momoe_titan.kernels import momoe_mlp
 from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.plan.cost import (
+    CALL,
     GPUS,
+    SHARES,
     Gpu,
     Network,
     StepCost,
     Work,
+    collective_seconds,
     expert_tflops,
     seconds,
     step_time,
@@ -21,6 +27,7 @@ from momoe_titan.plan.on_gpu import as_on_gpu
 from momoe_titan.plan.trace import MemoryTrace
 from tests.support.forks import in_forks
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 GPU = Gpu(
     matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0
 )
@@ -46,12 +53,25 @@ def test_compute():
 def test_communication_hides_behind_compute_or_not():
     network = Network(nvlink=100, ib=10, overlap=0.5)
     c = cost()
-    c.sent[True, "all-gather", True, False] = Work(num_bytes=8e9)  # 80 ms of the 90 that can hide
+    c.sent[True, "all-gather", True, False] = Work(
+        num_bytes=8e9 * SHARES["all-gather"]
+    )  # 80 ms of the 90 that can hide
     assert step_time(c, GPU, network, 100, 1)["exposed"] == 0
     c.sent[True, "all-gather", True, True] = Work(num_bytes=1e9)  # 100 ms between nodes
     assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.09)
-    c.sent[True, "all-to-all", False, False] = Work(num_bytes=2e9)  # 20 ms, always seen
+    c.sent[True, "all-to-all", False, False] = Work(num_bytes=2e9 * SHARES["all-to-all"])  # 20 ms, always seen
     assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.11)
+    c.sent[True, "all-to-all", False, False].count = 100
+    assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.11 + 100 * CALL)
+
+
+def test_collectives_take_what_was_measured():
+    rows = json.loads((RESULTS / "link_2xh200.json").read_text())["rows"]
+    for row in rows:
+        sent = row["MB"] * 1e6 / 2 * (2 if row["collective"] == "all-reduce" else 1)
+        predicted = collective_seconds(row["collective"], Work(num_bytes=sent, count=1), Network())
+        assert predicted == pytest.approx(row["us"] / 1e6, rel=0.1 if row["MB"] > 1 else 0.3), row
+    assert {row["collective"] for row in rows} == set(SHARES)
 
 
 def test_pipeline_bubble():
