@@ -111,6 +111,7 @@ DEFAULTS = {
     "backend": "auto",
     "coupled": 1,  # the average follows the schedule
     "steps": 0,  # 0: those of --steps
+    "seed": -1,  # -1: each of --seeds
 }
 # lr, warm-up and schedule of train_configs/; batch is in sequences
 JOBS = {
@@ -651,8 +652,9 @@ def parse_arm(spec: str) -> tuple[str, dict]:
 
 
 def jobs_of(options: argparse.Namespace) -> list[tuple[str, dict, int]]:
-    names = [name for spec in options.arms for name in (ARMS if spec == "all" else [spec])]
-    return [(*parse_arm(name), seed) for seed in options.seeds for name in names]
+    arms = [parse_arm(name) for spec in options.arms for name in (ARMS if spec == "all" else [spec])]
+    jobs = [(name, arm, arm.get("seed", seed)) for seed in options.seeds for name, arm in arms]
+    return [job for i, job in enumerate(jobs) if job not in jobs[:i]]
 
 
 def run_jobs(options: argparse.Namespace, jobs: list, out: Path, device: torch.device, deadline: float) -> None:

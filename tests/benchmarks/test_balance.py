@@ -17,6 +17,8 @@ def test_arms():
             balance.parse_arm(wrong)
     for arm in (balance.ARMS | balance.OTHER_ARMS).values():
         assert arm.keys() <= balance.DEFAULTS.keys()
+    options = balance.parse_options(["--seeds", "0", "1", "--arms", "none", "mine:seed=2,steps=9"])
+    assert [(name, seed) for name, _, seed in balance.jobs_of(options)] == [("none", 0), ("mine", 2), ("none", 1)]
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
