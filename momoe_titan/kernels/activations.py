@@ -26,8 +26,10 @@ ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss
 _ALPHA, _LIMIT = tl.constexpr(ALPHA), tl.constexpr(LIMIT)
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _NORMAL = tl.constexpr(1 / math.sqrt(2 * math.pi))  # the normal density at zero
-_TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+# The approximation: gelu(g) = g * sigmoid(2 * sqrt(2 / pi) * (g + 0.044715 g^3)).
+_TWO_SCALES = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _TANH_CUBE = tl.constexpr(0.044715)
+_THREE_CUBES = tl.constexpr(3 * 0.044715)
 
 
 def _clamped_swiglu(up: Tensor, gate: Tensor) -> Tensor:
@@ -71,11 +73,6 @@ def activate_backward(name: str, up: Tensor, gate: Tensor | None, dact: Tensor) 
 
 
 @triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
 def gated(up, gate, ACTIVATION: tl.constexpr):
     """The activation of float32 blocks; `gate` is not read by one that has none."""
     if ACTIVATION == "swiglu":
@@ -83,12 +80,12 @@ def gated(up, gate, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "geglu":
         act = up * gate * (0.5 + 0.5 * tl.erf(gate * _SQRT_HALF))
     elif ACTIVATION == "geglu_tanh":
-        act = up * gate * tl.sigmoid(2 * _TANH_SCALE * (gate + _TANH_CUBE * gate * gate * gate))
+        act = up * gate * tl.sigmoid((gate + gate * gate * gate * _TANH_CUBE) * _TWO_SCALES)
     elif ACTIVATION == "reglu":
         act = up * tl.maximum(gate, 0.0)
     elif ACTIVATION == "clamped_swiglu":
         g = tl.minimum(gate, _LIMIT)
-        act = (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1) * g * tl.sigmoid(_ALPHA * g)
+        act = (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1) * g * tl.sigmoid(g * _ALPHA)
     else:
         tl.static_assert(ACTIVATION == "relu2")
         act = tl.maximum(up, 0.0) * tl.maximum(up, 0.0)
@@ -97,38 +94,42 @@ def gated(up, gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_backward(up, gate, ACTIVATION: tl.constexpr):
-    """(act, its derivative by up, its derivative by gate) of float32 blocks."""
+    """act, its derivative by up, and two factors of its derivative by gate, of float32 blocks."""
     if ACTIVATION == "swiglu":
         sigmoid = tl.sigmoid(gate)
         by_up = gate * sigmoid
         act = up * by_up
-        by_gate = up * (sigmoid + by_up * (1 - sigmoid))
+        factor = up
+        slope = sigmoid + by_up * (1 - sigmoid)
     elif ACTIVATION == "geglu":
         half = 0.5 + 0.5 * tl.erf(gate * _SQRT_HALF)
         by_up = gate * half
         act = up * by_up
-        by_gate = up * (half + gate * _NORMAL * tl.exp(-0.5 * gate * gate))
+        factor = up
+        slope = half + gate * _NORMAL * tl.exp(-0.5 * gate * gate)
     elif ACTIVATION == "geglu_tanh":
-        sigmoid = tl.sigmoid(2 * _TANH_SCALE * (gate + _TANH_CUBE * gate * gate * gate))
+        sigmoid = tl.sigmoid((gate + gate * gate * gate * _TANH_CUBE) * _TWO_SCALES)
         by_up = gate * sigmoid
         act = up * by_up
-        slope = 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBE * gate * gate)
-        by_gate = up * (sigmoid + by_up * (1 - sigmoid) * slope)
+        factor = up
+        slope = sigmoid + by_up * (1 - sigmoid) * ((gate * gate * _THREE_CUBES + 1) * _TWO_SCALES)
     elif ACTIVATION == "reglu":
         by_up = tl.maximum(gate, 0.0)
         act = up * by_up
-        by_gate = tl.where(gate > 0, up, 0.0)
+        factor = up
+        slope = tl.where(gate > 0, 1.0, 0.0)
     elif ACTIVATION == "clamped_swiglu":
         g = tl.minimum(gate, _LIMIT)
-        sigmoid = tl.sigmoid(_ALPHA * g)
+        sigmoid = tl.sigmoid(g * _ALPHA)
         swish = g * sigmoid
-        u = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1
-        act = u * swish
+        factor = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1
+        act = factor * swish
         by_up = tl.where(tl.abs(up) <= _LIMIT, swish, 0.0)
-        by_gate = tl.where(gate <= _LIMIT, u * (sigmoid + _ALPHA * swish * (1 - sigmoid)), 0.0)
+        slope = tl.where(gate <= _LIMIT, sigmoid + swish * (1 - sigmoid) * _ALPHA, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
         by_up = 2 * tl.maximum(up, 0.0)
         act = 0.5 * up * by_up
-        by_gate = by_up  # not read
-    return act, by_up, by_gate
+        factor = by_up  # not read
+        slope = by_up
+    return act, by_up, factor, slope

@@ -20,16 +20,20 @@ def _combine_kernel(
     row_ptr,
     scores_ptr,
     out_ptr,
+    ids_ptr,
+    bias_ptr,
     num_tokens,
     D,
     row_stride,
     out_stride,
+    bias_stride,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),). out[t] = sum_k (scores[t, k]) * rows[row[t, k]].
+    """Grid (cdiv(T, BLOCK_T) * cdiv(D, BLOCK_D),). out[t] = sum_k (scores[t, k]) * (rows[row[t, k]] + bias[ids[t, k]]).
 
     A slot with row -1 adds nothing.
     """
@@ -43,6 +47,10 @@ def _combine_kernel(
         row = tl.load(row_ptr + tokens * K + k, mask=live, other=-1).to(tl.int64)
         ptrs = rows_ptr + row[:, None] * row_stride + cols[None, :]
         value = tl.load(ptrs, mask=(row >= 0)[:, None] & inside, other=0.0).to(tl.float32)
+        if BIASED:
+            expert = tl.load(ids_ptr + tokens * K + k, mask=row >= 0, other=0).to(tl.int64)
+            bias = bias_ptr + expert[:, None] * bias_stride + cols[None, :]
+            value += tl.load(bias, mask=(row >= 0)[:, None] & inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             score = tl.load(scores_ptr + tokens * K + k, mask=row >= 0, other=0.0).to(tl.float32)
             acc += score[:, None] * value
@@ -53,12 +61,19 @@ def _combine_kernel(
 
 
 def combine(
-    rows_RD: torch.Tensor, routing: RoutingMetadata, scores_TK: torch.Tensor | None, out_TD: torch.Tensor
+    rows_RD: torch.Tensor,
+    routing: RoutingMetadata,
+    scores_TK: torch.Tensor | None,
+    out_TD: torch.Tensor,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside.
 
-    rows_RD and out_TD may be column slices of wider tensors.
+    Args:
+        rows_RD, out_TD: rows contiguous; may be column slices of wider tensors.
+        biases: ids_TK and a bias (E, D) of each expert that is added to its rows, maybe a column slice too.
     """
+    ids_TK, bias_ED = biases or (routing.row_TK, rows_RD)
     num_tokens, d_model = out_TD.shape
     block_d = min(next_power_of_2(d_model), _BLOCK_D)
     block_t = _ELEMENTS // block_d
@@ -69,12 +84,16 @@ def combine(
         routing.row_TK,
         scores_TK if scores_TK is not None else rows_RD,
         out_TD,
+        ids_TK,
+        bias_ED,
         num_tokens,
         d_model,
         rows_RD.stride(0),
         out_TD.stride(0),
+        bias_ED.stride(0),
         K=routing.row_TK.shape[1],
         WEIGHTED=scores_TK is not None,
+        BIASED=biases is not None,
         BLOCK_T=block_t,
         BLOCK_D=block_d,
         num_warps=4,

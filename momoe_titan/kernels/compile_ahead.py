@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
 from momoe_titan.kernels.adamw import Adamw, Rates, Updated
 from momoe_titan.kernels.balance import BalanceStep
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.hopper.kernels import (
     down_proj_backward_kernel,
@@ -30,7 +31,6 @@ from momoe_titan.kernels.hopper.kernels import (
     weight_grad_kernel,
 )
 from momoe_titan.kernels.multi_tensor import SquareSum
-from momoe_titan.kernels.op import Needs
 from momoe_titan.kernels.routing import build_routing, packed_size, unpack_routing
 from momoe_titan.save_percent import num_saved_rows
 
@@ -74,6 +74,10 @@ class LayerKernels:
         return self.new(sizes[0], sizes[1], 2 * sizes[2]), self.new(sizes[0], sizes[2], sizes[1])
 
     @property
+    def experts(self) -> Experts:
+        return Experts(*self.weights)
+
+    @property
     def choice(self) -> tuple[Tensor, Tensor]:
         """ids and scores."""
         shape = self.num_tokens, self.top_k
@@ -86,25 +90,29 @@ class LayerKernels:
 
     def backward(self) -> None:
         """The first part: up to the gradients of the pre-activations and of the scores."""
-        self._backward(Needs(x=False, w1=False, w2=False, scores=True))
+
+        def first_part(gemms, x, z, dz, routing):
+            if num_saved_rows(self.num_rows, self.save_percent) < self.num_rows:
+                gemms.recompute_z(x, self.experts, routing, z, dz)
+            act = self.new(self.num_rows, self.ffn)
+            dscore, _ = gemms.down_proj_backward(x, self.experts, routing, z, dz, act)
+            op._score_grad(dscore, routing, self.choice[1], needed=True)
+
+        self._with_gradient(first_part)
 
     def weight_gradients(self) -> None:
-        self._with_gradient(
-            lambda gemms, x, dz, routing: gemms.weight_grad(x, dz, routing, self.weights[0], gather_a=True)
-        )
-        self._with_gradient(
-            lambda gemms, x, dz, routing: gemms.weight_grad(
-                self.new(self.num_rows, self.ffn), x, routing, self.weights[1], gather_b=True
-            )
-        )
+        def weight_gradients(gemms, x, z, dz, routing):
+            gemms.up_weight_grad(x, dz, routing, [self.weights[0]])
+            gemms.down_weight_grad(self.new(self.num_rows, self.ffn), x, routing, self.weights[1])
+
+        self._with_gradient(weight_gradients)
 
     def input_gradient(self) -> None:
         """The last part of the backward."""
-        w1, w2 = self.weights
 
-        def input_gradient(gemms, x, dz, routing):
-            ranges = op._schedule(gemms, x, w2, self.num_rows, inference=False).dx_ranges
-            op._combined(gemms.up_proj_backward, dz, w1, routing, None, torch.empty_like(x), ranges)
+        def input_gradient(gemms, x, z, dz, routing):
+            ranges = op._schedule(gemms, x, self.experts, self.num_rows, inference=False).dx_ranges
+            op._combined(gemms.up_proj_backward, dz, self.experts, routing, None, torch.empty_like(x), ranges)
 
         self._with_gradient(input_gradient)
 
@@ -112,7 +120,7 @@ class LayerKernels:
         """The sort of few tokens where the layer has many, and of many where it has few; its first call runs both."""
         num_tokens = 64 if self.num_tokens * self.top_k > 8192 else 8192
         ids, scores = (self.new(num_tokens, self.top_k, dtype=dtype) for dtype in (torch.int64, torch.float32))
-        tile_rows = select_gemms(self.new(num_tokens, self.d_model), self.ffn).tile_rows
+        tile_rows = select_gemms(self.new(num_tokens, self.d_model), self.experts).tile_rows
         build_routing(ids, scores, self.num_experts, tile_rows)
 
     def router(self) -> None:
@@ -145,22 +153,13 @@ class LayerKernels:
         return self.new(packed_size(*self._sizes(tile_rows)), dtype=torch.int32)
 
     def _with_gradient(self, call: Callable) -> None:
-        """Call with kernels, x, the gradient of the pre-activations, and the routing."""
+        """Call with kernels, x, the pre-activations, their gradient, and the routing."""
         x = self.new(self.num_tokens, self.d_model)
-        gemms: Any = select_gemms(x, self.ffn)
+        gemms: Any = select_gemms(x, self.experts)
         routing = unpack_routing(self._packed(gemms.tile_rows), *self._sizes(gemms.tile_rows))
         z = self.new(num_saved_rows(self.num_rows, self.save_percent), 2 * self.ffn)
-        _, dz = gemms.z_and_dz(z, self.num_rows, not self.compiled, some=0 < self.save_percent < 100)
-        call(gemms, x, dz, routing)
-
-    def _backward(self, needs: Needs) -> None:
-        x, rows = self.new(self.num_tokens, self.d_model), self.num_rows
-        packed = self._packed(select_gemms(x, self.ffn).tile_rows)
-        z = self.new(num_saved_rows(rows, self.save_percent), 2 * self.ffn)
-        ops = torch.ops.momoe_titan
-        kind = ops.moe_backward if self.compiled else ops.moe_backward_over_z
-        run = op.IMPLEMENTATIONS[kind.default]
-        run(x, x, *self.weights, self.choice[1], z, packed, rows, self.save_percent, needs, "triton")
+        z, dz = gemms.z_and_dz(z, self.num_rows, not self.compiled, some=0 < self.save_percent < 100)
+        call(gemms, x, z, dz, routing)
 
 
 @dataclass(frozen=True)

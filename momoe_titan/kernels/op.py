@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] -
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from momoe_titan.kernels import combine, decode, gpu
+from momoe_titan.kernels import biases, combine, decode, gpu
 from momoe_titan.kernels.experts import Experts, validate_experts
 from momoe_titan.kernels.gemms import ZRows, select_gemms
 from momoe_titan.kernels.launch import on_its_device
@@ -103,7 +103,7 @@ class Needs(NamedTuple):
 
 
 def _tile_rows(x_TD: Tensor, experts: Experts, backend: str) -> int:
-    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, experts.ffn).tile_rows
+    return _REFERENCE_TILE_ROWS if backend == "torch" else select_gemms(x_TD, experts).tile_rows
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if gpu.planned() is None and t.data_ptr() % 16 else t
 
 
-def _schedule(gemms, x_TD: Tensor, w2_EFD: Tensor, num_rows: int, inference: bool) -> MemorySchedule:
-    num_experts, ffn, d_model = w2_EFD.shape
+def _schedule(gemms, x_TD: Tensor, experts: Experts, num_rows: int, inference: bool) -> MemorySchedule:
+    num_experts, ffn, d_model = experts.w2.shape
     sizes = LayerSizes(x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size())
     if (planned := gpu.planned()) is not None:
         # More rows could mean more ranges, and an early dw2. Both take less memory, so the plan is never too low.
@@ -120,14 +120,30 @@ def _schedule(gemms, x_TD: Tensor, w2_EFD: Tensor, num_rows: int, inference: boo
     return memory_schedule(sizes, gemms.traits, inference)
 
 
-def _combined(gemm, rows, w, routing, scores_TK, out_TD, ranges):
-    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists."""
+def _aligned_experts(experts: Experts) -> Experts:
+    """Experts whose weights are `_aligned`; w1 and gate are copied together, since their strides have to be equal."""
+    w1, w2, gate = _aligned(experts.w1), _aligned(experts.w2), experts.gate
+    if gate is not None and (w1 is not experts.w1 or _aligned(gate) is not gate):
+        w1, gate = experts.w1.clone(), gate.clone()
+    if w1 is experts.w1 and w2 is experts.w2:
+        return experts
+    return replace(experts, w1=w1, w2=w2, gate=gate)
+
+
+def _combined(gemm, rows, experts: Experts, routing, scores_TK, out_TD, ranges, *, ids_TK=None):
+    """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
+
+    ids_TK: where the output bias is added.
+    """
     num_rows = rows.shape[0]
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
-        gemm(rows, w, routing, y, begin)
-        combine.combine(y, routing, scores_TK, out_TD[:, begin:end])
+        gemm(rows, experts, routing, y, begin)
+        biases = None
+        if ids_TK is not None and experts.bias2 is not None:
+            biases = ids_TK, experts.bias2[:, begin:end]
+        combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
 
 
 def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, *kind):
@@ -146,20 +162,21 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
             out_TD, z_S2F = torch_forward(x_TD, experts, scores_TK, routing, num_saved)
         return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
-    x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (x_TD, w1_ED2F, w2_EFD))
+    x_TD, experts = _aligned(x_TD), _aligned_experts(experts)
     if inference and decode.supported(x_TD.dtype, *ids_TK.shape):
-        out_TD, counts_E = decode.forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK)
-        return out_TD, counts_E, x_TD.new_empty(0, 2 * ffn), ids_TK.new_empty(0, dtype=torch.int32)
-    gemms = select_gemms(x_TD, ffn)
+        out_TD, counts_E = decode.forward(x_TD, experts, ids_TK, scores_TK)
+        return out_TD, counts_E, x_TD.new_empty(0, experts.width), ids_TK.new_empty(0, dtype=torch.int32)
+    gemms = select_gemms(x_TD, experts)
     packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
     routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
-    z_S2F = x_TD.new_empty(num_saved, 2 * ffn)
+    z_SZ = x_TD.new_empty(num_saved, experts.width)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    gemms.up_proj(x_TD, w1_ED2F, routing, act_RF, z_S2F, saves_z=save_percent > 0)
+    gemms.up_proj(x_TD, experts, routing, act_RF, z_SZ, saves_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
-    ranges = _schedule(gemms, x_TD, w2_EFD, num_rows, inference).y_ranges
-    _combined(gemms.down_proj, act_RF, w2_EFD, routing, scores_TK, out_TD, ranges)
-    return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
+    ranges = _schedule(gemms, x_TD, experts, num_rows, inference).y_ranges
+    weights_TK = None if experts.scores_on_input else scores_TK
+    _combined(gemms.down_proj, act_RF, experts, routing, weights_TK, out_TD, ranges, ids_TK=ids_TK)
+    return out_TD, counts_E, z_SZ, packed.new_empty(0) if inference else packed
 
 
 def _backward(dout_TD, x_TD, w1, w2, scores_TK, z, packed, num_rows, save_percent, needs, backend, *kind, over_z=False):
@@ -172,45 +189,44 @@ def _backward(dout_TD, x_TD, w1, w2, scores_TK, z, packed, num_rows, save_percen
 
 
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
-    """dx, dw1, dw2, dscores, empty where not needed. What is deleted here, and when, decides the memory peak."""
+    """The gradients of `Needs`, empty where not needed. What is deleted here, and when, decides the memory peak."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
-    z_S2F, routing = saved.rows_of_z(), saved.routing()
-    num_saved = z_S2F.shape[0]
-    dout_TD, x_TD, w1_ED2F, w2_EFD = (_aligned(t) for t in (dout_TD, saved.x_TD, saved.experts.w1, saved.experts.w2))
-    ffn = w2_EFD.shape[1]
-    gemms: Any = select_gemms(x_TD, ffn)  # z and dz have the form that this family of kernels takes
-    schedule = _schedule(gemms, x_TD, w2_EFD, num_rows, inference=False)
+    z_SZ, routing = saved.rows_of_z(), saved.routing()
+    num_saved = z_SZ.shape[0]
+    dout_TD, x_TD, experts = _aligned(dout_TD), _aligned(saved.x_TD), _aligned_experts(saved.experts)
+    gemms: Any = select_gemms(x_TD, experts)  # z and dz have the form that this family of kernels takes
+    schedule = _schedule(gemms, x_TD, experts, num_rows, inference=False)
 
-    z, dz = gemms.z_and_dz(z_S2F, num_rows, over_z, some=0 < saved.save_percent < 100)
-    del z_S2F
+    z, dz = gemms.z_and_dz(z_SZ, num_rows, over_z, some=0 < saved.save_percent < 100)
+    del z_SZ
     if num_saved < num_rows:
-        gemms.recompute_z(x_TD, w1_ED2F, routing, z, dz)
-    act_RF = x_TD.new_empty(num_rows, ffn)
-    dscore = gemms.down_proj_backward(dout_TD, w2_EFD, routing, z, dz, act_RF)
+        gemms.recompute_z(x_TD, experts, routing, z, dz)
+    act_RF = x_TD.new_empty(num_rows, experts.ffn) if needs.w2 else None
+    dscore, bias_sums = gemms.down_proj_backward(dout_TD, experts, routing, z, dz, act_RF)
+    dbias1, dbias2 = _bias_grads(experts, routing, dout_TD, dscore, bias_sums, needs)
     dscores_TK = _score_grad(dscore, routing, scores_TK, needs.scores)
-    del dscore
+    del dscore, bias_sums
     if over_z and z is not dz:
         saved.free_z()
 
-    dw2 = w2_EFD.new_empty(0)
+    dw2 = experts.w2.new_empty(0)
     dw2_last = needs.w2 and schedule.dw2_last
     if needs.w2 and not dw2_last:
-        dw2 = _weight_grad(gemms, act_RF, dout_TD, routing, w2_EFD, gather_b=True)
+        dw2 = torch.empty_like(experts.w2)
+        gemms.down_weight_grad(act_RF, dout_TD, routing, dw2)
     if not dw2_last:
         del act_RF
     dx_TD = torch.empty_like(x_TD) if needs.x else x_TD.new_empty(0)
     if needs.x:
-        _combined(gemms.up_proj_backward, dz, w1_ED2F, routing, None, dx_TD, schedule.dx_ranges)
-    if needs.w1:
-        dw1 = _weight_grad(gemms, x_TD, dz, routing, w1_ED2F, gather_a=True)
-    else:
-        dw1 = w1_ED2F.new_empty(0)
+        _combined(gemms.up_proj_backward, dz, experts, routing, None, dx_TD, schedule.dx_ranges)
+    dw1, dgate = _up_weight_grads(gemms, x_TD, dz, routing, experts, needs)
     if dw2_last:
         del z, dz
         if over_z:
             saved.free_z()
-        dw2 = _weight_grad(gemms, act_RF, dout_TD, routing, w2_EFD, gather_b=True)
-    return dx_TD, dw1, dw2, dscores_TK, *(x_TD.new_empty(0) for _ in range(3))
+        dw2 = torch.empty_like(experts.w2)
+        gemms.down_weight_grad(act_RF, dout_TD, routing, dw2)
+    return dx_TD, dw1, dw2, dscores_TK, dgate, dbias1, dbias2
 
 
 def _score_grad(dscore: Tensor, routing: RoutingMetadata, scores_TK: Tensor, needed: bool) -> Tensor:
@@ -222,10 +238,36 @@ def _score_grad(dscore: Tensor, routing: RoutingMetadata, scores_TK: Tensor, nee
     return dscores_TK
 
 
-def _weight_grad(gemms, a: Tensor, b: ZRows, routing: RoutingMetadata, w: Tensor, **gathered: bool) -> Tensor:
-    dw = torch.empty_like(w)
-    gemms.weight_grad(a, b, routing, dw, **gathered)
-    return dw
+def _bias_grads(
+    experts: Experts, routing: RoutingMetadata, dout_TD: Tensor, dscore: Tensor, sums: Tensor | None, needs: Needs
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both biases; adds what the output's bias adds to the gradients of scores to `dscore`.
+
+    Args:
+        dscore, sums: of `down_proj_backward`.
+    """
+    dbias1, dbias2 = dout_TD.new_empty(0), dout_TD.new_empty(0)
+    if needs.bias1:
+        dbias1 = torch.empty_like(experts.bias1)
+        biases.sum_tiles(sums, routing, dbias1)
+    weighted = not experts.scores_on_input
+    if experts.bias2 is not None and (needs.bias2 or weighted):
+        sums, dot_R = biases.output_bias_backward(dout_TD, experts.bias2, routing, weighted)
+        if weighted:
+            dscore[:, 0] += dot_R
+        if needs.bias2:
+            dbias2 = torch.empty_like(experts.bias2)
+            biases.sum_tiles(sums, routing, dbias2)
+    return dbias1, dbias2
+
+
+def _up_weight_grads(gemms, x_TD, dz: ZRows, routing, experts: Experts, needs: Needs) -> tuple[Tensor, Tensor]:
+    """The gradients of w1 and gate, empty where not needed."""
+    dw1 = torch.empty_like(experts.w1) if needs.w1 else None
+    dgate = torch.empty_like(experts.gate) if needs.gate else None
+    if needs.w1 or needs.gate:
+        gemms.up_weight_grad(x_TD, dz, routing, [dw1] if experts.gate is None else [dw1, dgate])
+    return dw1 if dw1 is not None else x_TD.new_empty(0), dgate if dgate is not None else x_TD.new_empty(0)
 
 
 _backward_over_z = functools.partial(_backward, over_z=True)
@@ -263,6 +305,12 @@ def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, n
     some = zip(inputs, Needs(*needs), strict=False)
     grads = [torch.empty_like(t) if need else x.new_empty(0) for t, need in some]
     return (*grads, *(x.new_empty(0) for _ in range(len(Needs._fields) - len(grads))))
+
+
+def overwrites_z(*args: Any) -> bool:
+    """Whether `moe_backward_over_z` of these arguments writes dz over z, on the "triton" backend."""
+    _, x_TD, w1, w2, *_ = args
+    return select_gemms(x_TD, Experts(w1, w2, *args[11:])).traits.dz_over_z
 
 
 def _setup_context(ctx, inputs, output):
@@ -324,12 +372,6 @@ def _autograd_backward(ctx, dout_TD, *_):
 
 
 torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
-
-
-def has_kernels(experts: Experts) -> bool:
-    """Whether the Triton kernels take these experts; the torch backend does where they don't."""
-    is_whole = experts.gate is None and experts.w1.is_contiguous() and experts.w2.is_contiguous()
-    return experts.is_swiglu and experts.order == "up_gate" and is_whole
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -431,7 +473,8 @@ def _gathered(w1: Tensor | tuple[Tensor, Tensor], w2: Tensor, dtype: torch.dtype
     bias1 = kind.pop("bias1")
     if isinstance(bias1, tuple | list):
         bias1 = torch.cat(bias1, dim=1)
-    tensors = {"w1": up, "w2": w2, "gate": gate, "bias1": bias1, "bias2": kind.pop("bias2")}
+    bias1, bias2 = (t.contiguous() if t is not None else None for t in (bias1, kind.pop("bias2")))
+    tensors = {"w1": up, "w2": w2, "gate": gate, "bias1": bias1, "bias2": bias2}
     if dtype is not None:
         tensors = {name: t.to(dtype) if t is not None else None for name, t in tensors.items()}
     return Experts(**tensors, **kind)
@@ -514,8 +557,6 @@ def momoe_mlp(
     if check_ids:
         _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
-    if not has_kernels(experts):
-        backend = "torch"
     wants_grad = _wants_grad(x_TD, scores_TK, *experts.tensors)
     out_TD, counts_E, z_SZ, _ = torch.ops.momoe_titan.moe_forward(
         x_TD.contiguous(),

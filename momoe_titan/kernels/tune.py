@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.gemms import HopperGemms, select_gemms
 from momoe_titan.kernels.portable import configs, down_proj, up_proj, weight_grad
 from momoe_titan.kernels.portable.configs import TileConfig
@@ -55,17 +56,17 @@ def tune(
     routing = unpack_routing(build_routing(ids, scores, experts, tile_rows)[0], tokens, chosen, experts, tile_rows)
     rows = tokens * chosen
     z, act, y = new(rows, 2 * ffn), new(rows, ffn), new(rows, dim)
-    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+    dw1, dw2, both = torch.empty_like(w1), torch.empty_like(w2), Experts(w1, w2)
 
     def both_weight_grads(config):
         weight_grad.weight_grad(config, x, z, routing, dw1, gather_a=True)
         weight_grad.weight_grad(config, act, dout, routing, dw2, gather_b=True)
 
     calls = {
-        "up_proj": lambda c: up_proj.up_proj(c, x, w1, routing, act, z),
-        "down_proj": lambda c: rows_gemm(c, act, w2, routing, y, w_is_nk=False),
-        "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, w2, routing, z, z, act),
-        "up_proj_backward": lambda c: rows_gemm(c, z, w1, routing, y, w_is_nk=True),
+        "up_proj": lambda c: up_proj.up_proj(c, x, both, routing, act, z),
+        "down_proj": lambda c: rows_gemm(c, act, w2, routing, y),
+        "down_proj_backward": lambda c: down_proj.down_proj_backward(c, dout, both, routing, z, z, act),
+        "up_proj_backward": lambda c: rows_gemm(c, z, w1.transpose(1, 2), routing, y),
         "weight_grad": both_weight_grads,
     }
     for kernel, call in calls.items():
@@ -96,7 +97,10 @@ def main() -> None:
     for name in ("tokens", "dim", "ffn", "experts", "chosen"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
-    if isinstance(select_gemms(torch.empty(1, args.dim, dtype=torch.bfloat16, device="cuda"), args.ffn), HopperGemms):
+    shape = Experts(
+        *(torch.empty(1, *size, device="meta") for size in [(args.dim, 2 * args.ffn), (args.ffn, args.dim)])
+    )
+    if isinstance(select_gemms(torch.empty(1, args.dim, dtype=torch.bfloat16, device="cuda"), shape), HopperGemms):
         print("This GPU runs the Hopper kernels for this shape: what is tuned here serves the portable path only.")
     best = tune(**vars(args))
     name = torch.cuda.get_device_name()

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from momoe_titan.kernels import op
-from momoe_titan.kernels.gemms import select_gemms
 from momoe_titan.kernels.hopper.launch import BM
 from momoe_titan.memory.allocator import block_bytes
 from momoe_titan.memory.plan import ZRows
@@ -230,7 +229,7 @@ class MemoryTrace(TorchDispatchMode):
         contain the second one too, because `MemoryPlan.reserved` needs it.
         """
         z = None
-        if func is _BACKWARD_OVER_Z and select_gemms(args[1], args[3].shape[1]).traits.dz_over_z:
+        if func is _BACKWARD_OVER_Z and op.overwrites_z(*args):
             z = self._blocks.get(args[5].untyped_storage()._cdata)
         if z is None or z.z_layer is None:
             yield

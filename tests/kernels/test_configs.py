@@ -12,6 +12,7 @@ import torch
 
 from momoe_titan.kernels import gemms, gpu
 from momoe_titan.kernels import launch as tiling
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.portable import configs
 from momoe_titan.kernels.portable.configs import KERNELS, TileConfig
@@ -93,13 +94,14 @@ def test_the_portable_path_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(gemms.hopper, "TRITON_VERSION", (3, 6))
     gemms._say_portable.cache_clear()
     x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(4, 1536), is_cuda=True)
+    experts = Experts(torch.empty(1, 1536, 512), torch.empty(1, 256, 1536))
     with caplog.at_level("INFO"):
-        assert isinstance(gemms.select_gemms(x, 256), gemms.HopperGemms)
+        assert isinstance(gemms.select_gemms(x, experts), gemms.HopperGemms)
         assert caplog.records == []
         for capability in ((8, 0), (8, 9), (10, 0)):
             monkeypatch.setattr(gpu, "device_properties", lambda device, capability=capability: (capability, GPU))
             for _ in range(2):
-                assert isinstance(gemms.select_gemms(x, 256), gemms.PortableGemms)
+                assert isinstance(gemms.select_gemms(x, experts), gemms.PortableGemms)
     (record,) = caplog.records
     assert "portable Triton kernels on Some GPU for torch.bfloat16, D = 1536, F = 256" in record.getMessage()
 

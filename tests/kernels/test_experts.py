@@ -10,10 +10,8 @@ from momoe_titan.kernels.activations import activate, activate_backward, is_gate
 from momoe_titan.kernels.experts import Experts
 from tests.kernels.test_op import error
 
-SHAPES = {
-    "tiles_cross_experts": (45, 32, 48, 3, 2),
-    "odd_widths": (7, 40, 23, 3, 3),
-}
+# (T, D, F, E, K): small, because the interpreter is slow; odd widths, and 19 rows of an expert in tiles of 16
+SHAPE = (19, 20, 23, 2, 2)
 LAYOUTS = {
     # name: (order, how w1 is stored, how w2 is stored)
     "own": ("up_gate", "in_out", "in_out"),
@@ -87,9 +85,11 @@ class Layer:
         return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
     def check(self, **options):
-        """Errors at most twice those of torch in the same dtype, and gradients stored as their weights are."""
+        """Errors at most twice those of torch in the same dtype, the same bits at every save_percent, and gradients
+        stored as their weights are."""
         want, torchs = self.run(momoe_mlp_ref, torch.float64), self.run(momoe_mlp_ref)
-        got = self.run(momoe_mlp, **options)
+        got, *others = (self.run(momoe_mlp, save_percent=p, **options) for p in (37, 0, 100))
+        assert all(torch.equal(other[name], got[name]) for other in others for name in got)
         for name in want:
             dtype = got[name].dtype
             floor = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 0.25)
@@ -101,18 +101,13 @@ class Layer:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SHAPES)
-def test_layouts(name, layout, backend, device):
-    """Each layout, at each save_percent the same bits."""
-    layer = Layer(SHAPES[name], layout, device=device)
-    results = [layer.check(backend=backend, save_percent=p) for p in (0, 37, 100)]
-    for other in results[1:]:
-        assert all(torch.equal(other[key], results[0][key]) for key in other)
+def test_layouts(layout, backend, device):
+    Layer(SHAPE, layout, device=device).check(backend=backend)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_are_the_same_experts(order, backend, device):
-    layer = Layer(SHAPES["tiles_cross_experts"], device=device)
+    layer = Layer(SHAPE, device=device)
     want = layer.run(momoe_mlp, backend=backend)
     up, gate = layer.tensors["w1"].chunk(2, dim=2)
     experts = Experts(torch.empty_like(layer.tensors["w1"]), layer.tensors["w2"], order=order)
@@ -128,43 +123,37 @@ def test_orders_are_the_same_experts(order, backend, device):
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, biases, backend, device):
-    layer = Layer(SHAPES["odd_widths"], activation=activation, biases=biases, device=device)
+    layer = Layer(SHAPE, activation=activation, biases=biases, device=device)
     layer.tensors["x"] *= 4  # some beyond the limits of the clamped one
-    results = [layer.check(backend=backend, save_percent=p) for p in (0, 50, 100)]
-    for other in results[1:]:
-        assert all(torch.equal(other[key], results[0][key]) for key in other)
+    layer.check(backend=backend)
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "two tensors, out_in", "out_in"])
 def test_gpt_oss_in_each_layout(layout, backend, device):
-    layer = Layer(SHAPES["tiles_cross_experts"], layout, "clamped_swiglu", True, device=device)
-    layer.check(backend=backend, save_percent=37)
+    layer = Layer(SHAPE, layout, "clamped_swiglu", True, device=device)
+    layer.check(backend=backend)
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2", "clamped_swiglu"])
 def test_scores_on_the_input(activation, biases, backend, device):
-    layer = Layer(
-        SHAPES["tiles_cross_experts"], activation=activation, biases=biases, device=device, scores_on_input=True
-    )
+    layer = Layer(SHAPE, activation=activation, biases=biases, device=device, scores_on_input=True)
     layer.tensors["scores"][3] = 0.0
-    results = [layer.check(backend=backend, save_percent=p) for p in (0, 50, 100)]
-    for other in results[1:]:
-        assert all(torch.equal(other[key], results[0][key]) for key in other)
+    layer.check(backend=backend)
 
 
-@pytest.mark.parametrize("sentinel", [-1, 3])
+@pytest.mark.parametrize("sentinel", [-1, 2])
 def test_slots_of_no_expert_have_no_gradient(sentinel, backend, device):
-    layer = Layer(SHAPES["tiles_cross_experts"], biases=True, activation="geglu", device=device)
+    layer = Layer(SHAPE, biases=True, activation="geglu", device=device)
     layer.ids[torch.rand(layer.ids.shape, device=device) < 0.5] = sentinel
-    got = layer.check(backend=backend, save_percent=50)
+    got = layer.check(backend=backend)
     assert (got["scores"][layer.ids == sentinel] == 0).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rows_sorted_by_expert(weighted, backend, device):
     """The same as with their ids, and zeros for the rows that belong to no expert."""
-    layer = Layer((45, 32, 48, 5, 1), "out_in", biases=True, device=device)
+    layer = Layer((45, 20, 23, 5, 1), "out_in", biases=True, device=device)
     counts = torch.tensor([7, 0, 20, 3, 9], device=device)
     layer.ids = torch.repeat_interleave(torch.arange(5, device=device), counts)
     layer.ids = torch.cat([layer.ids, layer.ids.new_full((6,), 5)])[:, None]
@@ -183,7 +172,7 @@ def test_rows_sorted_by_expert(weighted, backend, device):
 
 @pytest.mark.parametrize("frozen", [("w1", "w2", "bias1", "bias2"), ("w1",), ("x", "w2"), ("up",)])
 def test_frozen_experts(frozen, backend, device):
-    layer = Layer(SHAPES["odd_widths"], "two tensors" if "up" in frozen else "out_in", biases=True, device=device)
+    layer = Layer(SHAPE, "two tensors" if "up" in frozen else "out_in", biases=True, device=device)
     want = layer.run(momoe_mlp, backend=backend, save_percent=50)
     wanted = tuple(name for name in layer.tensors if name not in frozen)
     got = layer.run(momoe_mlp, wanted=wanted, backend=backend, save_percent=50)

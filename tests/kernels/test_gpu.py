@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from momoe_titan.kernels import gemms, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import cache_load_count, compile_count, install
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.router import route
 from tests.kernels.test_op import assert_close, make_inputs, run
@@ -56,7 +57,7 @@ def oracle(x, w1, w2, ids, scores, dout):
 def test_forward_and_gradients(name, dtype, path):
     inputs = make_inputs(SHAPES[name], dtype, "cuda")
     if name != "portable_everywhere":
-        assert isinstance(gemms.select_gemms(inputs[0], SHAPES[name][2]), gemms.HopperGemms) == (path == "hopper")
+        assert isinstance(gemms.select_gemms(inputs[0], Experts(*inputs[1:3])), gemms.HopperGemms) == (path == "hopper")
     got, counts = run(momoe_mlp, *inputs, 37)
     want, counts_want = oracle(*inputs)
     assert_close(got, want, run(momoe_mlp_ref, *inputs)[0])

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import (
 )
 
 from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.gpu import interpreting
 from momoe_titan.save_percent import num_saved_rows
 
@@ -429,19 +430,24 @@ def test_dw2_before_or_after_dz_is_let_go(device, save_percent, monkeypatch):
     """The same gradients; z, and where dw2 comes last dz too, are gone by then."""
     from momoe_titan.kernels import op as autograd
 
-    gemms = type(autograd.select_gemms(torch.empty(0, 64, dtype=torch.float16, device=device), 64))
-    real, kept, seen = gemms.weight_grad, [], []
+    some = Experts(torch.empty(1, 64, 128), torch.empty(1, 64, 64))
+    gemms = type(autograd.select_gemms(torch.empty(0, 64, dtype=torch.float16, device=device), some))
+    kept, seen = [], []
 
-    def weight_grad(self, a, b, routing, dw_EMN, **kwargs):
-        seen.append(("dw2" if kwargs.get("gather_b") else "dw1", *(z.untyped_storage().nbytes() > 0 for z in kept)))
-        real(self, a, b, routing, dw_EMN, **kwargs)
+    def spied(name, real):
+        def weight_grad(*args):
+            seen.append((name, *(z.untyped_storage().nbytes() > 0 for z in kept)))
+            real(*args)
+
+        return weight_grad
 
     memory_schedule = autograd.memory_schedule
 
     def in_order(last, *args):
         return dataclasses.replace(memory_schedule(*args), dw2_last=last)
 
-    monkeypatch.setattr(gemms, "weight_grad", weight_grad)
+    monkeypatch.setattr(gemms, "up_weight_grad", spied("dw1", gemms.up_weight_grad))
+    monkeypatch.setattr(gemms, "down_weight_grad", spied("dw2", gemms.down_weight_grad))
     x, w1, w2, ids, scores, dout = make_inputs((40, 64, 64, 4, 2), torch.float16, device)
     leaves, results = [t.requires_grad_() for t in (x, w1, w2, scores)], []
     for last in (False, True):

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from momoe_titan.kernels import gpu
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper.kernels import (
     down_proj_backward_kernel,
     rows_kernel,
@@ -51,6 +52,15 @@ def supported(dtype: torch.dtype, D: int, F: int, capability: tuple[int, int]) -
     and this Triton: 3.8 refuses to store from a slice of a buffer, as the ragged stores do."""
     fits = dtype in (torch.bfloat16, torch.float16) and D % 64 == 0 and F % 64 == 0
     return fits and tuple(capability) == (9, 0) and TRITON_VERSION in ((3, 6), (3, 7))
+
+
+def refusal(experts: Experts) -> str | None:
+    """What of these experts the kernels do not take, in words; None if they take all of it."""
+    if experts.gate is not None or not experts.w1.is_contiguous() or not experts.w2.is_contiguous():
+        return "weights that are not stored as (E, D, 2F) and (E, F, D)"
+    if not experts.is_swiglu or experts.order != "up_gate":
+        return "other experts than SwiGLU with up before gate"
+    return None
 
 
 def dscore_parts(F: int) -> int:

@@ -40,6 +40,7 @@ def load_block(ptrs, row_mask, col_mask, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.
 
 @triton.jit
 def rows_matmul(
+    acc,
     a_ptr,
     rows,
     b_ptr,
@@ -48,23 +49,21 @@ def rows_matmul(
     stride_bk,
     stride_bn,
     K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    A_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc_mn = A[rows] @ B[:, cols] in float32.
+    """acc_mn + A[rows] @ B[:, cols] in float32.
 
-    A has K columns, contiguous; rows may be any int64 row numbers (a gather).
+    A has K columns in rows of A_STRIDE; rows may be any int64 row numbers (a gather).
     B is addressed by its two strides, so it may be stored either way round.
     """
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + rows[:, None] * K + k[None, :]
+    a_ptrs = a_ptr + rows[:, None] * A_STRIDE + k[None, :]
     b_ptrs = b_ptr + k[:, None] * stride_bk + cols[None, :] * stride_bn
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         a = load_block(a_ptrs, rows >= 0, k0 + k < K, True, EVEN_K)
         b = load_block(b_ptrs, k0 + k < K, col_mask, EVEN_K, EVEN_N)
