@@ -1,0 +1,96 @@
+"""Random calls of the op and of the layer against a dense computation in float64, the same ones in every run.
+
+`python -m tests.trust.fuzz` runs thousands of them on a GPU. A case that failed stays here, in FOUND.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, example, given, settings
+
+from momoe_titan.kernels import momoe_mlp
+from momoe_titan.kernels.gpu import interpreting
+from tests.trust import cases as fuzz
+
+SMALL = [(16, 16, 2, 1), (24, 20, 3, 2), (17, 16, 4, 3)]  # D, F, E, K
+LARGER = [*SMALL, (32, 48, 3, 2), (97, 47, 5, 3), (64, 24, 33, 4), (40, 32, 6, 6)]
+FOUND: list[fuzz.Case] = []  # what ever failed
+
+
+def drawn(count, shapes, max_tokens, dtypes=tuple(fuzz.DTYPES), kinds=tuple(fuzz.KINDS)):
+    """The same `count` cases in every run: chance does not decide whether a test passes."""
+
+    def decorate(test):
+        for case in FOUND:
+            test = example(case=case)(test)
+        strategy = fuzz.cases(shapes, dtypes, kinds, max_tokens)
+        checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
+        return settings(
+            max_examples=count,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            suppress_health_check=checks,
+        )(given(case=strategy)(test))
+
+    return decorate
+
+
+def assert_within(excess):
+    assert all(value <= 1 for value in excess.values()), excess
+
+
+@pytest.mark.skipif(not interpreting(), reason="tests.trust.fuzz is for GPUs")
+@drawn(50, SMALL, 16)
+def test_kernels(case):
+    assert_within(fuzz.check(case, "cpu", "triton", slack=2 if case.dtype == "bfloat16" else 1))
+
+
+@drawn(100, LARGER, 60)
+def test_op_in_torch(case):
+    assert_within(fuzz.check(case, "cpu", "torch"))
+
+
+@drawn(50, LARGER, 40, ("float32", "bfloat16"), ("plain",))
+def test_layer_with_a_mask(case):
+    assert_within(fuzz.check_layer(case, "cpu"))
+
+
+PLAIN = fuzz.Case(
+    shape=(32, 48, 3, 2),
+    dtype="bfloat16",
+    kind="plain",
+    autocast=False,
+    num_tokens=20,
+    seed=0,
+    mask="ragged",
+    x_is="plain",
+    dout_is="plain",
+    strided_routing=False,
+    ids_int32=False,
+    scores="float32",
+    save_percent=50.0,
+    needs=(True,) * 4,
+    spare_rows=None,
+)
+
+
+@pytest.mark.parametrize("dtype", fuzz.DTYPES)
+@pytest.mark.parametrize("fault", ["a token forgotten", "a score rounded to 6 bits", "rows in another order"])
+def test_a_fault_is_seen(fault, dtype, monkeypatch):
+    def faulty(x, w1, w2, ids, scores, *args, **kwargs):
+        if fault == "a score rounded to 6 bits":
+            scores = scores + ((scores * 64).round() / 64 - scores).detach()
+        out, counts = momoe_mlp(x, w1, w2, ids, scores, *args, **kwargs)
+        if fault == "a token forgotten":
+            out = torch.cat([out[:-1], out[-1:] * 0])
+        elif fault == "rows in another order":
+            out = out[[1, 0, *range(2, len(out))]]
+        return out, counts
+
+    case = dataclasses.replace(PLAIN, dtype=dtype)
+    assert_within(fuzz.check(case, "cpu", "torch"))
+    monkeypatch.setattr(fuzz, "momoe_mlp", faulty)
+    assert fuzz.check(case, "cpu", "torch")["out"] > 1

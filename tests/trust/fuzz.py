@@ -1,0 +1,148 @@
+"""Thousands of random calls of the op on a GPU, by the Hopper kernels and by the portable ones.
+
+    python -m tests.trust.fuzz --cases 10000 --processes 12
+
+Each process takes some of the shapes that compile kernels anew, so that compiling is spread. Prints what failed, as
+cases to put into tests/kernels/test_fuzz.py, and how near to the allowed error the rest came. Exit status 1 if any
+case failed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from momoe_titan.kernels import gemms
+from tests.trust import cases as fuzz
+
+# D, F, E, K, dtype and kind: 40 in all, of which each compiles kernels anew
+HOPPER = [
+    *[((64, 64, 4, 2), "bfloat16", "plain"), ((128, 192, 7, 3), "float16", "plain")],
+    *[((320, 64, 5, 1), "bfloat16", "plain"), ((192, 448, 8, 8), "float16", "plain")],
+    *[((256, 128, 33, 4), "bfloat16", "plain"), ((64, 320, 3, 2), "float16", "plain")],
+    *[((128, 64, 6, 2), "bfloat16", kind) for kind in fuzz.KINDS if kind != "plain"],
+]
+PORTABLE = [
+    *[((32, 48, 3, 2), dtype, "plain") for dtype in fuzz.DTYPES],
+    *[((97, 47, 5, 3), dtype, "plain") for dtype in fuzz.DTYPES],
+    *[
+        ((16, 16, 4, 1), "bfloat16", "plain"),
+        ((64, 64, 8, 2), "bfloat16", "plain"),
+        ((600, 24, 3, 3), "float32", "plain"),
+    ],
+    *[((48, 130, 17, 4), "float16", "plain"), ((128, 64, 64, 6), "bfloat16", "plain")],
+    *[
+        ((40, 72, 5, 2), dtype, kind)
+        for dtype, kind in zip(["bfloat16", "float32"] * 5, fuzz.KINDS, strict=True)
+        if kind != "plain"
+    ],
+    *[
+        ((33, 17, 4, 2), dtype, kind)
+        for dtype, kind in (("float16", "gpt-oss"), ("float32", "geglu"), ("float16", "reglu"))
+    ],
+]
+MAX_TOKENS = 400
+Combination = tuple[tuple[int, int, int, int], str, str]
+
+
+def combinations() -> list[tuple[str, Combination]]:
+    """By the Hopper kernels, where they take it, and by the portable ones."""
+    return [("hopper", one) for one in HOPPER] + [("portable", one) for one in PORTABLE]
+
+
+def run(path: str, combination: Combination, count: int, seed: int, device: str) -> dict:
+    """`count` cases of one combination: how many ran, those that failed, and the largest excess of each result."""
+    shape, dtype, kind = combination
+    failed, worst = [], {}
+    ran = 0
+    checks = {"op": fuzz.check, "layer": fuzz.check_layer}
+    if dtype == "float16" or kind != "plain":  # which the layer does not have
+        del checks["layer"]
+    backend = "triton" if device == "cuda" else "torch"
+
+    @seeded(seed)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=fuzz.cases([shape], [dtype], [kind], MAX_TOKENS))
+    def each(case):
+        nonlocal ran
+        name = "layer" if "layer" in checks and case.seed % 5 == 0 else "op"
+        ran += 1
+        try:
+            excess = checks[name](case, device, backend)
+            values = torch.stack([value.double() for value in excess.values()]).tolist()
+        except Exception:
+            failed.append((name, repr(case), traceback.format_exc().splitlines()[-1]))
+            return
+        for key, value in zip(excess, values, strict=True):
+            worst[key] = max(worst.get(key, 0.0), value)
+            if not value <= 1:
+                failed.append((name, repr(case), f"{key}: {value:.2f} of what is allowed"))
+
+    hopper_supported = gemms.hopper.supported
+    gemms.hopper.supported = hopper_supported if path == "hopper" else lambda *args: False
+    begin = time.monotonic()
+    each()
+    gemms.hopper.supported = hopper_supported
+    return {
+        **{"path": path, "combination": combination, "ran": ran, "seconds": time.monotonic() - begin},
+        **{"failed": failed, "worst": worst},
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", help="of the combinations those with this number modulo --processes")
+    args = parser.parse_args(argv)
+    every = combinations()
+    if args.only is not None:
+        for i, combination in enumerate(every):
+            if i % args.processes == int(args.only):
+                count = -(-args.cases // len(every))
+                print(json.dumps(run(*combination, count, args.seed + i, args.device)), flush=True)
+        return 0
+
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "tests.trust.fuzz", *argv]
+    children = [
+        subprocess.Popen(
+            [*command, "--processes", str(args.processes), "--only", str(i)], stdout=subprocess.PIPE, text=True
+        )
+        for i in range(args.processes)
+    ]
+    rows, broken = [], 0
+    for child in children:
+        out, _ = child.communicate()
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        broken += child.returncode != 0
+    failed = [failure for row in rows for failure in row["failed"]]
+    for path in ("hopper", "portable"):
+        some = [row for row in rows if row["path"] == path]
+        keys = sorted({key for row in some for key in row["worst"]})
+        worst = {key: max(row["worst"].get(key, 0.0) for row in some) for key in keys}
+        ran = sum(row["ran"] for row in some)
+        told = ", ".join(f"{key} {value:.2f}" for key, value in worst.items())
+        print(f"{path}: {ran} cases of {len(some)} combinations; largest of what is allowed: {told}")
+    for name, case, why in failed[:20]:
+        print(f"FAILED ({name}) {why}\n  {case}")
+    print(f"{len(failed)} failed, {broken} processes broke, {time.monotonic() - begin:.0f} s")
+    return int(bool(failed or broken or not rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
