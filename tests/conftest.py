@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, so it must be set before the package is imported
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.support.interpreter import without_repeated_work
+
+    without_repeated_work()
 
 
 def pytest_collection_modifyitems(items):
