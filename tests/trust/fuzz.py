@@ -56,8 +56,12 @@ def combinations() -> list[tuple[str, Combination]]:
     return [("hopper", one) for one in HOPPER] + [("portable", one) for one in PORTABLE]
 
 
-def run(path: str, combination: Combination, count: int, seed: int, device: str) -> dict:
-    """`count` cases of one combination: how many ran, those that failed, and the largest excess of each result."""
+def run(path: str, combination: Combination, count: int, seed: int, device: str, deadline: float) -> dict:
+    """`count` cases of one combination, or as many as begin before the deadline.
+
+    Returns:
+        How many ran, those that failed, and the largest excess of each result.
+    """
     shape, dtype, kind = combination
     failed, worst = [], {}
     ran = 0
@@ -77,6 +81,8 @@ def run(path: str, combination: Combination, count: int, seed: int, device: str)
     @given(case=fuzz.cases([shape], [dtype], [kind], MAX_TOKENS))
     def each(case):
         nonlocal ran
+        if time.monotonic() > deadline:
+            return
         name = "layer" if "layer" in checks and case.seed % 5 == 0 else "op"
         ran += 1
         try:
@@ -108,16 +114,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="of the combinations those with this number modulo --processes")
+    parser.add_argument("--seconds", type=float, default=3600, help="no case begins later than that")
     args = parser.parse_args(argv)
+    begin = time.monotonic()
     every = combinations()
     if args.only is not None:
-        for i, combination in enumerate(every):
-            if i % args.processes == int(args.only):
-                count = -(-args.cases // len(every))
-                print(json.dumps(run(*combination, count, args.seed + i, args.device)), flush=True)
+        mine = list(enumerate(every))[int(args.only) :: args.processes]
+        for nth, (i, combination) in enumerate(mine, 1):
+            deadline = begin + args.seconds * nth / len(mine)
+            count = -(-args.cases // len(every))
+            print(json.dumps(run(*combination, count, args.seed + i, args.device, deadline)), flush=True)
         return 0
 
-    begin = time.monotonic()
     command = [sys.executable, "-m", "tests.trust.fuzz", *argv]
     children = [
         subprocess.Popen(
