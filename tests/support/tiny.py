@@ -79,7 +79,7 @@ def job_config(**momoe) -> JobConfig:
             "save_percent": [0.0],
             "load_balance_rule": "sign",
             "load_balance_average": 1.0,
-            "loss_chunk_mib": 0.002,  # 8 tokens of the tiny model
+            "loss_chunk_mib": 0.006,  # 24 tokens of the tiny model: several chunks, the last one shorter
         }
         config.momoe = SimpleNamespace(**{**defaults, **momoe})
     return config
