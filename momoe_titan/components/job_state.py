@@ -1,8 +1,8 @@
-"""Collects a log step's values from all ranks, with one reduction and one copy to the host."""
+"""Collects a log step's values from all ranks, with one reduction and one copy to the host, which need not wait."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ class RankState(NamedTuple, Generic[T]):
         experts_saved_at_100: what that would be at save_percent 100.
         skipped_steps: optimizer steps not taken, the same on all ranks; a tensor on the device or a number.
         experts_evicted: the part of experts_saved that the last forward had no room to save.
-        loss: of the log step; below 0 on pipeline stages that do not know it.
+        loss: of the log step, the same; below 0 on pipeline stages that do not know it.
     """
 
     in_use: T
@@ -79,14 +79,38 @@ class JobState:
         return np.maximum(self.load_LE.max(axis=1) - 1, 0)
 
 
+def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """These numbers, float64, on the device; the host does not wait."""
+    host = torch.tensor(numbers, dtype=torch.float64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def to_host(numbers: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Start to copy numbers from the device; what is returned gives them, after waiting for the copy alone."""
+    if numbers.device.type != "cuda":
+        copy = numbers.clone()
+        return lambda: np.array(copy.tolist())
+    copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    copy.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> np.ndarray:
+        copied.synchronize()
+        return np.array(copy.tolist())
+
+    return read
+
+
 def gather(
     layers: Mapping[int, tuple[BalancedMoE, torch.Tensor]],
     layer_ids: Sequence[int],
     num_experts: int,
     here: RankState[float | torch.Tensor],
     device: torch.device,
-) -> JobState:
-    """The state of the job; a collective over all its ranks, where it has more than one.
+) -> Callable[[], JobState]:
+    """The state of the job, to be called for: the host waits for the device only then. A collective over all ranks of
+    the job, where it has more than one.
 
     Args:
         layers: this rank's MoE layers by id, each with the tokens per expert (E) that all ranks of the layer counted
@@ -99,15 +123,25 @@ def gather(
     rank = torch.distributed.get_rank() if world > 1 else 0
     table_LC = _layer_table(layers, layer_ids, num_experts, device)
     table_WC = torch.zeros(world, len(here), dtype=torch.float64, device=device)
-    table_WC[rank] = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in here])
+    table_WC[rank] = to_device([0.0 if isinstance(x, torch.Tensor) else x for x in here], device)
+    for column, value in enumerate(here):
+        if isinstance(value, torch.Tensor):
+            table_WC[rank, column] = value
     flat = torch.cat([table_LC.flatten(), table_WC.flatten()])
     if world > 1:
         torch.distributed.all_reduce(flat)
-    flat = np.array(flat.tolist())
-    rows_LC, rows_WC = (
-        flat[: table_LC.numel()].reshape(table_LC.shape),
-        flat[table_LC.numel() :].reshape(table_WC.shape),
-    )
+    read = to_host(flat)
+
+    def state() -> JobState:
+        flat = read()
+        rows_LC = flat[: table_LC.numel()].reshape(table_LC.shape)
+        return _state(rows_LC, flat[table_LC.numel() :].reshape(table_WC.shape), layer_ids, num_experts)
+
+    return state
+
+
+def _state(rows_LC: np.ndarray, rows_WC: np.ndarray, layer_ids: Sequence[int], num_experts: int) -> JobState:
+    """From the sums over all ranks."""
     known_L = rows_LC[:, 0] > 0
     rows_LC = rows_LC[known_L]
     sharers_L1, tokens_L1 = rows_LC[:, :1], rows_LC[:, 2:3]
@@ -169,9 +203,10 @@ def _layer_table(
             torch.ones(len(own), 1, device=device),
             torch.stack([moe.router.entropy_and_tokens for moe in moes]),
             torch.stack([moe.router.loss_sums for moe in moes]),
-            torch.tensor(percents, device=device)[:, None],
+            to_device(percents, device)[:, None],
             torch.stack([moe.expert_bias for moe in moes]),
             torch.stack(counts),
         ]
-        table_LC[torch.tensor(own, device=device)] = torch.cat([p.double() for p in parts], dim=1)
+        for row, values in zip(own, torch.cat([p.double() for p in parts], dim=1), strict=True):
+            table_LC[row] = values  # a list as the index would have the host wait
     return table_LC

@@ -10,10 +10,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torchtitan.components import metrics as titan
@@ -23,7 +23,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from momoe_titan.components.balance import CollapseWatch, ValidationCounts, maxvio, worst_rank_load
-from momoe_titan.components.job_state import JobState, RankState, gather
+from momoe_titan.components.job_state import JobState, RankState, gather, to_host
 from momoe_titan.components.process_memory import GIB, ProcessMemoryMonitor, ProcessMemStats
 from momoe_titan.components.summary import Totals, perplexity
 from momoe_titan.dashboard import tags
@@ -31,16 +31,34 @@ from momoe_titan.dashboard.console import Progress, TimeLeft
 from momoe_titan.dashboard.tensorboard import FaultyDiskLogger, RunRecorder, custom_scalars_layout, tensorboard_writer
 from momoe_titan.kernels.compile_count import compile_count
 from momoe_titan.model.args import MomoeLlamaArgs
-from momoe_titan.model.moe import BalancedMoE, MomoeMoE
+from momoe_titan.model.experts import SavingExperts
+from momoe_titan.model.moe import BalancedMoE
 from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import want_entropy
 from momoe_titan.save_percent import num_saved_rows
 
 
+class StepNumbers(NamedTuple):
+    """What a log step knows on the device alone, tensors of no dimension, over all ranks.
+
+    Attributes:
+        loss, worst_loss: the mean over all tokens, and the largest mean of a rank.
+        grad_norm: before clipping.
+        tokens_seen: since the job began.
+    """
+
+    loss: torch.Tensor
+    worst_loss: torch.Tensor
+    grad_norm: torch.Tensor
+    tokens_seen: torch.Tensor
+
+
 class MomoeMetricsProcessor(titan.MetricsProcessor):
     """TorchTitan's metrics processor, which also logs the state of all ranks and layers.
 
-    A log step costs one reduction over all ranks and one copy from the device; other steps cost nothing. It adds:
+    A log step costs one reduction over all ranks and one copy from the device; other steps cost nothing. On a GPU the
+    host does not wait for them: `start_log` has the numbers copied, and `finish_log` logs them when the host has
+    started the step after, so that the GPU always has something to do. It adds:
         moe/..., moe_maxvio/...  balance of the last optimizer step, in all pipeline stages
         moe/kernel_compiles      Triton kernels compiled since the start, on the rank with most
         memory/worst_rank...     memory of the rank that uses most
@@ -87,6 +105,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         self.non_finite = 0
         self.skipped_steps = 0
         self.steps_since_last_log = 0
+        self.unfinished: Callable[[], None] | None = None
         want_entropy(True)
 
     def _init_on_cpu(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None) -> None:
@@ -128,13 +147,57 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log one training step: scalars to the loggers, one line to the console."""
+        memory = self.device_memory_monitor.get_peak_stats()
+        state = self._gather(memory, global_avg_loss)()
+        self._log(step, global_avg_loss, global_max_loss, grad_norm, state, memory, extra_metrics)
+
+    def start_log(self, step: int, numbers: StepNumbers, lr: float) -> None:
+        """Log one training step; on a GPU later, in `finish_log`, without waiting for it now."""
+        memory = self.device_memory_monitor.get_peak_stats()
+        state = self._gather(memory, numbers.loss)
+        read = to_host(torch.stack([number.double() for number in numbers]))
+        tokens, steps, loads = self.ntokens_since_last_log, self.steps_since_last_log, len(self.data_loading_times)
+
+        def finish() -> None:
+            loss, worst, norm, seen = (float(number) for number in read())
+            # What the steps since have counted belongs to the next log step.
+            later = self.ntokens_since_last_log - tokens, self.steps_since_last_log - steps
+            later_loads = self.data_loading_times[loads:]
+            self.ntokens_since_last_log, self.steps_since_last_log = tokens, steps
+            del self.data_loading_times[loads:]
+            extra_metrics = {tags.TOKENS_SEEN: int(seen), tags.LEARNING_RATE: lr}
+            self._log(step, loss, worst, norm, state(), memory, extra_metrics)
+            self.ntokens_since_last_log, self.steps_since_last_log = later
+            self.data_loading_times += later_loads
+
+        self.finish_log()
+        self.unfinished = finish
+        if not self.on_gpu:
+            self.finish_log()
+
+    def finish_log(self) -> None:
+        """Log what `start_log` has left to do, if anything: to be called when the next step has been started, and
+        before anything else is logged."""
+        if self.unfinished is not None:
+            finish, self.unfinished = self.unfinished, None
+            finish()
+
+    def _log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        state: JobState,
+        memory: titan.DeviceMemStats | ProcessMemStats,
+        extra_metrics: dict[str, Any] | None,
+    ) -> None:
+        """Log a step whose numbers are on the host. The device has just ended the step."""
         assert self.num_flops_per_token > 0, "num_flops_per_token must be set"
         now = time.perf_counter()
         seconds = now - self.time_last_log
         tps = self._tokens_per_second(seconds)
         waiting_pct = 100 * sum(self.data_loading_times) / seconds
-        memory = self.device_memory_monitor.get_peak_stats()
-        state = self._gather(memory, global_avg_loss)
         loss = state.ranks.loss.max()  # pipeline stages other than the last have one of -1
         if not self.described:
             self._describe_run(state)
@@ -152,6 +215,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             # Its line is replaced by the one below; what it warns of, the call above has said.
             with _silent(logger):
                 super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
+        if self.on_gpu:
+            self.time_last_log = now  # the GPU has gone on meanwhile
         self.steps_since_last_log = 0
         self.recorder.record(state.load_LE, step)
         worst = int(state.ranks.peak.argmax())
@@ -284,7 +349,9 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             if isinstance(module, BalancedMoE)
         }
 
-    def _gather(self, memory: titan.DeviceMemStats | ProcessMemStats, loss: float) -> JobState:
+    def _gather(
+        self, memory: titan.DeviceMemStats | ProcessMemStats, loss: float | torch.Tensor
+    ) -> Callable[[], JobState]:
         """The job's state over all ranks, by one reduction. Also starts a new record of the router entropy."""
         layers = self._layers()
         balancer = getattr(self.optimizers, "load_balancer", None)
@@ -306,15 +373,15 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             torch._foreach_zero_(totals)  # pyright: ignore[reportPrivateImportUsage]  one launch for all layers
 
     def _rank_state(
-        self, memory: titan.DeviceMemStats | ProcessMemStats, layers: list[BalancedMoE], loss: float
+        self, memory: titan.DeviceMemStats | ProcessMemStats, layers: list[BalancedMoE], loss: float | torch.Tensor
     ) -> RankState:
         if isinstance(memory, ProcessMemStats):
             in_use, peak, retries, ooms = memory.rss_gib, memory.peak_rss_gib, 0, 0
         else:
             in_use, peak = memory.max_active_gib, memory.max_reserved_gib
             retries, ooms = memory.num_alloc_retries, memory.num_ooms
-        ours = [layer for layer in layers if isinstance(layer, MomoeMoE)]
-        budgets = {budget for layer in ours if (budget := layer.experts.activation_budget) is not None}  # one or none
+        ours = [(e, layer.router.top_k) for layer in layers if isinstance(e := layer.experts, SavingExperts)]
+        budgets = {budget for experts, _ in ours if (budget := experts.activation_budget) is not None}  # one or none
         guard = getattr(self.optimizers, "non_finite_guard", None)
         return RankState(
             in_use=in_use,
@@ -323,24 +390,24 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             alloc_retries=retries,
             ooms=ooms,
             kernel_compiles=compile_count(),
-            experts_saved=sum(self._saved_gib(layer, layer.experts.save_percent) for layer in ours),
-            experts_saved_at_100=sum(self._saved_gib(layer, 100) for layer in ours),
+            experts_saved=sum(self._saved_gib(*of_layer, of_layer[0].save_percent) for of_layer in ours),
+            experts_saved_at_100=sum(self._saved_gib(*of_layer, 100) for of_layer in ours),
             skipped_steps=0 if guard is None else guard.skipped_steps,
             experts_evicted=sum(budget.evicted_bytes for budget in budgets) / GIB,
             loss=loss,
         )
 
-    def _saved_gib(self, layer: MomoeMoE, save_percent: float) -> float:
-        """GiB that the layer's experts save of a rank's local batch for the backward, besides input and routing.
+    def _saved_gib(self, experts: SavingExperts, top_k: int, save_percent: float) -> float:
+        """GiB that the experts of a layer save of a rank's local batch for the backward, besides input and routing.
 
         Computed from shapes, as if all ranks had routed the same number of rows. Pipeline stages save what the
         microbatches under way need, which is at most this.
         """
         training, dims = self.job_config.training, self.parallel_dims
         tokens = training.local_batch_size * training.seq_len // dims.cp
-        rows = num_saved_rows(tokens * layer.router.top_k, save_percent)
+        rows = num_saved_rows(tokens * top_k, save_percent)
         item = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-        return rows * 2 * layer.experts.w2.shape[1] // dims.tp * item / GIB
+        return rows * 2 * experts.hidden_dim // dims.tp * item / GIB
 
     def _state_metrics(self, state: JobState) -> dict[str, float]:
         ranks = state.ranks

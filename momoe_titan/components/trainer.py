@@ -1,5 +1,6 @@
 """Runs a training job, from reading its configuration to its last checkpoint, with TorchTitan's trainer."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -154,7 +155,16 @@ class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, LossInModel, titan.T
         run = self.run
         begin = time.monotonic()
         run.stop.in_training = True
-        super().train()
+        metrics: Any = self.metrics_processor
+        finish_log = getattr(metrics, "finish_log", lambda: None)  # TorchTitan's own has logged all
+        try:
+            super().train()
+        except BaseException:
+            if torch.distributed.get_world_size() == 1:  # the wait for others might not end
+                with contextlib.suppress(Exception):  # of a broken device: what ended training is to be heard
+                    finish_log()
+            raise
+        finish_log()
         if run.stopped_by:
             name = signal.Signals(run.stopped_by).name
             run.lines = [f"{name}: stopped after step {self.step}; {resume_line(self.job_config, run.args, self.step)}"]

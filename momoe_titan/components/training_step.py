@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 
 from momoe_titan.components.adamw import AdamW, scale_gradients
 from momoe_titan.components.compute_weights import ComputeWeights
+from momoe_titan.components.metrics import StepNumbers
 from momoe_titan.components.non_finite import NonFiniteGuard
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import AUTOCAST, Momoe
-from momoe_titan.dashboard.tags import LEARNING_RATE, TOKENS_SEEN
 
 Batch = tuple[dict[str, Tensor], Tensor]
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
@@ -119,6 +118,7 @@ class TrainingStep:
         self.lr_schedulers.step()
 
         loss = torch.stack(losses).sum()
+        self.metrics_processor.finish_log()  # of the step before, while the device works on this one
         if self.metrics_processor.should_log(self.step):
             self._log(loss, global_valid_tokens, local_valid_tokens, grad_norm, lr)
 
@@ -146,17 +146,15 @@ class TrainingStep:
             scale_gradients(parameters, scale)
         return norm
 
-    def _log(self, loss: Tensor, global_tokens: Any, local_tokens: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Hand the losses over all ranks to the metrics processor, as TorchTitan does."""
-        mean: Any
-        worst: Any
-        seen: Any = self.ntokens_seen
+    def _log(self, loss: Tensor, global_tokens: Tensor, local_tokens: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Hand the losses over all ranks to the metrics processor; as TorchTitan's, without waiting for the device."""
+        seen = torch.full((), self.ntokens_seen, dtype=torch.float64, device=loss.device)
+        mean = worst = loss
         if self.parallel_dims.dp_cp_enabled:
-            mesh = self.parallel_dims.get_optional_mesh("loss")
-            mean = dist_utils.dist_sum(loss, mesh)
-            worst = dist_utils.dist_max(loss * global_tokens / local_tokens, mesh)
-            seen = dist_utils.dist_sum(torch.tensor(seen, dtype=torch.int64, device=self.device), mesh)
-        else:
-            mean = worst = loss.item()
-        extra_metrics = {TOKENS_SEEN: seen, LEARNING_RATE: lr}
-        self.metrics_processor.log(self.step, mean, worst, grad_norm.item(), extra_metrics=extra_metrics)
+            group = self.parallel_dims.get_mesh("loss").get_group()
+            sums = torch.stack([loss.double(), seen])
+            worst = loss * global_tokens / local_tokens
+            torch.distributed.all_reduce(sums, group=group)
+            torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX, group=group)
+            mean, seen = sums
+        self.metrics_processor.start_log(self.step, StepNumbers(mean, worst, grad_norm, seen), lr)

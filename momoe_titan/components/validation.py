@@ -72,6 +72,8 @@ class TextValidator(LossInModel, Validator):
         self.before_validation()
         processor = self.metrics_processor
         ours = processor if isinstance(processor, MomoeMetricsProcessor) else None
+        if ours is not None:
+            ours.finish_log()
         for part in model_parts:
             part.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=utils.device_type)  # of this rank: loss, and tokens

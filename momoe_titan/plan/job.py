@@ -105,7 +105,7 @@ class FakeTrainer(TrainingStep, LossInModel, titan.Trainer):
         self.lr_schedulers = lr_schedulers
         checkpointer: Any = SimpleNamespace(maybe_wait_for_staging=lambda: None)
         self.checkpointer = checkpointer
-        metrics_processor: Any = SimpleNamespace(should_log=lambda step: False)
+        metrics_processor: Any = SimpleNamespace(should_log=lambda step: False, finish_log=lambda: None)
         self.metrics_processor = metrics_processor
 
     def allocate(self) -> None:

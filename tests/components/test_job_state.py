@@ -34,7 +34,7 @@ def test_stages_and_shared_layers(monkeypatch):
         for i, entropy in entropies[rank].items():
             layers[i - 1].router.entropy_and_tokens.copy_(torch.tensor(entropy))
             own[i] = (layers[i - 1], counts[i - 1])
-        return gather(own, [1, 2, 3, 4], 5, ranks[rank], torch.device("cpu"))
+        return gather(own, [1, 2, 3, 4], 5, ranks[rank], torch.device("cpu"))()
 
     for rank in (0, 1):
         run(rank)
@@ -51,8 +51,8 @@ def test_stages_and_shared_layers(monkeypatch):
 
 def test_stock_layers_have_no_save_percent():
     (layer, _) = moes(build(tiny_args(backend="torchtitan")))
-    here = RankState(*range(11))
-    state = gather({1: (layer, torch.ones(5))}, [1], 5, here, torch.device("cpu"))
+    here = RankState(*range(10), torch.tensor(10.0))
+    state = gather({1: (layer, torch.ones(5))}, [1], 5, here, torch.device("cpu"))()
     assert not state.ours and state.maxvio_L.tolist() == [0] and np.isnan(state.entropy_L[0])
-    assert state.ranks == pytest.approx(here)
-    assert not gather({}, [], 1, here, torch.device("cpu")).ours
+    assert state.ranks == pytest.approx(here._replace(loss=10.0))
+    assert not gather({}, [], 1, here, torch.device("cpu"))().ours

@@ -1,11 +1,14 @@
 """What a training step logs, where, and for how many copies from the device."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +21,7 @@ from tensorboard.util import tensor_util
 from torchtitan.config import JobConfig
 
 from momoe_titan.components import metrics
+from momoe_titan.components.validation import TextValidator
 from momoe_titan.kernels import compile_count as counting
 from momoe_titan.moe.expert_stats import want_entropy
 from tests.support.tiny import batch, build, loss_of, moes, optimizers_for, tiny_args
@@ -264,7 +268,8 @@ def test_gpu_step_keeps_titans_scalars(monkeypatch, caplog):
     built.logger = Recorder()
     built.num_flops_per_token = 1e9
     # The state of the ranks is reduced on the device, which is not there.
-    monkeypatch.setattr(metrics.torch, "device", lambda name: "cpu")
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(metrics.torch, "device", lambda name: cpu)
     values = log_step(built)
     assert values["memory/max_reserved(GiB)"] == 3.0 and "mfu(%)" in values
     assert values["memory/worst_rank_reserved(GiB)"] == 3.0 and "moe/kernel_compiles" in values
@@ -417,6 +422,81 @@ def test_a_validation_has_the_balance_of_all_its_tokens(processor, backend):
     assert "validation_metrics/maxvio_global_mean" not in processor.logger.steps[8]
 
 
+def test_what_is_logged_later_is_the_state_of_its_own_step(processor, monkeypatch, caplog):
+    """As on a GPU, where the next step has begun before the host logs the last one."""
+    model = with_model(processor)
+    monkeypatch.setattr(processor, "finish_log", lambda: None)
+    finish = functools.partial(metrics.MomoeMetricsProcessor.finish_log, processor)
+
+    def step(number, counts):
+        for moe in moes(model):
+            moe.tokens_per_expert.copy_(torch.tensor(counts))
+        processor.optimizers.step()
+        processor.ntokens_since_last_log += 100 * number
+        processor.data_loading_times.append(float(number))
+        return processor.should_log(number)
+
+    numbers = metrics.StepNumbers(*(torch.tensor(value) for value in (2.0, 3.0, 0.5, 700)))
+    assert step(1, [30, 10, 10, 0, 0])
+    processor.time_last_log = time.perf_counter() - 10
+    processor.start_log(1, numbers, lr=0.1)
+    processor.time_last_log = time.perf_counter() - 10
+    step(2, [10] * 5)
+    for number in numbers:
+        number.zero_()
+    assert processor.logger.steps == {}
+    finish()
+    values = processor.logger.steps[1]
+    assert values["loss_metrics/global_avg_loss"] == 2 and values["loss_metrics/global_max_loss"] == 3
+    assert values["grad_norm"] == 0.5 and values["n_tokens_seen"] == 700 and values["lr"] == 0.1
+    assert values["moe/maxvio_batch_max"] == 2
+    assert values["throughput(tps)"] == pytest.approx(10, rel=0.1)
+    assert values["time_metrics/step(s)"] == pytest.approx(10, rel=0.1)
+    assert values["time_metrics/data_loading(s)"] == 1
+    assert (processor.ntokens_since_last_log, processor.data_loading_times) == (200, [2.0])
+    assert processor.steps_since_last_log == 1
+    finish()
+    assert list(processor.logger.steps) == [1]
+
+
+def test_a_validation_logs_the_step_before_it_first(processor, monkeypatch):
+    """Which is still unfinished where the host is a step behind."""
+    monkeypatch.setattr("torchtitan.tools.utils.device_type", "cpu")
+    said = []
+    processor.unfinished = lambda: said.append("step")
+    validator = object.__new__(TextValidator)
+    validator.metrics_processor, validator.validation_dataloader = processor, []
+    validator.before_validation, validator.maybe_enable_amp = lambda: None, contextlib.nullcontext()
+    processor.log_validation = lambda **given: said.append("validation")
+    validator._mean = lambda sums: 1.5
+    validator.validate([torch.nn.Linear(1, 1)], 1)
+    assert said == ["step", "validation"] and processor.unfinished is None
+
+
+@pytest.mark.gpu
+def test_a_log_step_does_not_wait_for_the_gpu(monkeypatch):
+    """While the GPU is busy the numbers are on their way, and the counters may go on."""
+    processor = metrics.build_momoe_metrics_processor(JobConfig(), dims())
+    processor.logger = Recorder()
+    processor.num_flops_per_token = 100
+    model = build(tiny_args(), device="cuda")
+    processor.model_parts, processor.optimizers = [model], optimizers_for(model)
+    for number in (1, 2):  # the first allocates pinned memory, which waits
+        processor.optimizers.step()
+        numbers = metrics.StepNumbers(*(torch.tensor(value, device="cuda") for value in (2.0, 3.0, 0.5, 700)))
+        processor.should_log(number)
+        processor.data_loading_times.append(0.1)
+        busy = torch.cuda.Event()
+        torch.cuda._sleep(10**9)
+        busy.record()
+        processor.start_log(number, numbers, lr=0.1)
+        started = not busy.query()
+        processor.finish_log()
+        assert busy.query() and processor.logger.steps[number]["loss_metrics/global_avg_loss"] == 2
+    assert started
+    want_entropy(False)
+
+
 def test_the_last_step_is_logged(processor):
     processor.job_config.metrics.log_freq = 5
     processor.job_config.training.steps = 8
@@ -428,9 +508,9 @@ def test_the_loss_is_that_of_the_last_pipeline_stage(processor, monkeypatch, cap
     gather = metrics.gather
 
     def with_another_rank(*args):
-        state = gather(*args)
+        state = gather(*args)()
         ranks = state.ranks._replace(loss=np.array([-1.0, 2.75]))
-        return dataclasses.replace(state, ranks=ranks)
+        return lambda: dataclasses.replace(state, ranks=ranks)
 
     monkeypatch.setattr(metrics, "gather", with_another_rank)
     with caplog.at_level("INFO"):

@@ -32,13 +32,16 @@ class Trainer(TrainingStep):
             schedulers=[SimpleNamespace(get_last_lr=lambda: [0.05])], step=lambda: None
         )
         self.checkpointer = SimpleNamespace(maybe_wait_for_staging=lambda: None)
-        self.metrics_processor = SimpleNamespace(should_log=lambda step: True, log=self.log)
+        self.metrics_processor = SimpleNamespace(
+            should_log=lambda step: True, start_log=self.log, finish_log=lambda: None
+        )
         self.maybe_enable_amp = contextlib.nullcontext()
         self.logged = []
         self.set_up_precision()
 
-    def log(self, step, loss, worst, norm, extra_metrics):
-        self.logged.append((loss, worst, norm, extra_metrics["n_tokens_seen"]))
+    def log(self, step, numbers, lr):
+        assert lr == 0.05
+        self.logged.append(tuple(number.item() for number in numbers))
 
     def forward_backward_step(self, input_dict, labels, global_valid_tokens):
         with self.maybe_enable_amp:
