@@ -38,6 +38,8 @@ from momoe_titan.kernels.hopper.layouts import (
 )
 from momoe_titan.kernels.hopper.operands import TwoBufferRows, TwoBufferSteps, is_saved
 
+DELAYS = gl.constexpr(False)  # of random length, in producer and consumers; only tests.trust.stress sets it
+
 
 @aggregate
 class Ring:
@@ -84,8 +86,31 @@ def make_ring(
 
 
 @gluon.jit
+def random_delay(PLACE: gl.constexpr):
+    """A quarter of the times a sleep of up to 4 microseconds, of a length that the clock and the place decide.
+
+    For a test: a role that relies on another's speed gives a wrong result. In no kernel unless DELAYS.
+    """
+    asm: gl.constexpr = """{
+        .reg .pred p;
+        .reg .u32 t;
+        mov.u32 t, %clock;
+        mad.lo.u32 t, t, 1664525, $1;
+        shr.u32 t, t, 16;
+        and.b32 $0, t, 3;
+        setp.eq.u32 p, $0, 0;
+        and.b32 t, t, 4095;
+        @p nanosleep.u32 t;
+        mov.u32 $0, t;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(PLACE * 1013904223 % 65521)], gl.int32, False, 1)
+
+
+@gluon.jit
 def advance(stage, phase):
     """The next stage, and the phase of its barriers."""
+    if DELAYS:
+        random_delay(1)
     stage += 1
     phase = gl.where(stage == STAGES, phase ^ 1, phase)
     stage = gl.where(stage == STAGES, 0, stage)
@@ -169,6 +194,8 @@ def _fill(ring, tile, lhs, rhs, stage, phase, sync=None, count=0, publish_at=-1)
         mbarrier.wait(ring.empty.index(stage), phase)
         mbarrier.expect(ready, lhs.BYTES + rhs.BYTES)
         rhs.load(tile, k, ready, ring.rhs.index(stage))
+        if DELAYS:
+            random_delay(2)
         lhs.load(tile, k, tokens, ready, ring.lhs.index(2 * stage), ring.lhs.index(2 * stage + 1))
         _commit(ring, stage)
         tokens = next_tokens
@@ -242,6 +269,8 @@ def _release(ring, stage):
     """Returns a stage (-1 for none) to the producer, once stores have read the results in it."""
     if ring.STORES_FROM_STAGES:
         tma.store_wait(0)
+    if DELAYS:
+        random_delay(3)
     mbarrier.arrive(ring.empty.index(gl.maximum(stage, 0)), pred=stage >= 0)
 
 
@@ -259,6 +288,8 @@ def multiply(ring, tile, acc, stage, phase, W: gl.constexpr, results_stage=-1, p
         apart = gl.where(tile.steps() >= wide * pending.store.COUNT, wide * BK, BK)
     last = results_stage
     for k in range(tile.k_begin, tile.k_stop(), BK):
+        if DELAYS:
+            random_delay(4 + W)
         mbarrier.wait(ring.ready.index(stage), phase)
         if ring.GATHERS:
             fence_async_shared()  # cp.async wrote through the generic proxy
@@ -274,6 +305,8 @@ def multiply(ring, tile, acc, stage, phase, W: gl.constexpr, results_stage=-1, p
         if pending is not None:
             for i in gl.static_range(pending.store.COUNT):
                 if k == tile.k_begin + i * apart:
+                    if DELAYS:
+                        random_delay(6 + i)
                     pending.send(i)
         last = stage
         stage, phase = advance(stage, phase)
