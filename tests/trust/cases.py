@@ -173,7 +173,7 @@ def make_inputs(case: Case, device) -> Inputs:
     return Inputs({"x": _laid_out(x, case.x_is), "scores": scores, **leaves}, ids, dout)
 
 
-def _arguments(case: Case, leaves: dict[str, torch.Tensor]) -> tuple[list, dict]:
+def arguments(case: Case, leaves: dict[str, torch.Tensor]) -> tuple[list, dict]:
     """x, w1, w2 and the options of `momoe_mlp`; weights as views (E, in, out) of what is stored."""
     kind = KINDS[case.kind]
 
@@ -203,7 +203,7 @@ def _halves(z, order):
 def dense(case: Case, leaves: dict[str, torch.Tensor], ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Every expert on every token, in `dtype`; what the ids do not name is multiplied by zero."""
     kind = KINDS[case.kind]
-    (x, w1, w2), _ = _arguments(case, {name: t if name == "scores" else t.to(dtype) for name, t in leaves.items()})
+    (x, w1, w2), _ = arguments(case, {name: t if name == "scores" else t.to(dtype) for name, t in leaves.items()})
     bias1, bias2 = (leaves[name].to(dtype)[:, None] if name in leaves else 0 for name in ("bias1", "bias2"))
     E = w2.shape[0]
     used = ((ids >= 0) & (ids < E))[..., None]
@@ -268,7 +268,7 @@ def check(case: Case, device="cpu", backend: str = "triton", slack: float = 1.0)
     counts = []
 
     def op(leaves, ids):
-        tensors, options = _arguments(case, leaves)
+        tensors, options = arguments(case, leaves)
         with torch.autocast(torch.device(device).type, dtype, enabled=case.autocast and dtype != torch.float32):
             options |= {"num_rows": num_rows, "backend": backend}
             out, counts_E = momoe_mlp(*tensors, ids, leaves["scores"], case.save_percent, **options)

@@ -1,0 +1,161 @@
+"""compute-sanitizer over every kernel of the package at small shapes.
+
+    python -m tests.trust.sanitize                                # all tools and kernels, side by side
+    python -m tests.trust.sanitize --tools memcheck --groups portable
+
+memcheck, initcheck and synccheck look at all kernels. racecheck looks at those that are plain Triton: it does not
+know the barriers by which the warps of the Hopper kernels take turns (docs/kernels.md argues about each of them, and
+tests.trust.stress delays them). Each allocation is CUDA's own, so that a byte past its end belongs to nobody.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from momoe_titan.kernels import gemms, momoe_mlp
+from momoe_titan.kernels.hopper import launch
+from tests.trust import cases
+
+TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
+
+
+def experts(shape: tuple[int, ...], dtype: str, kind: str = "plain", percents: tuple[int, ...] = (0, 37, 100)) -> None:
+    """The op on a ragged mask, forward and backward, with z kept and not, and without gradients."""
+    tokens, *sizes = shape
+    case = cases.Case(
+        **{"shape": tuple(sizes), "dtype": dtype, "kind": kind, "autocast": False, "num_tokens": tokens, "seed": 0},
+        **{"mask": "ragged", "x_is": "plain", "dout_is": "plain", "strided_routing": False, "ids_int32": False},
+        **{"scores": "float32", "save_percent": 0, "needs": (True,) * 4, "spare_rows": None},
+    )
+    inputs = cases.make_inputs(case, "cuda")
+    leaves = {name: t.requires_grad_() for name, t in inputs.leaves.items()}
+    tensors, options = cases.arguments(case, leaves)
+    for percent in percents:
+        out, _ = momoe_mlp(*tensors, inputs.ids, leaves["scores"], percent, backend="triton", **options)
+        for keep in (True, False):  # dz beside z, and over it
+            torch.autograd.grad(out, list(leaves.values()), inputs.dout, retain_graph=keep)
+    with torch.no_grad():
+        momoe_mlp(*tensors, inputs.ids, leaves["scores"], backend="triton", **options)
+        few = [tensors[0][:3], *tensors[1:], inputs.ids[:3], leaves["scores"][:3]]
+        momoe_mlp(*few, backend="triton", **options)  # decode.py
+
+
+def hopper() -> None:
+    for shape in ((130, 128, 192, 3, 2), (300, 320, 64, 5, 1)):
+        experts(shape, "bfloat16")
+
+
+def hopper_variants() -> None:
+    launch.SYNC_FLOPS = 0  # programs keep together
+    launch.UP_AT_A_TIME = launch.DOWN_BACKWARD_AT_A_TIME = (0, 2)
+    launch.ROWS_AT_A_TIME = 1
+    experts((130, 128, 192, 3, 2), "float16", percents=(37,))
+
+
+def hopper_kinds(*kinds: str) -> None:
+    for kind in kinds:
+        experts((130, 128, 64, 3, 2), "bfloat16", kind, percents=(37,))
+
+
+def portable(*dtypes: str) -> None:
+    gemms.hopper.supported = lambda *args: False
+    for dtype in dtypes:
+        experts((45, 32, 48, 3, 2), dtype)
+    experts((7, 97, 47, 3, 3), dtypes[0], percents=(37,))
+
+
+def portable_kinds() -> None:
+    gemms.hopper.supported = lambda *args: False
+    for kind in cases.KINDS:
+        experts((20, 32, 16, 3, 2), "bfloat16", kind, percents=(37,))
+
+
+def tests(*names: str) -> None:
+    """Of kernels of the router, of losses, balancing and the optimizer: their own tests on a GPU."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which would hide a read of it from initcheck
+    files = [f"tests/kernels/test_{name}.py" for name in names]
+    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", *files])
+    if status != 0:
+        raise SystemExit(f"tests of {names} end with status {status}")
+
+
+KINDS = [kind for kind in cases.KINDS if kind != "plain"]
+GROUPS: dict[str, Callable[[], None]] = {  # of kernels, each in a process of its own
+    "hopper": hopper,
+    "hopper-variants": hopper_variants,
+    "hopper-kinds-1": partial(hopper_kinds, *KINDS[::2]),
+    "hopper-kinds-2": partial(hopper_kinds, *KINDS[1::2]),
+    "portable": partial(portable, "bfloat16"),
+    "portable-float32": partial(portable, "float32"),
+    "portable-kinds": portable_kinds,
+    "routing": partial(tests, "router", "routing", "grouping"),
+    "balancing": partial(tests, "quantile", "entropy", "balance"),
+    "optimizer-and-loss": partial(tests, "adamw", "cross_entropy"),
+}
+
+
+def findings(tool: str, report: str) -> int:
+    """How many errors a report of compute-sanitizer counts; -1 where it did not come to its end."""
+    if tool == "racecheck":
+        found = re.search(r"RACECHECK SUMMARY: (\d+) hazard", report)
+    else:
+        found = re.search(r"ERROR SUMMARY: (\d+) error", report)
+    return int(found[1]) if found else -1
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--reports", default="sanitizer", help="folder for the reports")
+    parser.add_argument("--seconds", type=float, default=3600, help="a process that takes longer is ended")
+    parser.add_argument("--child", choices=GROUPS)
+    args = parser.parse_args(argv)
+    if args.child:
+        GROUPS[args.child]()
+        torch.cuda.synchronize()
+        return 0
+    sanitizer = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
+    if sanitizer is None:
+        raise SystemExit("compute-sanitizer is not there: it comes with the CUDA toolkit")
+    reports = Path(args.reports)
+    reports.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    begin, running = time.monotonic(), {}
+    for tool in args.tools:
+        for group in args.groups:
+            if tool == "racecheck" and group.startswith("hopper"):
+                continue
+            command = [sanitizer, "--log-file", str(reports / f"{tool}-{group}.txt"), "--tool", tool]
+            child = [sys.executable, "-m", "tests.trust.sanitize", "--child", group]
+            with open(reports / f"{tool}-{group}.log", "w") as log:
+                running[tool, group] = subprocess.Popen([*command, *child], env=environment, stdout=log, stderr=log)
+    failed = 0
+    while running:
+        for (tool, group), process in list(running.items()):
+            late = time.monotonic() - begin > args.seconds
+            if process.poll() is None and not late:
+                continue
+            process.kill()
+            del running[tool, group]
+            report = reports / f"{tool}-{group}.txt"
+            found = findings(tool, report.read_text() if report.exists() else "")
+            failed += found != 0 or process.wait() != 0
+            said = "no time left" if late else "did not end" if found < 0 else f"{found} findings"
+            print(f"{tool} {group}: {said}, status {process.wait()}, {time.monotonic() - begin:.0f} s", flush=True)
+        time.sleep(0.2)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
