@@ -6,21 +6,25 @@
         -- --training.dataset python_stdlib --validation.no-enable --checkpoint.no-enable
 
 What follows `--` are options of every job; `training.steps` is set here. A GPU's clock and a busy host change over
-minutes: what is measured in turn is compared at the same time. Every job is a process, and all are on the GPU at once.
-With --one_by_one a job is built only when the one before has ended, where their memory does not fit together; modules
-are still imported at the same time.
+minutes: what is measured in turn is compared at the same time. Every job is a process, and all are on the GPU at once,
+unless their memory does not fit together: a job is built when those of the group before have ended. Modules are
+imported at the same time. What a run's own options may say beside those of the job:
+
+    --group NAME              of the jobs that are on the GPU at once; groups go one after another
+    --warm, --steps, --rounds in place of those of all
+    --layers N                another number of layers for the flavor
 
     step_ms            of each round, by the host's clock, with the wait for the GPU at the end of the round
     backward_ms        of the same steps on the GPU: forward and backward of all microbatches
     optimizer_ms       the rest of a step on the GPU: gradient norm, optimizer, what follows it
     tokens_per_s, mfu  of the median round; mfu by TorchTitan's count, in which attention is not causal
 
-`--layers N` among the options of a run gives the flavor another number of layers. --memory_gib limits what PyTorch may
-reserve; a job that needs more is a row that says so.
+--memory_gib limits what PyTorch may reserve. A job that needs more is a row that says so, as is any that fails.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,7 +34,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,23 +43,23 @@ from unittest import mock
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of every job.
+    """What is measured of a job.
 
     Attributes:
         warm: steps before the first turn, which compile, and capture CUDA graphs.
         steps: of a turn.
-        rounds: turns of each job.
+        rounds: turns.
         memory_gib: what PyTorch may reserve, or None.
-        one_by_one: whether a job is built only when the one before has ended.
-        logs: folder for the console of each job.
+        group: of the jobs that are on the GPU at once.
+        layers: in place of the flavor's, or None.
     """
 
     warm: int
     steps: int
     rounds: int
-    memory_gib: float | None
-    one_by_one: bool
-    logs: Path
+    memory_gib: float | None = None
+    group: str = ""
+    layers: int | None = None
 
 
 class HostEvent:
@@ -128,9 +132,6 @@ def work(link: Connection, options: list[str], log: str, plan: Plan) -> None:
     console = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(console, 1)
     os.dup2(console, 2)
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--layers", type=int)
-    own, options = parser.parse_known_args(options)
     sys.argv = [sys.argv[0], *options]
     import torch
 
@@ -141,9 +142,9 @@ def work(link: Connection, options: list[str], log: str, plan: Plan) -> None:
         from momoe_titan.components import trainer
     from momoe_titan.model.flavors import flavors
 
-    if own.layers is not None:
+    if plan.layers is not None:
         for args in flavors.data.values():
-            args.n_layers = own.layers
+            args.n_layers = plan.layers
     link.send("imported")
     link.recv()
     if plan.memory_gib is not None:
@@ -166,16 +167,29 @@ def work(link: Connection, options: list[str], log: str, plan: Plan) -> None:
 class Job:
     """A job's process, seen from the one that gives the turns.
 
+    Args:
+        options: of the job and of its plan.
+        log: file for its console.
+        plan: where the options say nothing else.
+
     Attributes:
         rounds: what was measured in each.
         error: why the job ended early, or None.
     """
 
     def __init__(self, name: str, options: list[str], log: Path, plan: Plan):
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for field in ("warm", "steps", "rounds", "layers"):
+            parser.add_argument(f"--{field}", type=int)
+        parser.add_argument("--group")
+        own, options = parser.parse_known_args(options)
+        self.plan = replace(plan, **{field: value for field, value in vars(own).items() if value is not None})
+        options += ["--training.steps", str(self.plan.warm + self.plan.steps * self.plan.rounds)]
         context = multiprocessing.get_context("spawn")
         self.name, self.rounds, self.error = name, [], None
         self.link, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, options, str(log), plan), daemon=True)
+        # Not a daemon, which could not compile kernels ahead in processes of its own.
+        self.process = context.Process(target=work, args=(other, options, str(log), self.plan))
         self.process.start()
         other.close()
 
@@ -214,21 +228,21 @@ class Job:
         return row if self.error is None else row | {"error": self.error}
 
 
-def take_turns(jobs: list[Job], plan: Plan) -> None:
-    """Have the jobs built, and give them their turns."""
+def take_turns(jobs: list[Job]) -> None:
+    """Have the jobs built, and give them their turns, one group after another."""
     for job in jobs:
         job.hear()  # has imported
-    for group in [[job] for job in jobs] if plan.one_by_one else [jobs]:
+    for _, members in itertools.groupby(jobs, key=lambda job: job.plan.group):
+        group = list(members)
         for job in group:
             job.go()
         for job in group:
             job.hear()  # is warm
-        for _ in range(plan.rounds):
+        for turn in range(max(job.plan.rounds for job in group)):
             for job in group:
-                if job.error is None:
+                if job.error is None and turn < job.plan.rounds:
                     job.go()
                     message = job.hear()
-                    print(job.name, json.dumps(message), flush=True)
                     if "step_ms" in message:
                         job.rounds.append(message)
         for job in group:
@@ -236,28 +250,41 @@ def take_turns(jobs: list[Job], plan: Plan) -> None:
                 job.go()
                 job.hear()
             job.process.join(60)
+            print(json.dumps(job.row()), flush=True)
 
 
-def measure(runs: Mapping[str, list[str]], plan: Plan) -> list[dict[str, Any]]:
-    """The rows of these jobs, whose options are given by name."""
-    signal.signal(signal.SIGTERM, lambda *signum: sys.exit(1))  # ends the jobs too
+def measure(runs: Mapping[str, list[str]], plan: Plan, one_by_one: bool, logs: Path) -> list[dict[str, Any]]:
+    """The rows of these jobs, whose options are given by name. What SIGTERM interrupts is a row that says so.
+
+    Args:
+        one_by_one: a group for each job.
+        logs: folder for the console of each job.
+    """
+
+    def stop(*signum):
+        raise KeyboardInterrupt("out of time")
+
+    signal.signal(signal.SIGTERM, stop)
     jobs = []
     for number, (name, options) in enumerate(runs.items()):
-        folder = plan.logs / f"job{number}"
+        folder = logs / f"job{number}"
         folder.mkdir(parents=True, exist_ok=True)
-        steps = ["--training.steps", str(plan.warm + plan.steps * plan.rounds)]
-        jobs.append(Job(name, ["--job.dump_folder", str(folder), *options, *steps], folder / "log.txt", plan))
+        of_job = replace(plan, group=name) if one_by_one else plan
+        jobs.append(Job(name, ["--job.dump_folder", str(folder), *options], folder / "log.txt", of_job))
     try:
-        take_turns(jobs, plan)
+        take_turns(jobs)
+    except KeyboardInterrupt as e:
+        print(f"interrupted: {e}", flush=True)
     finally:
         for job in jobs:
             if job.process.is_alive():
+                job.error = job.error or "interrupted"
                 job.process.kill()
     return [job.row() for job in jobs]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `plan_of`, those of every job, and the file of the results."""
+    """The options of `measured`, those of every job, and the file of the results."""
     parser.add_argument("--out", required=True, help="JSON file for the rows")
     parser.add_argument("--warm", type=int, default=10, help="steps before the first turn")
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
@@ -268,9 +295,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs="*", help="after --: of every job")
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """What the options say."""
-    return Plan(args.warm, args.steps, args.rounds, args.memory_gib, args.one_by_one, args.logs)
+def measured(runs: Mapping[str, list[str]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of these jobs, as the options say."""
+    plan = Plan(args.warm, args.steps, args.rounds, args.memory_gib)
+    return measure(runs, plan, args.one_by_one, args.logs)
 
 
 def main() -> None:
@@ -284,9 +312,7 @@ def main() -> None:
         if not colon or name in runs:
             parser.error(f"--run {run!r} must be 'NAME: OPTIONS' with a name of its own")
         runs[name] = [*args.options, *own.split()]
-    rows = measure(runs, plan_of(args))
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    rows = measured(runs, args)
     Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.in_turns import add_arguments, measure, plan_of  # noqa: E402 - from the folder above
+from benchmarks.in_turns import add_arguments, measured  # noqa: E402 - from the folder above
 
 
 def line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -69,14 +69,12 @@ def main() -> None:
     add_arguments(parser)
     args = parser.parse_args()
     runs = {f"{n} layers": [*args.options, "--layers", n] for n in args.layers.split(",")}
-    rows = measure(runs, plan_of(args))
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    rows = measured(runs, args)
     Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
-    measured = [row for row in rows if "error" not in row]
-    if len(measured) < 2:
+    good = [row for row in rows if "error" not in row]
+    if len(good) < 2:
         raise SystemExit("fewer than two models were measured: no line goes through one point")
-    result = fit(measured, args.of, args.ranks, args.microbatches, 1e12 * args.peak_tflops)
+    result = fit(good, args.of, args.ranks, args.microbatches, 1e12 * args.peak_tflops)
     print(json.dumps(result), flush=True)
     Path(args.out).write_text(json.dumps({"rows": rows, "fit": result}, indent=1))
 

@@ -32,35 +32,56 @@ def turn(ms, layers=2):
     }  # fmt: skip
 
 
-def job(name, messages, order):
+def job(name, messages, order, group=""):
     made = object.__new__(Job)
-    made.name, made.rounds, made.error = name, [], None
+    made.name, made.rounds, made.error, made.plan = name, [], None, Plan(1, 1, 2, group=group)
     made.link = Link(name, ["imported", *messages], order)
     made.process = SimpleNamespace(exitcode=-9, join=lambda timeout: None)
     return made
 
 
-@pytest.mark.parametrize("one_by_one, order", [(False, "ababab" + "ab"), (True, "aaaa" + "bbbb")])
-def test_each_job_trains_alone_in_its_turn(tmp_path, one_by_one, order):
+@pytest.mark.parametrize("groups, order", [("xx", "ab" * 4), ("xy", "aaaabbbb")])
+def test_each_job_trains_alone_in_its_turn(groups, order, capsys):
     seen = []
     jobs = [
-        job(name, [turn(0.0), turn(ms), turn(3 * ms), {"error": None}], seen) for name, ms in (("a", 10), ("b", 20))
+        job(name, [turn(0.0), turn(ms), turn(3 * ms), {"error": None}], seen, group)
+        for name, ms, group in (("a", 10, groups[0]), ("b", 20, groups[1]))
     ]
-    take_turns(jobs, Plan(1, 1, 2, None, one_by_one, tmp_path))
+    take_turns(jobs)
     assert "".join(seen) == order
-    rows = [j.row() for j in jobs]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [j.row() for j in jobs]
     assert [row["step_ms"] for row in rows] == [[10, 30], [20, 60]]
     assert rows[0] | {"tokens_per_s": 50000, "mfu": 5.0, "backward_ms": 16.0, "optimizer_ms": 2.0} == rows[0]
 
 
-def test_a_job_that_fails_is_a_row_that_says_so(tmp_path):
+def test_a_run_has_options_of_its_own(monkeypatch, tmp_path):
+    """Beside those of the job. Its process may have others, which compile kernels."""
+    started = []
+
+    class Process:
+        def __init__(self, target, args, daemon=False):
+            started.append((args[1], args[3], daemon))
+
+        def start(self):
+            pass
+
+    context = SimpleNamespace(Process=Process, Pipe=lambda: (None, SimpleNamespace(close=lambda: None)))
+    monkeypatch.setattr(in_turns.multiprocessing, "get_context", lambda kind: context)
+    Job("a", ["--x", "1", "--layers", "2", "--rounds", "5", "--group", "g"], tmp_path / "log", Plan(3, 4, 1))
+    ((options, plan, daemon),) = started
+    assert options == ["--x", "1", "--training.steps", "23"] and not daemon
+    assert plan == Plan(3, 4, 5, None, "g", 2)
+
+
+def test_a_job_that_fails_is_a_row_that_says_so():
     seen = []
     jobs = [
         job("never built", [{"error": "out of memory: 3 GiB"}], seen),
         job("killed", [turn(0.0), turn(10.0)], seen),
         job("good", [turn(0.0), turn(10.0), turn(10.0), {"error": None}], seen),
     ]
-    take_turns(jobs, Plan(1, 1, 2, None, False, tmp_path))
+    take_turns(jobs)
     rows = [j.row() for j in jobs]
     assert rows[0] == {"run": "never built", "error": "out of memory: 3 GiB"}
     assert rows[1]["error"] == "the process ended with -9" and rows[1]["step_ms"] == [10]
@@ -79,7 +100,7 @@ def test_unclear_runs_are_refused(runs, monkeypatch, capsys):
 def test_a_large_model_is_the_sum_of_its_layers(tmp_path, monkeypatch):
     """Of 10 layers at 3 ms each over 4 ms, with an optimizer of 40 ms shared by two ranks over five microbatches."""
 
-    def measured(runs, plan):
+    def measured(runs, args):
         asked.extend(options[-2:] for options in runs.values())
         return [
             turn(0.0, n) | {"backward_ms": 4 + 3 * n, "optimizer_ms": 4 * n, "flops_per_token": 1e9 * (2 + n)}
@@ -87,7 +108,7 @@ def test_a_large_model_is_the_sum_of_its_layers(tmp_path, monkeypatch):
         ]
 
     asked = []
-    monkeypatch.setattr(layers_fit, "measure", measured)
+    monkeypatch.setattr(layers_fit, "measured", measured)
     out = tmp_path / "fit.json"
     command = ["layers_fit.py", "--out", str(out), "--of", "10", "--ranks", "2", "--microbatches", "5"]
     monkeypatch.setattr(sys, "argv", [*command, "--peak_tflops", "1000", "--", "--x", "1"])
