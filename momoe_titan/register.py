@@ -1,11 +1,27 @@
-"""Target of `experimental.custom_import`: makes `model.name = "momoe_llama"` known to TorchTitan."""
+"""Target of `experimental.custom_import`.
+
+Makes `model.name = "momoe_llama"` known to TorchTitan, and the model converter "momoe", which puts our experts into
+TorchTitan's own models.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
+from torchtitan.components.ft import FTManager
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import JobConfig
+from torchtitan.config import Optimizer as OptimizerConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.protocols import model_converter
 from torchtitan.protocols import train_spec as titan
 from torchtitan.protocols.train_spec import TrainSpec
 
+from momoe_titan.adapters.torchtitan import CONVERTED, MomoeConverter
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
 from momoe_titan.components.checkpoint import allow_missing_balance_state
 from momoe_titan.components.loss import build_loss, scale_router_losses
@@ -13,6 +29,7 @@ from momoe_titan.components.lr_schedule import build_momoe_lr_schedulers
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
+from momoe_titan.config.checks.converter import CONVERTER, converts
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.data.loader import build_dataloader
 from momoe_titan.data.tokenizer import build_tokenizer
@@ -22,7 +39,11 @@ from momoe_titan.model import (
     flavors,
     parallelize_momoe_llama,
 )
+from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.parallel.fsdp import reduce_by_sums
 from momoe_titan.model.parallel.pipeline import pipeline_momoe_llama
+
+CONVERTIBLE = ("deepseek_v3", "gpt_oss", "llama4", "qwen3")  # TorchTitan's models with MoE layers
 
 
 def prepare_and_parallelize(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> nn.Module:
@@ -51,8 +72,59 @@ def get_train_spec() -> TrainSpec:
     )
 
 
+def convertible(spec: TrainSpec) -> TrainSpec:
+    """A train spec of TorchTitan's that gives a converted model our optimizer hooks, metrics and plan.
+
+    A job without the converter gets what the spec said.
+    """
+    metrics = spec.build_metrics_processor_fn or build_metrics_processor
+    return dataclasses.replace(
+        spec,
+        parallelize_fn=functools.partial(_parallelize, spec.parallelize_fn),
+        pipelining_fn=pipeline_momoe_llama if spec.pipelining_fn is pipeline_llm else spec.pipelining_fn,
+        build_optimizers_fn=functools.partial(_build_optimizers, spec.build_optimizers_fn),
+        build_metrics_processor_fn=functools.partial(_build_metrics_processor, metrics),
+    )
+
+
+def _parallelize(
+    of_spec: Callable[..., nn.Module], model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> nn.Module:
+    if not converts(job_config):
+        return of_spec(model, parallel_dims, job_config)
+    set_up_auto_save_percent(model, job_config)
+    scale_router_losses(model, job_config, parallel_dims)
+    model = of_spec(model, parallel_dims, job_config)
+    reduce_by_sums(model)
+    return model
+
+
+def _build_optimizers(
+    of_spec: Callable[..., OptimizersContainer],
+    model_parts: list[nn.Module],
+    optimizer_config: OptimizerConfig,
+    parallel_dims: ParallelDims,
+    ft_manager: FTManager | None = None,
+) -> OptimizersContainer:
+    converted = any(isinstance(module, BalancedMoE) for part in model_parts for module in part.modules())
+    build = build_momoe_optimizers if converted else of_spec
+    return build(model_parts, optimizer_config, parallel_dims, ft_manager)
+
+
+def _build_metrics_processor(
+    of_spec: Callable[..., MetricsProcessor],
+    job_config: JobConfig,
+    parallel_dims: ParallelDims,
+    model_args: Any = None,
+    tag: str | None = None,
+) -> MetricsProcessor:
+    if (converted := getattr(job_config, CONVERTED, None)) is not None:
+        return build_momoe_metrics_processor(job_config, parallel_dims, converted, tag)
+    return of_spec(job_config, parallel_dims, model_args, tag)
+
+
 def register() -> None:
-    """Register the train spec, once; another call changes nothing.
+    """Register the train spec and the converter, once; another call changes nothing.
 
     Raises:
         ValueError: the name is taken by another model.
@@ -61,8 +133,12 @@ def register() -> None:
         is_ours = titan.get_train_spec(MODEL_NAME).model_cls is MomoeLlama
     except ValueError:  # no such name yet
         is_ours = False
-    if not is_ours:
-        titan.register_train_spec(MODEL_NAME, get_train_spec())
+    if is_ours:
+        return
+    titan.register_train_spec(MODEL_NAME, get_train_spec())
+    model_converter.register_model_converter(MomoeConverter, CONVERTER)
+    for name in CONVERTIBLE:
+        titan.register_train_spec(name, convertible(titan.get_train_spec(name)))
 
 
 register()

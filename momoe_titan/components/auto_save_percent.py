@@ -21,7 +21,7 @@ from momoe_titan.memory.auto_save_percent import (
     _world_size,
 )
 from momoe_titan.memory.plan import PLAN_FAILED, MemoryPlan
-from momoe_titan.model.experts import MomoeExperts
+from momoe_titan.model.experts import SavingExperts
 from momoe_titan.save_percent import AUTO
 
 # What the choice depends on; a stored one is taken where all of it is as it was.
@@ -37,7 +37,7 @@ def set_up_auto_save_percent(model: nn.Module, job_config: JobConfig) -> None:
     Call it on every rank, before the model is compiled. Does nothing unless the job says "auto".
     Without a GPU, or where the plan cannot be made, all is 0.
     """
-    layers = [module for module in model.modules() if isinstance(module, MomoeExperts)]
+    layers = [module for module in model.modules() if isinstance(module, SavingExperts)]
     momoe = getattr(job_config, "momoe", None)
     if momoe is None or momoe.save_percent != AUTO or not layers:
         return

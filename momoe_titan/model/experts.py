@@ -1,6 +1,7 @@
 """The experts of an MoE layer for TorchTitan's trainer: our kernels' and the shared ones."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,31 @@ from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.model.parallel.collectives import local_weight
 
 
-class MomoeExperts(nn.Module):
+class SavingExperts(nn.Module):
+    """Base class of experts that our kernels run: how much a forward of theirs saves, and where it may be evicted.
+
+    Attributes:
+        save_percent, backend, check_ids: of `momoe_mlp`.
+        hidden_dim: F.
+        activation_budget: of the z that this model's layers save, where it may have to be evicted, or None.
+    """
+
+    num_experts: int
+    save_percent: float
+    backend: str
+    check_ids: bool
+    hidden_dim: int
+    activation_budget: ActivationBudget | None = None
+
+    def what_is_saved(self) -> tuple[float, Callable[[torch.Tensor], None] | None]:
+        """`save_percent` and `on_saved` of the forward to come, both for `momoe_mlp`."""
+        if self.activation_budget is None:
+            return self.save_percent, None
+        on_saved = functools.partial(self.activation_budget.record_saved, self)
+        return self.activation_budget.save_percent(self), on_saved
+
+
+class MomoeExperts(SavingExperts):
     """All experts of one layer.
 
     Args:
@@ -27,7 +52,6 @@ class MomoeExperts(nn.Module):
             that a shard of the last dimension has the same columns of both, as tensor parallelism
             needs them.
         w2: (E, F, D).
-        activation_budget: of the z that this model's layers save, where it may have to be evicted, or None.
     """
 
     def __init__(
@@ -44,9 +68,9 @@ class MomoeExperts(nn.Module):
         self.save_percent = save_percent
         self.backend = backend
         self.check_ids = check_ids
+        self.hidden_dim = hidden_dim
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, 2, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.activation_budget: ActivationBudget | None = None
 
     def forward(
         self,
@@ -57,10 +81,7 @@ class MomoeExperts(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
-        save_percent, on_saved = self.save_percent, None
-        if self.activation_budget is not None:
-            save_percent = self.activation_budget.save_percent(self)
-            on_saved = functools.partial(self.activation_budget.record_saved, self)
+        save_percent, on_saved = self.what_is_saved()
         return momoe_mlp(
             x_TD,
             w1.flatten(2),

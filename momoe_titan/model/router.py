@@ -11,7 +11,7 @@ from momoe_titan.kernels.quantile import NUM_BINS
 from momoe_titan.kernels.router import float32_product
 from momoe_titan.model.parallel.collectives import local_weight
 from momoe_titan.moe.expert_stats import accumulate_entropy, accumulate_margins, feeds_balancing, records_entropy
-from momoe_titan.moe.router import expert_scores, route_tokens, scale_scores
+from momoe_titan.moe.router import expert_scores, route_in_groups, route_tokens, scale_scores
 from momoe_titan.moe.router_losses import accumulate_router_losses, add_router_losses, expert_shares
 
 
@@ -60,8 +60,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
         super().__init__(
             dim=dim,
             num_experts=moe_args.num_experts,
-            num_expert_groups=None,
-            num_limited_groups=None,
+            num_expert_groups=moe_args.num_expert_groups,
+            num_limited_groups=moe_args.num_limited_groups,
             top_k=moe_args.top_k,
             score_func=moe_args.score_func,
             route_norm=moe_args.route_norm,
@@ -122,7 +122,11 @@ class MomoeRouter(TokenChoiceTopKRouter):
             scores_TE = expert_scores(logits_TE, self.score_func)
             ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)
             return scale_scores(scores_TK, *how), ids_TK
-        scores_TK, ids_TK = route_tokens(logits_TE, expert_bias_E, self.top_k, self.score_func, *how)
+        choice = logits_TE, expert_bias_E, self.top_k, self.score_func, *how
+        if self.num_expert_groups is not None:
+            scores_TK, ids_TK = route_in_groups(*choice, self.num_expert_groups, self.num_limited_groups or 1)
+        else:
+            scores_TK, ids_TK = route_tokens(*choice)
         if self.margins_EB is not None and expert_bias_E is not None and feeds_balancing(self):
             of_token = x_TD.detach(), logits_TE.detach(), expert_bias_E, ids_TK
             accumulate_margins(self.margins_EB, self.input_sum_C, *of_token, self.score_func)

@@ -96,3 +96,34 @@ def route_tokens(
 
 def _add_bias(choice_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     return choice_TE if bias_E is None else choice_TE + bias_E
+
+
+def route_in_groups(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    score_func: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    num_limited_groups: int,
+) -> tuple[Tensor, Tensor]:
+    """As `route_tokens`, with the experts of a token from few groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    A group is E / num_groups experts that follow each other. The groups with the largest sum of their two largest
+    scores plus bias are taken; of equal groups the first wins.
+
+    Args:
+        score_func: "softmax" or "sigmoid".
+        num_groups: a divisor of E, with at least two experts in a group.
+        num_limited_groups: how many groups are taken; together they have at least top_k experts.
+        the others: of `route_tokens`.
+    """
+    scores_TE = expert_scores(logits_TE, score_func)
+    choice_TGe = _add_bias(scores_TE.detach(), bias_E).unflatten(1, (num_groups, -1))
+    groups_TG = choice_TGe.topk(2, dim=2).values.sum(dim=2)
+    taken_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
+    taken_TG = taken_TG.scatter(1, choose_experts(groups_TG, num_limited_groups), True)
+    choice_TE = choice_TGe.masked_fill(~taken_TG[:, :, None], float("-inf")).flatten(1)
+    ids_TK = choose_experts(choice_TE, top_k)
+    return scale_scores(scores_TE.gather(1, ids_TK), normalize, scale), ids_TK

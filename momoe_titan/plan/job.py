@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
@@ -26,7 +27,7 @@ from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.machine import Machine, checking_for
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.plan import MemoryPlan, Moment
-from momoe_titan.model.experts import MomoeExperts
+from momoe_titan.model.experts import SavingExperts
 from momoe_titan.plan.cost import StepCost
 from momoe_titan.plan.on_gpu import EvenSizes, as_on_gpu
 from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place
@@ -76,6 +77,7 @@ class FakeTrainer(TrainingStep, LossInModel, titan.Trainer):
         self.model_args = configured_args(config)
         with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[config.training.dtype]):
             model = self.train_spec.model_cls(self.model_args)
+        build_model_converters(config, dims).convert(model)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.loss_fn = self.train_spec.build_loss_fn(config, parallel_dims=dims)
         self.buckets: GradientBuckets | None = None
@@ -287,7 +289,7 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
                                 trace.relabel(tensor, OPTIMIZER)
             moments = [Moment(phase, list(z), m.base, m.parts) for (phase, z), m in trace.moments.items()]
             events = list(trace.events)
-    layers = [places[m].layer or "" for m in model.modules() if isinstance(m, MomoeExperts)]
+    layers = [places[m].layer or "" for m in model.modules() if isinstance(m, SavingExperts)]
     return MemoryPlan(
         layers=layers,
         moments=moments,

@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.config.checks.activation_checkpoint import check_activation_checkpoint
 from momoe_titan.config.checks.checkpoint import check_checkpoint, check_hugging_face, warn_of_bias_without_place
+from momoe_titan.config.checks.converter import check_converter, converts
 from momoe_titan.config.checks.expert_parallel import check_expert_parallel
 from momoe_titan.config.checks.fields import check_fields
 from momoe_titan.config.checks.model_args import check_model_args
@@ -62,6 +63,8 @@ def check_job(job_config: JobConfig) -> Any:
     check_fields(job_config)
     vars(job_config)[_CHECKED] = _Checked(dataclasses.asdict(job_config), None, machine())
     import_custom_module(job_config)
+    if converts(job_config):
+        check_converter(job_config)
     args = flavor_args(job_config)
     args.update_from_config(job_config)
     return args

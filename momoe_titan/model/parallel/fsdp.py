@@ -66,7 +66,7 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.ep_enabled:
         _prefetch([group for group in groups if group])
     if mesh.device_type == "cpu":
-        _reduce_by_sums(model)
+        reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
 
 
@@ -119,7 +119,7 @@ def _prefetch(groups: Sequence[Sequence[nn.Module]]) -> None:
         cast(FSDPModule, outer).set_modules_to_backward_prefetch(cast(Any, following))
 
 
-def _reduce_by_sums(model: MomoeLlama) -> None:
+def reduce_by_sums(model: nn.Module) -> None:
     """Make FSDP sum gradients over ranks without dividing them.
 
     TorchTitan asks for gradients divided by 1, for which FSDP uses a reduction that gloo lacks.

@@ -1,0 +1,343 @@
+"""TorchTitan's own MoE models with our experts, by the model converter "momoe", against the models as they were."""
+
+import copy
+import dataclasses
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import parallel_dims as parallel_dims_module
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.moe import MoE
+from torchtitan.protocols.model_converter import build_model_converters
+from torchtitan.protocols.train_spec import get_train_spec
+
+import momoe_titan.register  # noqa: F401 - makes the converter known
+from momoe_titan.adapters.torchtitan import CONVERTED, ConvertedMoE
+from momoe_titan.config.checks.converter import check_converter
+from momoe_titan.model.router import MomoeRouter
+from tests.support import commands
+from tests.support.forks import in_gloo_forks
+from tests.support.tiny import ONE_PROCESS
+
+VOCAB, LENGTH = 96, 16
+MODELS = {  # flavor, fields of its arguments that make it small, and fields of its MoE arguments
+    "qwen3": ("debugmodel_moe", dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, moe_inter_dim=24), {}),
+    "deepseek_v3": (
+        "debugmodel",
+        dict(
+            dim=32, n_layers=3, n_heads=2, inter_dim=48, moe_inter_dim=24, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=8,
+        ),
+        {},
+    ),
+    "llama4": ("debugmodel", dict(dim=32, n_layers=4, n_heads=4, multiple_of=8), {}),
+    "gpt_oss": ("debugmodel", dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, moe_inter_dim=24), {}),
+    "in groups": (
+        "debugmodel",
+        dict(
+            dim=32, n_layers=2, n_heads=2, inter_dim=48, moe_inter_dim=24, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=8, v_head_dim=8,
+        ),
+        dict(num_expert_groups=4, num_limited_groups=2, score_func="sigmoid", route_norm=True, route_scale=2.5),
+    ),
+}  # fmt: skip
+
+
+class PlainAttention(nn.Module):
+    """What gpt-oss asks of flex attention, which has no kernels for the CPU: causal, with the sums' logarithms."""
+
+    def forward(self, q, k, v, *, block_mask, scale, return_lse, enable_gqa):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        logits = q @ k.mT * scale
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
+        return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+@pytest.fixture(autouse=True)
+def histogram_of_integers(monkeypatch):
+    """TorchTitan counts tokens by `torch.histc`, which has no kernel for integers on the CPU."""
+    histc = torch.histc
+    monkeypatch.setattr(torch, "histc", lambda ids, **options: histc(ids.double(), **options).long())
+
+
+def config_of(name: str, *options: str) -> JobConfig:
+    model = "deepseek_v3" if name == "in groups" else name
+    options = [f"--model.name={model}", f"--model.flavor={MODELS[name][0]}", "--model.converters=momoe", *options]
+    # the balancing that the models have by themselves
+    balance = [f"--training.seq_len={LENGTH}", "--momoe.load_balance_rule=sign", "--momoe.load_balance_rate=1e-3"]
+    return ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config", *balance, *options])
+
+
+def build(name: str, dims=ONE_PROCESS, converted: bool = False, config: JobConfig | None = None, parallelize=False):
+    """A model of unit-scale weights on the CPU, built as TorchTitan's trainer does it."""
+    flavor, fields, moe_fields = MODELS[name]
+    config = config or config_of(name)
+    spec = get_train_spec(config.model.name)
+    args = copy.deepcopy(spec.model_args[flavor])
+    args = dataclasses.replace(args, vocab_size=VOCAB, max_seq_len=LENGTH, **fields)
+    args.moe_args = dataclasses.replace(args.moe_args, use_grouped_mm=False, **moe_fields)
+    args.update_from_config(config)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    if converted:
+        build_model_converters(config, dims).convert(model)
+    if parallelize:
+        model = spec.parallelize_fn(model, dims, config)
+    model.float().to_empty(device="cpu")  # gpt-oss's weights are bfloat16
+    with torch.no_grad():
+        model.init_weights(buffer_device=torch.device("cpu"))
+        torch.manual_seed(0)
+        for key, parameter in sorted(model.named_parameters()):
+            drawn = torch.randn(parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            if parameter.dim() > 1 or key.endswith(("bias", "sinks")):
+                values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                values.copy_(_part(drawn, parameter))
+    for module in model.modules():
+        if name == "gpt_oss" and hasattr(module, "sinks"):
+            module.inner_attention = PlainAttention()
+    return model.train()
+
+
+def _part(whole: torch.Tensor, parameter) -> torch.Tensor:
+    """What this rank holds of a parameter that is sharded along its dimensions."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+
+
+def tokens(rows: int = 4) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model, rows: torch.Tensor) -> torch.Tensor:
+    mask = _any_mask()
+    masks = (
+        {"attention_masks": {"basic_mask": mask, "sliding_window_mask": mask}} if "GptOss" in str(type(model)) else {}
+    )
+    logits = model(rows[:, :-1], **masks)
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def _any_mask():
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device="cpu")
+
+
+def results(model) -> dict[str, torch.Tensor]:
+    """The loss, and the gradient of every parameter."""
+    model.zero_grad()
+    loss = loss_of(model, tokens())
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def shapes(model) -> dict[str, tuple]:
+    return {name: (value.shape, value.stride(), value.dtype) for name, value in model.state_dict().items()}
+
+
+def moe_layers(model) -> list:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_model_computes_what_it_did(name):
+    config = config_of(name, "--momoe.save_percent=40")
+    stock, ours = build(name), build(name, converted=True, config=config)
+    assert shapes(ours) == shapes(stock)
+    layers = moe_layers(ours)
+    assert len(layers) == len(moe_layers(stock)) == len(getattr(config, CONVERTED).moe_layer_ids)
+    assert all(isinstance(layer, ConvertedMoE) and isinstance(layer.router, MomoeRouter) for layer in layers)
+    assert {layer.experts.save_percent for layer in layers} == {40.0}
+
+    double = copy.deepcopy(stock).double()
+    wanted, exact, found = results(stock), results(double), results(ours)
+    for key in wanted:
+        scale = wanted[key].abs().max()
+        allowed = 4 * (exact[key] - wanted[key]).abs().max() + 2e-6 * scale
+        assert (found[key] - wanted[key]).abs().max() <= allowed, key
+    for ours_layer, stock_layer in zip(layers, moe_layers(stock), strict=True):
+        assert ours_layer.tokens_per_expert.tolist() == stock_layer.tokens_per_expert.tolist()
+
+
+def train(model, state: dict | None, steps: int) -> tuple[list[float], dict]:
+    """The losses of so many steps, from a checkpoint if there is one, and the checkpoint after them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model, tokens())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def test_checkpoints_go_from_stock_to_converted_and_back():
+    wanted, _ = train(build("qwen3"), None, 6)
+    first, state = train(build("qwen3"), None, 2)
+    second, state = train(build("qwen3", converted=True), state, 2)
+    third, _ = train(build("qwen3"), state, 2)
+    assert first + second + third == pytest.approx(wanted, rel=1e-4)
+    assert wanted[-1] < wanted[0]
+
+
+def balanced(model, config: JobConfig):
+    """The optimizers that the train spec builds."""
+    return get_train_spec(config.model.name).build_optimizers_fn([model], config.optimizer, ONE_PROCESS)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_tokens_are_counted_once_and_move_the_bias(mode):
+    config = config_of("qwen3", "--momoe.load_balance_rate=0.5", f"--activation_checkpoint.mode={mode}")
+    model = build("qwen3", converted=True, config=config)
+    if mode != "none":
+        apply_ac(model, config.activation_checkpoint, op_sac_save_list={torch.ops.aten.mm.default})
+    optimizers = balanced(model, config)
+    for _ in range(2):
+        loss_of(model, tokens()).backward()
+    with torch.no_grad():
+        loss_of(model, tokens())
+    layer = moe_layers(model)[0]
+    counts_E = layer.tokens_per_expert.clone()
+    assert counts_E.sum() == 2 * 4 * LENGTH * layer.router.top_k
+    optimizers.step()
+    mean = counts_E.float().mean()
+    assert layer.expert_bias.tolist() == (0.5 * (mean - counts_E).sign()).tolist()
+    assert layer.tokens_per_expert.sum() == 0
+    assert torch.equal(optimizers.load_balancer.counts_LE[0], counts_E)
+
+
+def test_quantile_balancing_evens_out_the_load():
+    config = config_of("llama4", "--momoe.load_balance_rule=quantile")
+    model = build("llama4", converted=True, config=config)
+    optimizers = balanced(model, config)
+    layer = moe_layers(model)[0]
+    loads = []
+    for _ in range(2):
+        loss_of(model, tokens()).backward()
+        loads.append(layer.tokens_per_expert.max().item())
+        optimizers.zero_grad()
+        optimizers.step()
+    assert loads[1] < loads[0]
+    assert loads[1] <= 2 * 4 * LENGTH * layer.router.top_k / layer.num_experts
+
+
+def test_another_converter_leaves_the_router_alone():
+    """A converter that swaps every linear layer, as Float8's does."""
+    model = build("deepseek_v3", converted=True)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert any("shared_experts" in name for name in linear) and any("attention" in name for name in linear)
+    assert not any("router" in name for name in linear)
+
+
+def test_a_model_without_a_section_keeps_its_own_balancing():
+    options = ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--model.converters=momoe"]
+    config = ConfigManager().parse_args([*options, f"--training.seq_len={LENGTH}"])
+    layer = moe_layers(build("qwen3", converted=True, config=config))[0]
+    assert (layer.load_balance_rate, layer.load_balance_rule, layer.experts.save_percent) == (1e-3, "sign", 0.0)
+
+
+def test_settings_reach_the_layers():
+    options = [
+        "--momoe.save_percent",
+        "10",
+        "20",
+        "--momoe.load_balance_off_layers",
+        "1",
+        "--momoe.aux_loss_weight=0.1",
+    ]
+    model = build("qwen3", converted=True, config=config_of("qwen3", *options))
+    layers = moe_layers(model)
+    assert [layer.experts.save_percent for layer in layers] == [10.0, 20.0]
+    assert [layer.load_balance_rate for layer in layers] == [1e-3, 0.0]
+    assert all(layer.router.aux_loss_weight == 0.1 and layer.router.last_shares_E is not None for layer in layers)
+
+
+def two_ranks(name: str, **dims) -> None:
+    """A rank of a job that the model's own `parallelize_fn` spreads: its gradients are those of one process."""
+    options = ["--training.mixed_precision_param=float32", "--momoe.save_percent=50"]
+    options.append(f"--parallelism.expert_parallel_degree={dims.get('ep', 1)}")
+    config = config_of(name, *options)
+    sizes = dict(dp_replicate=1, dp_shard=2, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=2) | dims
+    parallel_dims_module.device_type = "cpu"  # in this fork alone; TorchTitan takes it for "cuda" where it is imported
+    parallel_dims = ParallelDims(**sizes)
+    parallel_dims.build_mesh()
+    single = build(name)
+    model = build(name, parallel_dims, converted=True, config=config, parallelize=True)
+    rank = dist.get_rank()
+    loss_of(model, tokens()[2 * rank : 2 * rank + 2]).backward()
+    loss_of(single, tokens()).backward()
+    layer, stock = moe_layers(model)[0], moe_layers(single)[0]
+    counts_E = layer.tokens_per_expert.clone()
+    dist.all_reduce(counts_E)
+    assert counts_E.tolist() == stock.tokens_per_expert.tolist()
+    whole = dict(single.named_parameters())
+    for key, parameter in model.named_parameters():
+        # TorchTitan's trainer divides the loss by the tokens of all ranks, and its FSDP does not divide gradients.
+        found, wanted = parameter.grad.full_tensor() / 2, whole[key.replace("_checkpoint_wrapped_module.", "")].grad
+        assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("qwen3", {}), ("qwen3", {"ep": 2}), ("llama4", {"ep": 2})], ids=["fsdp", "ep", "ep of llama4"]
+)
+def test_two_ranks_compute_what_one_does(name, dims, tmp_path):
+    assert in_gloo_forks(2, tmp_path / "store", lambda: two_ranks(name, **dims))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.name=momoe_llama"], "model.converters is .*, must be empty with model.name = 'momoe_llama'"),
+        (["--model.converters=quantize.linear.float8,momoe"], "must name 'momoe' once, and first"),
+        (["--model.converters=momoe,quantize.grouped_mm.mx"], "'quantize.grouped_mm.mx', but the experts of 'momoe'"),
+        (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree is 2, must be 1"),
+        (["--parallelism.expert_parallel_comm_backend=deepep"], "comm_backend is 'deepep', must be 'standard'"),
+        (["--momoe.backend=torchtitan"], "momoe.backend is 'torchtitan', which leaves nothing"),
+        (["--momoe.save_percent=auto", "--parallelism.expert_parallel_degree=2"], "'auto', which does not know"),
+    ],
+)
+def test_jobs_that_cannot_work_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_converter(config_of("qwen3", *options))
+
+
+def test_models_that_cannot_be_converted_are_refused_by_name():
+    config = config_of("in groups", "--momoe.load_balance_rule=quantile")
+    with pytest.raises(ValueError, match="load_balance_rule is 'quantile', must be 'sign' or 'proportional'"):
+        build("in groups", converted=True, config=config)
+    with pytest.raises(ValueError, match="load_balance_off_layers names \\[7\\], but the MoE layers are \\[0, 1\\]"):
+        build("qwen3", converted=True, config=config_of("qwen3", "--momoe.load_balance_off_layers", "7"))
+    dense = nn.Module()
+    dense.layers = nn.ModuleDict({"0": SimpleBlock()})
+    with pytest.raises(ValueError, match="model.flavor has no MoE layers"):
+        build_model_converters(config_of("qwen3"), ONE_PROCESS).convert(dense)
+
+
+class SimpleBlock(nn.Module):
+    moe_enabled = False
+
+
+def test_the_job_of_the_page_trains(tmp_path):
+    """With our metrics, which TorchTitan's own train specs do not have."""
+    page = (commands.ROOT / "docs/use_it_in_your_model.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "job.toml").write_text(block)
+    small = ["--training.steps=2", "--training.seq_len=16", "--training.local_batch_size=1", "--metrics.log_freq=1"]
+    options = [f"--job.config_file={tmp_path / 'job.toml'}", f"--job.dump_folder={tmp_path}", *small]
+    done = commands.run("-m", "momoe_titan.train", *options, "--training.dataset=python_stdlib", cwd=commands.ROOT)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert "Our experts and routers in 5 MoE layers" in said
+    assert len(re.findall("maxvio: ", said)) == 2
+    assert "experts without a token" in said
