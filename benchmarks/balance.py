@@ -581,7 +581,7 @@ def time_rule(flavor: str) -> None:
     print(f"{flavor}: hooks {hooks:.2f} ms a step", flush=True)
 
 
-def time_steps(flavor: str, turns: int = 12, steps: int = 10) -> None:
+def time_steps(flavor: str, turns: int = 8, steps: int = 10) -> None:
     """Print what a step takes with the rule and without balancing, in turns, as a job trains (see `Step`).
 
     The learning rate is 0, and both models route alike: the rule's own work is all they differ in.
