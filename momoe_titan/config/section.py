@@ -17,9 +17,11 @@ BalanceRule = Literal["sign", "proportional", "quantile"]
 AuxLossScope = Literal["sequence", "batch", "global"]
 Packing = Literal["concatenate", "interleave", "best_fit"]
 MixedPrecision = Literal["weights", "autocast"]
+ExpertDispatch = Literal["auto", "all_ranks", "chosen_ranks"]
 
 STOCK_BACKEND: Backend = "torchtitan"
 AUTOCAST: MixedPrecision = "autocast"
+ALL_RANKS: ExpertDispatch = "all_ranks"
 BACKENDS = get_args(Backend)
 OUR_BACKENDS = tuple(backend for backend in BACKENDS if backend != STOCK_BACKEND)
 BALANCE_RULES = get_args(BalanceRule)
@@ -217,6 +219,15 @@ class Momoe:
     master weights and moments in training.dtype. "autocast": matrix
     products in it, weights and residuals in training.dtype. Jobs under
     DistributedDataParallel take autocast whatever this says.
+    """
+
+    expert_dispatch: ExpertDispatch = "auto"
+    """
+    Where expert parallelism sends a token. "chosen_ranks": to the ranks
+    that own its experts; the host waits in every MoE layer to learn how
+    many come. "all_ranks": to all, without a wait, in parts compiled as
+    a whole; more is sent, and a rank has room for all tokens at once.
+    "auto": "all_ranks" where it sends at most 1.3 times as much.
     """
 
     check_ids: bool = False

@@ -42,12 +42,13 @@ _KIND = (  # see Experts
 )
 _lib.define(
     "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
-    f" bool inference, str backend, {_KIND}) -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
+    f" bool inference, str backend, SymInt? usual_rows=None, {_KIND})"
+    " -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
 for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
     _lib.define(
         f"{_name}(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor scores, {_z} z, Tensor routing, SymInt num_rows,"
-        f" float save_percent, bool[] needs, str backend, {_KIND})"
+        f" float save_percent, bool[] needs, str backend, SymInt? usual_rows=None, {_KIND})"
         " -> (Tensor dx, Tensor dw1, Tensor dw2, Tensor dscores, Tensor dgate, Tensor dbias1, Tensor dbias2)"
     )
 
@@ -68,6 +69,7 @@ class SavedForBackward:
     num_rows: int  # R
     save_percent: float
     backend: str  # "triton" or "torch"
+    usual_rows: int | None = None  # see `momoe_mlp`
 
     def routing(self) -> RoutingMetadata:
         num_experts = self.experts.w2.shape[0]
@@ -112,6 +114,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _schedule(gemms, x_TD: Tensor, experts: Experts, num_rows: int, inference: bool) -> MemorySchedule:
+    """What suits `num_rows`, the usual number of rows if more are allocated."""
     num_experts, ffn, d_model = experts.w2.shape
     sizes = LayerSizes(x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size())
     if (planned := gpu.planned()) is not None:
@@ -146,13 +149,14 @@ def _combined(gemm, rows, experts: Experts, routing, scores_TK, out_TD, ranges, 
         combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
 
 
-def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, *kind):
-    experts = Experts(w1_ED2F, w2_EFD, *kind)
+def _forward(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, usual_rows=None, *kind):
+    experts = Experts(w1, w2_EFD, *kind)
     num_experts, ffn, _ = w2_EFD.shape
+    usual_rows = num_rows if usual_rows is None else usual_rows
     num_tokens, num_chosen = ids_TK.shape
     tile_rows = _tile_rows(x_TD, experts, backend)
     max_rows = tile_rows * MAX_TILES * (1 if (planned := gpu.planned()) is None else planned.load.rows)
-    num_saved = num_saved_rows(num_rows, save_percent)
+    num_saved = num_saved_rows(usual_rows, save_percent)
     if num_rows > max_rows:
         raise ValueError(f"T * K must be at most {max_rows}, got {num_rows}: split the batch")
     if backend == "torch":
@@ -173,15 +177,30 @@ def _forward(x_TD, w1_ED2F, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, experts, routing, act_RF, z_SZ, saves_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
-    ranges = _schedule(gemms, x_TD, experts, num_rows, inference).y_ranges
+    ranges = _schedule(gemms, x_TD, experts, usual_rows, inference).y_ranges
     weights_TK = None if experts.scores_on_input else scores_TK
     _combined(gemms.down_proj, act_RF, experts, routing, weights_TK, out_TD, ranges, ids_TK=ids_TK)
     return out_TD, counts_E, z_SZ, packed.new_empty(0) if inference else packed
 
 
-def _backward(dout_TD, x_TD, w1, w2, scores_TK, z, packed, num_rows, save_percent, needs, backend, *kind, over_z=False):
+def _backward(
+    dout_TD,
+    x_TD,
+    w1,
+    w2,
+    scores_TK,
+    z,
+    packed,
+    num_rows,
+    save_percent,
+    needs,
+    backend,
+    usual_rows=None,
+    *kind,
+    over_z=False,
+):
     experts, needs = Experts(w1, w2, *kind), Needs(*needs)
-    saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend)
+    saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend, usual_rows)
     if backend == "triton":
         return _triton_backward(dout_TD.contiguous(), saved, needs, over_z)
     grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing())
@@ -191,13 +210,15 @@ def _backward(dout_TD, x_TD, w1, w2, scores_TK, z, packed, num_rows, save_percen
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
     """The gradients of `Needs`, empty where not needed. What is deleted here, and when, decides the memory peak."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
+    usual_rows = num_rows if saved.usual_rows is None else saved.usual_rows
     z_SZ, routing = saved.rows_of_z(), saved.routing()
     num_saved = z_SZ.shape[0]
     dout_TD, x_TD, experts = _aligned(dout_TD), _aligned(saved.x_TD), _aligned_experts(saved.experts)
     gemms: Any = select_gemms(x_TD, experts)  # z and dz have the form that this family of kernels takes
-    schedule = _schedule(gemms, x_TD, experts, num_rows, inference=False)
+    schedule = _schedule(gemms, x_TD, experts, usual_rows, inference=False)
 
-    z, dz = gemms.z_and_dz(z_SZ, num_rows, over_z, some=0 < saved.save_percent < 100)
+    all_saved = saved.save_percent == 100 and usual_rows == num_rows
+    z, dz = gemms.z_and_dz(z_SZ, num_rows, over_z, some=saved.save_percent > 0 and not all_saved)
     del z_SZ
     if num_saved < num_rows:
         gemms.recompute_z(x_TD, experts, routing, z, dz)
@@ -284,7 +305,9 @@ IMPLEMENTATIONS = {
 
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
-def _forward_fake(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, *kind):
+def _forward_fake(
+    x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, usual_rows=None, *kind
+):
     experts = Experts(w1, w2_EFD, *kind)
     num_tokens, num_chosen = ids_TK.shape
     num_experts = w2_EFD.shape[0]
@@ -293,14 +316,14 @@ def _forward_fake(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, i
     return (
         torch.empty_like(x_TD),
         ids_TK.new_empty(num_experts, dtype=torch.int64),
-        x_TD.new_empty(num_saved_rows(num_rows, save_percent), experts.width),
+        x_TD.new_empty(num_saved_rows(num_rows if usual_rows is None else usual_rows, save_percent), experts.width),
         ids_TK.new_empty(packed, dtype=torch.int32),
     )
 
 
 @torch.library.register_fake("momoe_titan::moe_backward", lib=_lib)
 @torch.library.register_fake("momoe_titan::moe_backward_over_z", lib=_lib)
-def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, needs, backend, *kind):
+def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, needs, backend, usual_rows=None, *kind):
     inputs = (x, w1, w2, scores, *kind[:3])
     some = zip(inputs, Needs(*needs), strict=False)
     grads = [torch.empty_like(t) if need else x.new_empty(0) for t, need in some]
@@ -310,12 +333,13 @@ def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, n
 def overwrites_z(*args: Any) -> bool:
     """Whether `moe_backward_over_z` of these arguments writes dz over z, on the "triton" backend."""
     _, x_TD, w1, w2, *_ = args
-    return select_gemms(x_TD, Experts(w1, w2, *args[11:])).traits.dz_over_z
+    return select_gemms(x_TD, Experts(w1, w2, *args[12:])).traits.dz_over_z
 
 
 def _setup_context(ctx, inputs, output):
     x_TD, w1, w2, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend, *more = inputs
     _, counts_E, z_S2F, packed = output
+    ctx.usual_rows, *more = more or [None]
     ctx.kind = more[3:]
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
@@ -345,12 +369,12 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError("momoe_mlp has no second derivative")
 
 
-_INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 9, "bias1": 10, "bias2": 11}  # places among the op's inputs
+_INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 10, "bias1": 11, "bias2": 12}  # places among the op's inputs
 
 
 def _autograd_backward(ctx, dout_TD, *_):
     if dout_TD is None:
-        return (None,) * 9
+        return (None,) * 16
     x_TD, w1, w2, scores_TK, z_S2F, packed, *more = ctx.saved_tensors
     # The dispatcher leaves out arguments that have their default.
     needs = [place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place] for place in _INPUTS.values()]
@@ -358,13 +382,13 @@ def _autograd_backward(ctx, dout_TD, *_):
     if _is_last_use(z_S2F, dout_TD):
         backward = torch.ops.momoe_titan.moe_backward_over_z
         torch.autograd.graph.increment_version(z_S2F)  # another backward after an error in this one is refused
-    sizes = ctx.num_rows, ctx.save_percent, needs, ctx.backend
+    sizes = ctx.num_rows, ctx.save_percent, needs, ctx.backend, ctx.usual_rows
     with torch.no_grad():
         grads = backward(dout_TD, x_TD, w1, w2, scores_TK, z_S2F, packed, *sizes, *more, *ctx.kind)
     if torch.is_grad_enabled():  # create_graph
         inputs = dout_TD, x_TD, w1, w2, scores_TK, *(t for t in more if t is not None)
         grads = _OnceDifferentiable.apply(len(inputs), *inputs, *grads)
-    result: list[Tensor | None] = [None] * 15
+    result: list[Tensor | None] = [None] * 16
     for place, grad, need in zip(_INPUTS.values(), grads, needs, strict=True):
         if need:
             result[place] = grad
@@ -494,6 +518,7 @@ def momoe_mlp(
     order: str = "up_gate",
     scores_on_input: bool = False,
     num_rows: int | None = None,
+    usual_rows: int | None = None,
     backend: str = "auto",
     check_ids: bool = False,
     on_saved: Callable[[Tensor], None] | None = None,
@@ -531,6 +556,8 @@ def momoe_mlp(
         num_rows: R, where the caller knows that fewer than T * K slots are used: at least their
             number (a smaller R is undefined behaviour), at most T * K. What the op allocates
             and saves goes by R.
+        usual_rows: where num_rows is a bound that is far above what is usual: how many slots are usually used. The
+            share of these is saved that save_percent says, and rows beyond it are computed again.
         backend: "triton", "torch" (a loop over experts, any device), or "auto" (triton on a CUDA device).
         check_ids: debug flag; refuse ids outside ``[0, E)`` and experts named twice by a token, or,
             where num_rows is given, more used slots than that (synchronises with the host).
@@ -554,6 +581,8 @@ def momoe_mlp(
     kind = dict(bias1=bias1, bias2=bias2, activation=activation, order=order, scores_on_input=scores_on_input)
     experts = _gathered(w1_EDZ, w2_EFD, dtype, kind)
     _validate(x_TD, experts, ids_TK, scores_TK, num_rows)
+    if usual_rows is not None and not 0 <= usual_rows <= (most := ids_TK.numel() if num_rows is None else num_rows):
+        raise ValueError(f"usual_rows must be from 0 to num_rows = {most}, got {usual_rows}")
     if check_ids:
         _validate_ids(ids_TK, w2_EFD.shape[0], num_rows)
     backend = resolve_backend(backend, x_TD.device)
@@ -568,6 +597,7 @@ def momoe_mlp(
         save_percent if wants_grad else 0.0,
         not wants_grad,
         backend,
+        usual_rows,
         experts.gate,
         experts.bias1,
         experts.bias2,

@@ -53,6 +53,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
             turns balancing off.
         aux_loss_weight, aux_loss_scope, router_z_loss_weight: see `moe.router_losses`.
         load_balance_off_layers: ids of MoE layers whose bias stays as it is.
+        expert_dispatch: "auto", "all_ranks" or "chosen_ranks": see `model.parallel.gathered`.
         check_ids: debug flag of `momoe_mlp`.
         document_mask: attention stays inside documents; sets `attn_type` and `attn_mask_type`.
         loss_chunk_mib: MiB of logits that the loss holds at a time; see `model.output`.
@@ -81,6 +82,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
     aux_loss_scope: str = "global"
     router_z_loss_weight: float = 0.0
     load_balance_off_layers: list[int] = field(default_factory=list)
+    expert_dispatch: str = "auto"
     check_ids: bool = False
     document_mask: bool = False
     loss_chunk_mib: float = Momoe.loss_chunk_mib
@@ -149,6 +151,7 @@ class MomoeLlamaArgs(TransformerModelArgs):
         self.aux_loss_scope = momoe.aux_loss_scope
         self.router_z_loss_weight = momoe.router_z_loss_weight
         self.load_balance_off_layers = list(momoe.load_balance_off_layers)
+        self.expert_dispatch = momoe.expert_dispatch
         self.check_ids = momoe.check_ids
         if momoe.document_mask:
             # TorchTitan's trainer asks the model for masks.

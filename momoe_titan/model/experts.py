@@ -78,6 +78,7 @@ class MomoeExperts(SavingExperts):
         ids_TK: torch.Tensor,
         scores_TK: torch.Tensor,
         num_rows: int | None = None,
+        usual_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
@@ -90,6 +91,7 @@ class MomoeExperts(SavingExperts):
             scores_TK,
             save_percent,
             num_rows=num_rows,
+            usual_rows=usual_rows,
             backend=self.backend,
             check_ids=self.check_ids,
             on_saved=on_saved,

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict, cast
 
 import torch
@@ -94,7 +94,7 @@ class MomoeBlock(nn.Module):
     """Pre-norm transformer block.
 
     `moe_enabled` says whether its second half is `moe` or `feed_forward`, as in TorchTitan's MoE
-    models.
+    models. `compiled_parts`, after `compile_parts`, are what comes before and after the experts.
     """
 
     moe: BalancedMoE
@@ -111,6 +111,7 @@ class MomoeBlock(nn.Module):
             self.moe = build_moe(layer_id, model_args)
         else:
             self.feed_forward = FeedForward(dim, model_args.dense_hidden_dim)
+        self.compiled_parts: tuple[Callable, Callable] | None = None
         depth = layer_id + 1 if model_args.depth_init else model_args.n_layers
         self.weight_init_std = 0.02 / (2 * depth) ** 0.5
 
@@ -122,9 +123,29 @@ class MomoeBlock(nn.Module):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, L, D) -> (B, L, D); the other arguments are those of TorchTitan's Attention."""
+        if self.compiled_parts is not None:
+            before_experts, after_experts = self.compiled_parts
+            h_BLD, x_TD, *under_way = before_experts(x_BLD, freqs_cis, attention_masks, positions)
+            return after_experts(h_BLD, x_TD, self.moe.run_experts(*under_way))
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attention_masks, positions)
         feed_forward = self.moe if self.moe_enabled else self.feed_forward
         return h_BLD + feed_forward(self.ffn_norm(h_BLD))
+
+    def compile_parts(self, backend: str) -> None:
+        """Compile what comes before the experts, and what comes after them, each as a whole.
+
+        For a layer with a gatherer: its experts are an FSDP module of their own, whose hooks no graph can hold.
+        """
+        compiled = (torch.compile(part, backend=backend, fullgraph=True) for part in (self._before, self._after))
+        self.compiled_parts = tuple(compiled)
+
+    def _before(self, x_BLD, freqs_cis, attention_masks, positions):
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attention_masks, positions)
+        return h_BLD, *self.moe.route_and_gather(self.ffn_norm(h_BLD))
+
+    def _after(self, h_BLD, x_TD, y_MD):
+        # The shared experts while results are under way, as in the backward.
+        return h_BLD + self.moe.add_results(y_MD, self.moe.run_shared_experts(x_TD)).view(h_BLD.shape)
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

@@ -14,6 +14,7 @@ from momoe_titan.config.section import Momoe
 from momoe_titan.model.experts import MomoeExperts, SharedExperts
 from momoe_titan.model.parallel.collectives import gather_rows, sum_and_scatter_rows
 from momoe_titan.model.parallel.dispatch import Dispatcher
+from momoe_titan.model.parallel.gathered import TokenGatherer
 from momoe_titan.model.router import MomoeRouter
 from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import record_counts
@@ -52,6 +53,7 @@ class BalancedMoE(Float32Buffers, MoE):
     experts: nn.Module
     shared_experts: nn.Module | None
     tp_mesh: DeviceMesh | None
+    gatherer: TokenGatherer | None
     expert_bias: torch.Tensor
     tokens_per_expert: torch.Tensor
 
@@ -77,6 +79,7 @@ class BalancedMoE(Float32Buffers, MoE):
         if self.shared_experts is not None:
             self.shared_experts = SharedExperts(dim, hidden_dim * moe_args.num_shared_experts)
         self.tp_mesh = None
+        self.gatherer = None
         counts_E = torch.zeros(moe_args.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts_E, persistent=True)
         self.register_load_state_dict_pre_hook(_start_missing_state_at_zero)
@@ -119,6 +122,7 @@ class MomoeMoE(BalancedMoE):
 
     Attributes:
         dispatcher: sends tokens to the ranks of their experts under expert parallelism, or None.
+        gatherer: gathers the tokens of all ranks in its place, or None.
     """
 
     experts_tp_placements = {"w1": Shard(3), "w2": Shard(1)}
@@ -151,9 +155,15 @@ class MomoeMoE(BalancedMoE):
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> out (B, L, D).
 
-        Does not wait for the device, except for the sizes of what expert parallelism exchanges. t of
+        Does not wait for the device, except for the sizes of what `dispatcher` exchanges. t of
         the T tokens are the rank's own, which is all of them without tensor parallelism.
         """
+        if self.gatherer is not None:
+            x_TD, *under_way = self.route_and_gather(x_BLD)
+            # Before the experts: activation checkpointing must not begin a recomputation, which the backward of these
+            # does, before the backward has come to the experts, whose FSDP hooks would take it for another forward.
+            shared_TD = self.run_shared_experts(x_TD)
+            return self.add_results(self.run_experts(*under_way), shared_TD).view(x_BLD.shape)
         x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
         x_TD = gather_rows(x_tD, self.tp_mesh)
         scores_tK, ids_tK = self.router(x_tD, self.expert_bias, x_BLD.shape[0])
@@ -165,13 +175,44 @@ class MomoeMoE(BalancedMoE):
         else:
             out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK)
         record_counts(self, self.tokens_per_expert, counts_E)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared_TD = self.run_shared_experts(x_TD)
         if self.dispatcher is not None:
             y_MD, _ = self.experts(*exchange.receive())
             out_TD = exchange.combine(y_MD)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         return sum_and_scatter_rows(out_TD, self.tp_mesh).view(x_BLD.shape)
+
+    def run_shared_experts(self, x_TD: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(x_TD)
+
+    # The parts of a forward with a gatherer. The first and the last can be compiled.
+
+    def route_and_gather(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x_TD, and two tensors for `run_experts`, which are under way."""
+        assert self.gatherer is not None
+        x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        x_TD = gather_rows(x_tD, self.tp_mesh)
+        x_MD = self.gatherer.gather(x_TD)
+        scores_tK, ids_tK = self.router(x_tD, self.expert_bias, x_BLD.shape[0])
+        scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
+        choice_MC = self.gatherer.gather_choice(ids_TK, scores_TK)
+        record_counts(self, self.tokens_per_expert, self.gatherer.count_chosen(ids_TK))
+        return x_TD, x_MD, choice_MC
+
+    def run_experts(self, x_MD: torch.Tensor, choice_MC: torch.Tensor) -> torch.Tensor:
+        """This rank's experts for the tokens of all ranks; for `add_results`, under way to their ranks."""
+        assert self.gatherer is not None
+        y_MD, _ = self.experts(*self.gatherer.receive(x_MD, choice_MC))
+        return self.gatherer.send_home(y_MD)
+
+    def add_results(self, y_MD: torch.Tensor, shared_TD: torch.Tensor | None) -> torch.Tensor:
+        """out (t, D), from the results of the experts under way and those of the shared ones."""
+        assert self.gatherer is not None
+        out_TD = self.gatherer.sum(y_MD)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
+        return sum_and_scatter_rows(out_TD, self.tp_mesh)
 
 
 def _start_missing_state_at_zero(

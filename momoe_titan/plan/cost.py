@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import (
 )
 from torch.utils.flop_counter import flop_registry
 
-from momoe_titan.model.parallel import dispatch  # noqa: F401 - registers the ops below
+from momoe_titan.model.parallel import dispatch, gathered  # noqa: F401 - registers the ops below
 
 ops = torch.ops
 _FORWARD = ops.momoe_titan.moe_forward
@@ -33,6 +33,8 @@ _COLLECTIVES = {
     ops._c10d_functional.all_reduce: ("all-reduce", 0, 2),
     ops._c10d_functional.all_to_all_single: ("all-to-all", 0, 1),
     ops.momoe_titan.send_rows: ("all-to-all", 0, 1),
+    ops.momoe_titan.gather_tokens: ("all-gather", None, 1),
+    ops.momoe_titan.send_blocks: ("all-to-all", 0, 1),
 }
 # What NCCL makes of a link within a node: seconds of a call beside its bytes, and the share of the link's bandwidth.
 # Fitted to benchmarks/results/link_2xh200.json, all-reduce as a reduce-scatter and an all-gather.
@@ -152,7 +154,7 @@ class StepCost:
     def _experts(self, func, args, micro: bool, forward: bool) -> None:
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         _, ffn, d_model = given["w2"].shape
-        unit = 2 * given["num_rows"] * d_model * ffn
+        unit = 2 * (given.get("usual_rows") or given["num_rows"]) * d_model * ffn
         width = f"{ffn} float32" if given["w2"].dtype == torch.float32 else f"{ffn}"
         self._add(micro, f"experts {'forward' if forward else 'backward'} {width}", (3 if forward else 6) * unit)
         if not forward:

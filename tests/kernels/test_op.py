@@ -146,6 +146,34 @@ def test_room_for_used_slots_only(spare, device, backend):
             momoe_mlp(x, w1, w2, torch.zeros_like(ids), scores, num_rows=rows, **kwargs)
 
 
+@pytest.mark.parametrize("save_percent", [0, 50, 100])
+def test_usual_rows_bound_what_is_saved(save_percent, device, backend):
+    """More rows than usual, or fewer: the same to the bit, with z for the share of the usual ones."""
+    x, w1, w2, ids, scores, dout = make_inputs(SHAPES["tiles_cross_experts"], torch.float32, device)
+    want, _ = run(momoe_mlp, x, w1, w2, ids, scores, dout, 0, backend=backend)
+    saved = []
+    for usual in (ids.numel() // 2, 0, ids.numel()):
+        got, _ = run(
+            momoe_mlp,
+            x,
+            w1,
+            w2,
+            ids,
+            scores,
+            dout,
+            save_percent,
+            usual_rows=usual,
+            backend=backend,
+            on_saved=saved.append,
+        )
+        for name, g, w in zip(NAMES, got, want, strict=True):
+            assert torch.equal(g, w), (name, usual)
+    shares = [usual * save_percent // 100 for usual in (ids.numel() // 2, ids.numel())]
+    assert [z.shape[0] for z in saved] == (shares if save_percent else [])
+    with pytest.raises(ValueError, match="usual_rows must be from 0 to num_rows = 3, got 4"):
+        momoe_mlp(x, w1, w2, torch.full_like(ids, -1), scores, num_rows=3, usual_rows=4, backend=backend)
+
+
 def test_an_expert_named_twice_counts_twice(device, backend):
     x, w1, w2, ids, scores, dout = make_inputs((20, 32, 32, 4, 2), torch.float32, device)
     ids[7] = 2

@@ -3,9 +3,10 @@
 Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
 are forks of this one, because importing torch takes longer than training does. A run has replicate,
 shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
-num_experts, starve (the last of `ep` ranks gets no token), room (memory for so many times the z that
-a rank saves in a layer at its fair share of tokens; 0: no budget) and save (folder of a checkpoint to
-write). Every rank trains on its part of the same batches. The results go to FOLDER/PROCESSES.pt.
+num_experts, dispatch (momoe.expert_dispatch), starve (the last of `ep` ranks gets no token), room
+(memory for so many times the z that a rank saves in a layer at its fair share of tokens; 0: no budget)
+and save (folder of a checkpoint to write). Every rank trains on its part of the same batches. The
+results go to FOLDER/PROCESSES.pt.
 """
 
 import functools
@@ -49,6 +50,7 @@ def args_for(settings):
         save_percent=[settings["save_percent"]],
         backend=settings["backend"],
         load_balance_off_layers=[2],
+        expert_dispatch=settings["dispatch"],
     )
 
 

@@ -167,14 +167,16 @@ class ReceivedChoice:
     Attributes:
         ids_MK: int32, counted from the rank's first expert: those of other ranks are below 0 or too high.
         scores_MK: float32.
-        num_rows: how many (row, slot) pairs chose an expert of this rank.
+        num_rows: how many (row, slot) pairs chose an expert of this rank, at most.
+        usual_rows: how many do where experts are chosen evenly, if num_rows is far more than usual.
     """
 
     # Not a dataclass: in one, FSDP would round the scores to the dtype of the parameters.
-    def __init__(self, choice_MC: torch.Tensor, first_expert: int, num_rows: int):
+    def __init__(self, choice_MC: torch.Tensor, first_expert: int, num_rows: int, usual_rows: int | None = None):
         self.scores_MK, ids_MK = choice_MC.chunk(2, dim=1)
         self.ids_MK = ids_MK.detach().int() - first_expert
         self.num_rows = num_rows
+        self.usual_rows = usual_rows
 
 
 class Exchange:

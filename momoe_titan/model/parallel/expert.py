@@ -1,4 +1,7 @@
-"""Expert parallelism applied to a model: which rank owns which experts. dispatch.py moves the tokens."""
+"""Expert parallelism applied to a model: which rank owns which experts.
+
+gathered.py or dispatch.py moves the tokens.
+"""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -7,9 +10,11 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.expert_parallel import ExpertParallel as TitanExpertParallel
 
+from momoe_titan.model.args import MomoeLlamaArgs
 from momoe_titan.model.model import blocks_of
 from momoe_titan.model.moe import MomoeMoE
 from momoe_titan.model.parallel.dispatch import Dispatcher
+from momoe_titan.model.parallel.gathered import TokenGatherer, gathers_tokens
 
 
 class ExpertParallel(ParallelStyle):
@@ -40,7 +45,7 @@ class ExpertParallel(ParallelStyle):
     @staticmethod
     def _unpack(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
         x_MD, choice = inputs
-        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows
+        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows, choice.usual_rows
 
 
 def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None:
@@ -55,7 +60,12 @@ def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None
             continue
         moe = block.moe
         if isinstance(moe, MomoeMoE):
-            moe.dispatcher = Dispatcher(mesh.get_group(), moe.experts.num_experts, moe.experts.backend)
+            how = mesh.get_group(), moe.experts.num_experts, moe.experts.backend
+            args: MomoeLlamaArgs = model.model_args  # pyright: ignore[reportAssignmentType] - of every model of ours
+            if gathers_tokens(args.expert_dispatch, mesh.size(), moe.router.top_k, moe.experts.num_experts):
+                moe.gatherer = TokenGatherer(*how)
+            else:
+                moe.dispatcher = Dispatcher(*how)
             parallelize_module(moe.experts, experts_mesh, ExpertParallel(moe.experts_tp_placements))
         else:
             parallelize_module(moe.experts, mesh, TitanExpertParallel())

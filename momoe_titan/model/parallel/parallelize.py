@@ -46,7 +46,11 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
             # torch 2.13: a compiled block whose input is still being gathered loses the layout of
             # the gradient. A copy waits for the gather.
             model.tok_embeddings.register_forward_hook(lambda module, args, out: out.clone())
-        _compile(model, job_config, parallel_dims.ep_enabled)
+        if parallel_dims.ep_enabled and model.model_args.backend != STOCK_BACKEND:
+            checkpointing = job_config.activation_checkpoint.mode != "none"
+            _compile_around_experts(model, job_config, in_two_parts=not (checkpointing or parallel_dims.tp_enabled))
+        else:
+            _compile(model, job_config, parallel_dims.ep_enabled)
 
     if parallel_dims.fsdp_enabled:
         apply_fsdp(model, parallel_dims, job_config)
@@ -58,21 +62,11 @@ def parallelize_momoe_llama(model: MomoeLlama, parallel_dims: ParallelDims, job_
 def _compile(model: MomoeLlama, job_config: JobConfig, ep_enabled: bool) -> None:
     """Compile each block as a whole, which works because our experts are one op and break no graph.
 
-    Blocks with the same save_percent share one graph. Under expert parallelism the experts are an
-    FSDP module of their own, whose hooks no graph can hold, and the MoE layer's number of tokens
-    differs from step to step. There the parts around the MoE layer are compiled one by one, and the
-    layer itself is not. Stock MoE layers get what TorchTitan does.
+    Blocks with the same save_percent share one graph. Stock MoE layers get what TorchTitan does.
     """
     config = job_config.compile
     if model.model_args.backend == STOCK_BACKEND:
         apply_compile(model, config, ep_enabled)
-    elif ep_enabled:
-        for block in blocks_of(model):
-            ffn = block.moe.shared_experts if block.moe_enabled else block.feed_forward
-            # Not the norms: their forward is torch's own, which dynamo does not compile on its own.
-            for part in (block.attention, ffn):
-                if part is not None:
-                    part.compile(backend=config.backend, fullgraph=True)
     else:
         dynamo = torch._dynamo.config
         # Otherwise a second value of save_percent would become a run-time value of the graph.
@@ -82,3 +76,25 @@ def _compile(model: MomoeLlama, job_config: JobConfig, ep_enabled: bool) -> None
         values = {layer.save_percent for layer in experts if isinstance(layer, MomoeExperts)}
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (1 + len(values)))
         compile_whole_blocks(model, config)
+
+
+def _compile_around_experts(model: MomoeLlama, job_config: JobConfig, in_two_parts: bool) -> None:
+    """Compile each block up to its experts and from there on, or else attention and shared experts one by one.
+
+    Under expert parallelism the experts are an FSDP module of their own, whose hooks no graph can hold. Nor can one
+    hold a layer that sends tokens to chosen ranks: their number differs from step to step.
+
+    Args:
+        in_two_parts: whether a block with a gatherer may be compiled in two parts. Not where activation checkpointing
+            records ops inside of the layer, and not where tensor parallelism has hooks around it.
+    """
+    backend = job_config.compile.backend
+    for block in blocks_of(model):
+        if in_two_parts and block.moe_enabled and block.moe.gatherer is not None:
+            block.compile_parts(backend)
+            continue
+        ffn = block.moe.shared_experts if block.moe_enabled else block.feed_forward
+        # Not the norms: their forward is torch's own, which dynamo does not compile on its own.
+        for part in (block.attention, ffn):
+            if part is not None:
+                part.compile(backend=backend, fullgraph=True)

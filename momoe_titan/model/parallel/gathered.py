@@ -1,0 +1,208 @@
+"""Expert parallelism in which every rank of a group gets the tokens of all ranks, and the host waits for nothing.
+
+Where a token chooses several experts and there are few ranks, almost every token has an expert on every rank:
+99.8% of them with 2 ranks and 8 of 128 experts. Sending all tokens to all ranks costs next to nothing more than
+`dispatch.Dispatcher` does, and all sizes are then known in advance.
+
+    x_TD    -> all-gather -> x_MD -> the op, for this rank's experts -> y_MD
+    out_TD  <- sum over the ranks <- all-to-all, a block of T rows for each rank  <- y_MD
+
+What the backward sends is the same: it gathers the gradient of out, and sends blocks of the gradients of x and of the
+scores. A rank allocates for the most rows that could choose its experts, `P` times its even share, because the host
+does not know how many do. The kernels work on the rows that there are. Saved pre-activations are bounded by the even
+share: rows beyond it are computed again in the backward, so that what is kept until the backward does not depend on
+the routing.
+
+The ops below start a transfer and return its result before it has arrived, as torch's functional collectives do.
+Between start and arrival: the router runs while x is gathered, the shared experts run while results come back, and in
+the backward the shared experts' while the gradient of out is gathered and the router's while that of x comes back. A
+tensor under way is touched by nothing but `_Arrived` and `sum_tokens`, which wait for it.
+
+Letters: T a rank's own tokens, P ranks, M = P T, E experts, K experts chosen per token, C any width.
+"""
+
+import torch
+from torch.distributed import ProcessGroup
+
+from momoe_titan.config.section import ALL_RANKS
+from momoe_titan.kernels import count_slots, resolve_backend
+from momoe_titan.model.parallel.dispatch import ReceivedChoice, fair_share
+from momoe_titan.model.parallel.peer_memory import connect, peers_of
+
+# The most rows that are sent per row that a rank needs; beyond it `Dispatcher` sends fewer.
+MOST_SENT = 1.3
+
+_lib = torch.library.Library("momoe_titan", "FRAGMENT")
+_lib.define("gather_tokens(Tensor rows, int rank, int ranks, str group_name, bool first=False) -> Tensor")
+_lib.define("send_blocks(Tensor rows, int ranks, str group_name) -> Tensor")
+_lib.define("sum_tokens(Tensor rows, int rank, int ranks, str group_name) -> Tensor")
+_lib.define("count_chosen(Tensor ids, int num_experts, str backend) -> Tensor")
+_collectives = torch.ops._c10d_functional
+
+
+def _gather_tokens(rows_TC: torch.Tensor, rank: int, ranks: int, group_name: str, first: bool = False) -> torch.Tensor:
+    """Starts to gather the rows of all ranks, (M, C) with those of rank 0 first. The input may be freed at once."""
+    if (peers := peers_of(group_name)) is not None:
+        return peers.gather(rows_TC, first)
+    num_tokens = rows_TC.shape[0]
+    gathered_MC = rows_TC.new_empty(ranks * num_tokens, *rows_TC.shape[1:])
+    own_TC = gathered_MC.narrow(0, rank * num_tokens, num_tokens)
+    own_TC.copy_(rows_TC)
+    return _collectives.all_gather_into_tensor_out(own_TC, ranks, group_name, out=gathered_MC)
+
+
+def _send_blocks(rows_MC: torch.Tensor, ranks: int, group_name: str) -> torch.Tensor:
+    """Starts to send block p of T rows to rank p; block p of the result, (M, C), comes from rank p."""
+    if (peers := peers_of(group_name)) is not None:
+        return peers.send_blocks(rows_MC)
+    even = [rows_MC.shape[0] // ranks] * ranks
+    return _collectives.all_to_all_single(rows_MC, even, even, group_name)
+
+
+def _sum_tokens(rows_MC: torch.Tensor, rank: int, ranks: int, group_name: str) -> torch.Tensor:
+    """Waits for blocks that are under way; (T, C): their sum, in float32 inside."""
+    blocks = _collectives.wait_tensor(rows_MC).unflatten(0, (ranks, -1))
+    # Two are added by a kernel that is three times as fast, with the same result.
+    return blocks[0] + blocks[1] if ranks == 2 else blocks.sum(dim=0)
+
+
+def _count_chosen(ids_TK: torch.Tensor, num_experts: int, backend: str) -> torch.Tensor:
+    return count_slots(ids_TK, num_experts, backend)
+
+
+for _name, _body in (
+    ("gather_tokens", _gather_tokens),
+    ("send_blocks", _send_blocks),
+    ("sum_tokens", _sum_tokens),
+    ("count_chosen", _count_chosen),
+):
+    _lib.impl(_name, _body, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("momoe_titan::gather_tokens", lib=_lib)
+def _(rows_TC, rank, ranks, group_name, first=False):
+    return rows_TC.new_empty(ranks * rows_TC.shape[0], *rows_TC.shape[1:])
+
+
+@torch.library.register_fake("momoe_titan::send_blocks", lib=_lib)
+def _(rows_MC, ranks, group_name):
+    return torch.empty_like(rows_MC)
+
+
+@torch.library.register_fake("momoe_titan::sum_tokens", lib=_lib)
+def _(rows_MC, rank, ranks, group_name):
+    return rows_MC.new_empty(rows_MC.shape[0] // ranks, *rows_MC.shape[1:])
+
+
+@torch.library.register_fake("momoe_titan::count_chosen", lib=_lib)
+def _(ids_TK, num_experts, backend):
+    return ids_TK.new_empty(num_experts, dtype=torch.int64)
+
+
+def _keep_ranks(ctx, inputs, output):
+    _, *ctx.ranks = inputs[:4]
+
+
+# The gradient of what is under way is itself under way.
+def _gather_backward(ctx, drows_MC):
+    return torch.ops.momoe_titan.sum_tokens(drows_MC, *ctx.ranks), None, None, None, None
+
+
+def _sum_backward(ctx, drows_TC):
+    return torch.ops.momoe_titan.gather_tokens(drows_TC.contiguous(), *ctx.ranks), None, None, None
+
+
+torch.library.register_autograd("momoe_titan::gather_tokens", _gather_backward, setup_context=_keep_ranks, lib=_lib)
+torch.library.register_autograd("momoe_titan::sum_tokens", _sum_backward, setup_context=_keep_ranks, lib=_lib)
+
+
+class _Arrived(torch.autograd.Function):
+    """Rows that were gathered, once they are there. The backward starts to send their gradients home."""
+
+    @staticmethod
+    def forward(ctx, rows_MC, ranks, group_name):
+        ctx.ranks = ranks, group_name
+        return _collectives.wait_tensor(rows_MC)
+
+    @staticmethod
+    def backward(ctx, drows_MC):
+        return torch.ops.momoe_titan.send_blocks(drows_MC.contiguous(), *ctx.ranks), None, None
+
+
+class _SentHome(torch.autograd.Function):
+    """Results on their way to the ranks of their tokens. The backward waits for their gradients."""
+
+    @staticmethod
+    def forward(ctx, rows_MC, ranks, group_name):
+        return torch.ops.momoe_titan.send_blocks(rows_MC.contiguous(), ranks, group_name)
+
+    @staticmethod
+    def backward(ctx, drows_MC):
+        return _collectives.wait_tensor(drows_MC), None, None
+
+
+def gathers_tokens(dispatch: str, num_ranks: int, num_chosen: int, num_experts: int) -> bool:
+    """Whether every rank gets all tokens, by `momoe.expert_dispatch`.
+
+    "auto" says so where it costs at most `MOST_SENT` times what the ranks need that evenly chosen experts are on.
+    """
+    if dispatch != "auto":
+        return dispatch == ALL_RANKS
+    needed, _ = fair_share(10**6, num_chosen, num_experts, num_ranks)
+    return MOST_SENT * needed >= 10**6
+
+
+class TokenGatherer:
+    """Gathers the tokens of all ranks of a group, and sends results home.
+
+    Args:
+        group: P ranks, with equally many tokens each. Rank p owns the experts from p * E/P on.
+        num_experts: E, a multiple of P.
+        backend: of `momoe_mlp`.
+    """
+
+    def __init__(self, group: ProcessGroup, num_experts: int, backend: str):
+        self.rank, self.ranks, self.group_name = group.rank(), group.size(), group.group_name
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // self.ranks
+        self.backend = backend
+        connect(group)
+
+    def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """x_TD -> x_MD, under way: for `receive`. To be called before `gather_choice`."""
+        return self._gather(x_TD.contiguous(), first=True)
+
+    def gather_choice(self, ids_TK: torch.Tensor, scores_TK: torch.Tensor) -> torch.Tensor:
+        """Chosen experts and scores -> (M, 2 K) float32, under way: for `receive`."""
+        # float32 holds ids up to 2^24
+        return self._gather(torch.cat([scores_TK.float(), ids_TK.float()], dim=1), first=False)
+
+    def _gather(self, rows_TC: torch.Tensor, first: bool) -> torch.Tensor:
+        return torch.ops.momoe_titan.gather_tokens(rows_TC, self.rank, self.ranks, self.group_name, first)
+
+    def count_chosen(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """The tokens per expert, int64 (E), of this rank's tokens alone."""
+        backend = resolve_backend(self.backend, ids_TK.device)
+        return torch.ops.momoe_titan.count_chosen(ids_TK, self.num_experts, backend)
+
+    def receive(self, x_MD: torch.Tensor, choice_MC: torch.Tensor) -> tuple[torch.Tensor, ReceivedChoice]:
+        """What is under way, once it is there: x_MD, and which of this rank's experts its rows chose."""
+        num_tokens, num_chosen = choice_MC.shape[0], choice_MC.shape[1] // 2
+        # In this order, so that the backward sends the gradient of the scores first: the router's waits for it, and
+        # runs while that of x is under way.
+        x_MD = _Arrived.apply(x_MD, self.ranks, self.group_name)
+        choice = ReceivedChoice(
+            _Arrived.apply(choice_MC, self.ranks, self.group_name),
+            first_expert=self.rank * self.num_local_experts,
+            num_rows=num_tokens * min(num_chosen, self.num_local_experts),
+            usual_rows=num_tokens * num_chosen // self.ranks,
+        )
+        return x_MD, choice
+
+    def send_home(self, y_MD: torch.Tensor) -> torch.Tensor:
+        """y_MD, a weighted sum over this rank's experts for each token -> (M, D), under way: for `sum`."""
+        return _SentHome.apply(y_MD, self.ranks, self.group_name)
+
+    def sum(self, y_MD: torch.Tensor) -> torch.Tensor:
+        """Results under way -> out_TD, once they are there, the sum of all ranks' for each of this rank's tokens."""
+        return torch.ops.momoe_titan.sum_tokens(y_MD, self.rank, self.ranks, self.group_name)
