@@ -166,15 +166,34 @@ def _stacks(ops: list[dict]) -> tuple[list[float], list[list[dict]]]:
     return starts, stacks
 
 
+def busy_pct(kernels: list[dict], of_optimizer: list[dict], steps: int) -> float | None:
+    """How much of the time the GPU works, from the end of the first step's optimizer to that of the last one's.
+
+    The profiler begins when the GPU has nothing to do, and what the host takes to launch a first step is no part of any
+    other.
+
+    Args:
+        of_optimizer: those of the kernels that take the optimizer's steps, as many in each step.
+    """
+    ends = sorted(e["ts"] + e["dur"] for e in of_optimizer)
+    if steps < 2 or len(ends) < steps:
+        return None
+    begin, end = ends[len(ends) // steps - 1], ends[-1]
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in kernels if e["ts"] >= begin and e["ts"] + e["dur"] <= end]
+    return 100 * gaps_between(spans)[0] / (end - begin)
+
+
 def breakdown(trace: Trace, steps: int, vocab_size: int, num_experts: int) -> dict[str, Any]:
     """Milliseconds per step: in all, by part, by kernel, in gaps by length and by what ended them, and on the host."""
     counters: Any = (collections.Counter() for _ in range(5))
     parts, kernels, calls, lengths, ended_by = counters
+    of_optimizer = []
     for kernel in trace.kernels:
         ops = [e for e in trace.around(kernel) if e["cat"] != "cuda_runtime"]
         shapes = str(ops[-1].get("args", {}).get("Input Dims", "")) if ops else ""
         part = part_of([*(e["name"] for e in ops), kernel["name"]], shapes, vocab_size, num_experts)
         name = f"{part}: {kernel['name'][:110]}"
+        of_optimizer += [kernel] if part == "optimizer" else []
         parts[part] += kernel["dur"]
         kernels[name] += kernel["dur"]
         calls[name] += 1
@@ -197,6 +216,7 @@ def breakdown(trace: Trace, steps: int, vocab_size: int, num_experts: int) -> di
         "collectives_of_last_step": collectives[len(collectives) * (steps - 1) // steps :],
         "busy_ms": busy / steps / 1e3,
         "whole_ms": whole / steps / 1e3,
+        "busy_pct": busy_pct(trace.kernels, of_optimizer, steps),
         "parts_ms": per_step(parts),
         "kernels_ms": {f"{name} ({calls[name] / steps:g})": ms for name, ms in per_step(kernels).items()},
         "gaps_ms_by_length": per_step(lengths),
