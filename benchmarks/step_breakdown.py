@@ -49,7 +49,7 @@ PARTS = (
     ("attention", r"sdpa|scaled_dot_product|cudnn|flash|fmha|complex"),
     (
         "router",
-        r"momoe_titan::(route|bfloat16_parts|accumulate)|_route|_parts_kernel|_count_margins|sgemm|f32f32|entropy",
+        r"momoe_titan::(route|bfloat16_parts|accumulate)|_route|_parts_kernel|_count_margins|sgemm|f32f32|(?<!cross)_entropy",
     ),
     ("experts", r"momoe_titan::moe_|rows_kernel|up_proj|down_proj|weight_grad|_combine|_score_grad|_place|_histogram"),
     ("loss", r"log_softmax|cross_entropy|nll_loss|softmax_online"),
