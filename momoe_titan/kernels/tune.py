@@ -8,6 +8,7 @@ cache (see configs.cache_path) or the built-in table.
 
 import argparse
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -35,6 +36,22 @@ def candidates(kernel: str, block_m: int) -> list[TileConfig]:
     """Tiles worth timing for one kernel."""
     tiles = _TILES[kernel] if kernel == "weight_grad" else [(block_m, *t) for t in _TILES[kernel]]
     return [TileConfig(m, n, k, warps, stages) for m, n, k in tiles for warps, stages in _WARPS_AND_STAGES]
+
+
+def times_of(kernel: str, call: Callable[[TileConfig], object], configs: list[TileConfig]) -> dict[TileConfig, float]:
+    """The median time of each configuration in ms, without those that do not compile, fit or run."""
+    times = {}
+    for config in dict.fromkeys(configs):
+        try:
+            times[config] = do_bench(functools.partial(call, config), warmup=5, rep=30, return_mode="median")
+        except (
+            triton.runtime.errors.OutOfResources,
+            triton.CompilationError,
+            torch.OutOfMemoryError,
+            RuntimeError,
+        ) as error:
+            print(f"  {kernel} {config}: skipped ({type(error).__name__})")
+    return times
 
 
 def tune(
@@ -70,17 +87,7 @@ def tune(
         "weight_grad": both_weight_grads,
     }
     for kernel, call in calls.items():
-        times = {}
-        for config in dict.fromkeys([best[kernel], *candidates(kernel, tile_rows)]):
-            try:
-                times[config] = do_bench(functools.partial(call, config), warmup=5, rep=30, return_mode="median")
-            except (
-                triton.runtime.errors.OutOfResources,
-                triton.CompilationError,
-                torch.OutOfMemoryError,
-                RuntimeError,
-            ) as error:
-                print(f"  {kernel} {config}: skipped ({type(error).__name__})")
+        times = times_of(kernel, call, [best[kernel], *candidates(kernel, tile_rows)])
         if not times:
             continue
         default, best[kernel] = best[kernel], min(times, key=times.__getitem__)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -191,6 +192,28 @@ def test_runs_without_a_usable_triton_cache(tmp_path):
     run = subprocess.run([sys.executable, "-W", "always", "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == "True" and "is not usable" in run.stderr
+
+
+def test_a_tile_that_runs_out_of_memory_is_skipped(monkeypatch, capsys):
+    from momoe_titan.kernels import tune
+
+    fits, does_not = configs.TileConfig(64, 64, 64, 4, 3), configs.TileConfig(64, 64, 64, 4, 4)
+
+    def call(config):
+        if config == does_not:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tune, "do_bench", lambda run, **options: run() or 0.5)
+    assert tune.times_of("down_proj", call, [fits, does_not, fits]) == {fits: 0.5}
+    assert "skipped (OutOfMemoryError)" in capsys.readouterr().out
+
+
+def test_training_never_tunes():
+    """So that no rank makes the others wait in a collective: only the command imports what tunes."""
+    package = Path(configs.__file__).parents[2]
+    tuning = [path for path in package.rglob("*.py") if path.name != "tune.py" and "tune import" in path.read_text()]
+    naming = [path for path in package.rglob("*.py") if re.search(r"import .*\btune\b", path.read_text())]
+    assert not tuning and not naming
 
 
 @pytest.mark.gpu
