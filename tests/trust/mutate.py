@@ -16,6 +16,7 @@ it. cosmic-ray starts a new process for each fault (20 s to import torch and Tor
 import argparse
 import ast
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -60,6 +61,7 @@ SWAPS = {  # in the source, with what stands around a name
     **{"ReduceOp.SUM": "ReduceOp.MAX", "ReduceOp.MAX": "ReduceOp.SUM", "ReduceOp.AVG": "ReduceOp.SUM"},
     **{".sum(": ".mean(", ".mean(": ".sum(", "int64": "int32", "float32": "bfloat16", "reverse=True": "reverse=False"},
 }
+NONE = "none"
 QUIET = ("logger", "warnings", "print", "log", "_log", "say", "parser")  # what they say is not tested word by word
 
 
@@ -151,14 +153,15 @@ def candidates(path: Path) -> list[tuple[int, int, str, object]]:
 
 def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
     """`count` faults of each room."""
-    chosen = []
+    of_rooms = []
     for room in rooms:
+        chosen: list[dict] = []
+        of_rooms.append(chosen)
         draw = random.Random(f"{seed} {room}")
-        names, _ = ROOMS[room]
-        paths = sorted(
-            p for name in names for p in ([PACKAGE / name] if name.endswith(".py") else (PACKAGE / name).rglob("*.py"))
-        )
-        every = [(when, str(path), line, name, made) for path in paths for when, line, name, made in candidates(path)]
+        wanted = [str(PACKAGE / name) for name in ROOMS[room][0]]
+        listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+        paths = [p for name in listed.stdout.split() if (p := str(ROOT / name)).startswith(tuple(wanted))]
+        every = [(when, path, line, name, made) for path in paths for when, line, name, made in candidates(Path(path))]
         draw.shuffle(every)
         of_line = {(path, line): (when, path, line, name, made) for when, path, line, name, made in every}
         every = list(of_line.values())
@@ -176,7 +179,11 @@ def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
                 compile(made, path, "exec")
                 file = Path(path).relative_to(ROOT).as_posix()
                 chosen.append({"room": room, "file": file, "line": line, "fault": name, "source": made})
-    return chosen
+        # first none, which shows that the tests pass here
+        whole = {"room": room, "file": chosen[0]["file"], "line": 0, "fault": NONE}
+        chosen.insert(0, {**whole, "source": (ROOT / chosen[0]["file"]).read_text()})
+    # in turn, so that a run that ends early has some of each room
+    return [mutant for mutants in itertools.zip_longest(*of_rooms) for mutant in mutants if mutant]
 
 
 def tests_of(mutant: dict) -> list[str]:
@@ -295,12 +302,14 @@ def told(rows: list[dict], mutants: list[dict]) -> str:
     """A table of all rooms, and the diff of each fault that survived."""
     lines = ["| room | faults | seen | score |", "| --- | ---: | ---: | ---: |"]
     for room in ROOMS:
-        some = [row for row in rows if row["room"] == room]
-        if some:
+        some = [row for row in rows if row["room"] == room and row["fault"] != NONE]
+        if any(row["fault"] == NONE and row["verdict"] != "survived" for row in rows if row["room"] == room):
+            lines.append(f"| {room}: its tests fail without a fault | | | |")
+        elif some:
             seen = sum(row["verdict"] != "survived" for row in some)  # an endless loop is seen too
             lines.append(f"| {room} | {len(some)} | {seen} | {100 * seen / len(some):.0f}% |")
     for row in rows:
-        if row["verdict"] == "survived":
+        if row["verdict"] == "survived" and row["fault"] != NONE:
             lines.append(f"\n{row['file']}:{row['line']} {row['fault']}")
             old = (ROOT / row["file"]).read_text().splitlines()
             new = mutants[row["id"]]["source"].splitlines()
