@@ -28,6 +28,7 @@ _COLLECTIVES = {
     ops.c10d._allgather_base_: ("all-gather", 0, 1),
     ops.c10d._reduce_scatter_base_: ("reduce-scatter", 1, 1),
     ops.c10d.allreduce_: ("all-reduce", 0, 2),
+    ops.c10d.alltoall_base_: ("all-to-all", 1, 1),
     ops._c10d_functional.all_gather_into_tensor: ("all-gather", None, 1),
     ops._c10d_functional.reduce_scatter_tensor: ("reduce-scatter", 0, 1),
     ops._c10d_functional.all_reduce: ("all-reduce", 0, 2),
@@ -41,7 +42,7 @@ _COLLECTIVES = {
 CALL = 30e-6
 SHARES = {"all-gather": 0.57, "reduce-scatter": 0.56, "all-to-all": 0.66, "all-reduce": 0.56}
 # FSDP's collectives, which run at the same time as the compute of neighbouring blocks
-_FSDP = (ops.c10d._allgather_base_, ops.c10d._reduce_scatter_base_)
+_FSDP = (ops.c10d._allgather_base_, ops.c10d._reduce_scatter_base_, ops.c10d.alltoall_base_)
 
 
 @dataclass(frozen=True)

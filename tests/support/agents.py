@@ -24,7 +24,11 @@ def main(number: str, *command: str) -> None:
     config, _, arguments = config_from_args(get_args_parser().parse_args(command))
     config.start_method = "fork"
     options = arguments[arguments.index("-m") + 1 :]
-    sys.exit(not in_forks(int(number), lambda _: elastic_launch(config, job)(*options)))
+
+    def agent(_: int) -> None:
+        elastic_launch(config, job)(*options)
+
+    sys.exit(not in_forks(int(number), agent))
 
 
 if __name__ == "__main__":

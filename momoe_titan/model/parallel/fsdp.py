@@ -1,10 +1,14 @@
 """FSDP and HSDP applied to a model: what is gathered together, when, and along which dimension weights are divided."""
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -13,6 +17,9 @@ from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_div
 from torchtitan.tools.logging import logger
 
 from momoe_titan.model.model import MomoeLlama, blocks_of
+from momoe_titan.model.parallel.reduce_scatter import NarrowReduceScatter
+
+RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 
 
 def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
@@ -22,7 +29,8 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     with expert parallelism also the experts of a layer. What `parallelism.fsdp_reshard_after_forward` says is
     TorchTitan's: "default" keeps gathered weights for the backward only in a pipeline, and those of the last group.
     Weights are divided along their first dimension, the experts' along the second where there are more ranks than
-    experts. Gradients are summed over ranks, not divided.
+    experts. Gradients are summed over ranks, not divided. Within a host, they are sent as narrow as they were computed
+    where `training.mixed_precision_reduce` is wider, and summed in that.
     """
     training, reshard = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
@@ -65,6 +73,11 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     disable_fsdp_gradient_division(model)
     if parallel_dims.ep_enabled:
         _prefetch([group for group in groups if group])
+    if not parallel_dims.pp_enabled:  # where FSDP adds up microbatches in the wider dtype before it reduces them
+        _send_narrow_gradients([m for group in groups for m in group[:1]], parallel_dims.get_mesh("fsdp"), config)
+        if parallel_dims.ep_enabled:
+            experts = [m for _, *experts in groups[1:-1] for m in experts]
+            _send_narrow_gradients(experts, parallel_dims.get_mesh("efsdp"), config)
     if mesh.device_type == "cpu":
         reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
@@ -76,7 +89,7 @@ def _ends(model: MomoeLlama) -> tuple[list[nn.Module], list[nn.Module]]:
     return [m for m in before if m is not None], [m for m in after if m is not None]
 
 
-def _experts_placement(block: nn.Module, ranks: int, expert_ranks: int = 1) -> Callable[[nn.Parameter], Any] | None:
+def _experts_placement(block: Any, ranks: int, expert_ranks: int = 1) -> Callable[[nn.Parameter], Any] | None:
     """Along which dimension FSDP divides each weight of a block, or of its experts; None for the first.
 
     Where there are more ranks than experts, the experts are divided along their second dimension. If that cannot be
@@ -117,6 +130,24 @@ def _prefetch(groups: Sequence[Sequence[nn.Module]]) -> None:
         cast(FSDPModule, outer).set_modules_to_forward_prefetch(cast(Any, following))
     for (outer, *_), following in itertools.pairwise(groups[::-1]):
         cast(FSDPModule, outer).set_modules_to_backward_prefetch(cast(Any, following))
+
+
+def _send_narrow_gradients(modules: Sequence[nn.Module], mesh: DeviceMesh, config: dict[str, Any]) -> None:
+    """Have the ranks of a host exchange gradients in the dtype they have, and sum them in float32.
+
+    Between hosts NCCL's rings carry less than an all-to-all.
+
+    Args:
+        modules: one of each group.
+        mesh: the ranks that FSDP divides their weights among.
+    """
+    policy: MixedPrecisionPolicy = config["mp_policy"]
+    narrow = policy.param_dtype
+    ranks = dist.get_process_group_ranks(mesh.get_group())
+    hosts = {rank // int(os.environ.get("LOCAL_WORLD_SIZE", RANKS_OF_A_HOST)) for rank in ranks}
+    if narrow is not None and narrow.itemsize < 4 and policy.reduce_dtype == torch.float32 and len(hosts) == 1:
+        for module in modules:
+            cast(FSDPModule, module).set_custom_reduce_scatter(cast(Any, NarrowReduceScatter(narrow)))
 
 
 def reduce_by_sums(model: nn.Module) -> None:
