@@ -1,9 +1,6 @@
 """Processes on gloo that share the experts train as one process does that has them all."""
 
 import functools
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from tests.support.tiny import (
     tiny_args,
 )
 
-ROOT = Path(__file__).parents[2]
 DEFAULTS = {
     "replicate": 1,
     "ep": 2,
@@ -73,12 +69,9 @@ FOUR = {
 
 def train_all(folder: Path) -> None:
     TWO["ep"]["save"] = str(folder / "checkpoint")
-    runs = [
-        (world, [{**DEFAULTS, "shard": world, **run} for run in runs.values()]) for world, runs in ((2, TWO), (4, FOUR))
-    ]
-    command = [sys.executable, "-m", "tests.support.ep_worker", str(folder), json.dumps(runs)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    settings = {2: TWO, 4: FOUR}
+    runs = {n: [{**DEFAULTS, "shard": n, **run} for run in of_n.values()] for n, of_n in settings.items()}
+    assert ep_worker.train(folder, runs)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def one(num_experts=6, ep=0):
     model = build(ep_worker.args_for(settings))
     if ep:
         ep_worker.starve(model, num_experts // ep)
-    optimizers = optimizers_for(model, implementation="foreach")
+    optimizers = optimizers_for(model, implementation="fused")
     losses, counts, norms, grads = [], [], [], {}
     for step in range(ep_worker.STEPS):
         loss = loss_of(model, *batch(step))

@@ -1,8 +1,7 @@
 """Short training runs with expert parallelism on the CPU, on 2 and 4 processes.
 
-Usage: ep_worker.py FOLDER JSON, where JSON is a list of [number of processes, runs]. The processes
-are forks of this one, because importing torch takes longer than training does. A run has replicate,
-shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
+The processes are forks of the test's own, because importing torch takes longer than training does.
+A run has replicate, shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
 num_experts, dispatch (momoe.expert_dispatch), starve (the last of `ep` ranks gets no token), room
 (memory for so many times the z that a rank saves in a layer at its fair share of tokens; 0: no budget)
 and save (folder of a checkpoint to write). Every rank trains on its part of the same batches. The
@@ -11,8 +10,7 @@ results go to FOLDER/PROCESSES.pt.
 
 import functools
 import gc
-import json
-import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,7 +18,7 @@ import torch.distributed as dist
 
 # TorchTitan reads the device type when it is imported, and knows no CPU.
 with mock.patch("torch._utils._get_available_device_type", return_value="cpu"):
-    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed import ParallelDims, parallel_dims
     from torchtitan.distributed import utils as dist_utils
 from torch.distributed.checkpoint import save
 from torch.distributed.tensor import DTensor
@@ -105,7 +103,7 @@ def run(settings) -> dict:
     if settings["starve"]:
         starve(model, settings["num_experts"] // settings["ep"])
     budget = attach_budget(model, settings, world) if settings["room"] else None
-    optimizers = optimizers_for(model, dims, implementation="foreach")
+    optimizers = optimizers_for(model, dims, implementation="fused")
     losses, counts, norms, grads = [], [], [], {}
     gc.collect()
     gc.disable()  # as TorchTitan does: what a step leaves behind in cycles would stay
@@ -148,19 +146,16 @@ def run(settings) -> dict:
 
 
 def worker(runs: list[dict], out: str) -> None:
+    parallel_dims.device_type = "cpu"  # whoever imported it first
+    torch._dynamo.reset()
     results = [run(settings) for settings in runs]
     if dist.get_rank() == 0:
         torch.save(results, out)
 
 
-def main(folder: str, runs: str) -> None:
-    torch.set_num_threads(1)
-    ended_well = [
+def train(folder: Path, runs: dict[int, list[dict]]) -> bool:
+    """Whether all runs of these numbers of processes ended well."""
+    return all(
         in_gloo_forks(world, f"{folder}/store{world}", functools.partial(worker, its_runs, f"{folder}/{world}.pt"))
-        for world, its_runs in json.loads(runs)
-    ]
-    sys.exit(not all(ended_well))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        for world, its_runs in runs.items()
+    )

@@ -1,5 +1,6 @@
 """Several ranks from one import of torch, which takes as long as many a test."""
 
+import gc
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ def in_forks(world: int, work: Callable[[int], None]) -> bool:
     for rank in range(world):
         if not (pid := os.fork()):
             try:
+                gc.freeze()  # nothing of the parent's is looked through
                 torch.set_num_threads(1)  # a fork waits for ever for the threads of a pool that this process has used
                 work(rank)
                 os._exit(0)
