@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import commands
+from tests.support.shared import made_once
 
 ROOT = Path(__file__).parent.parent
 # Some seconds a run: the debug model on short sequences.
@@ -93,8 +94,9 @@ def test_loss_falls_and_tensorboard_has_the_scalars(tmp_path):
 
 @pytest.mark.slow
 def test_save_percent_changes_no_loss(tmp_path):
+    only_steps = "--training.steps=4", "--validation.no-enable", "--checkpoint.no-enable"
     runs = [
-        losses(train(tmp_path / str(i), "--training.steps=4", "--momoe.save_percent", *percents))
+        losses(train(tmp_path / str(i), *only_steps, "--momoe.save_percent", *percents))
         for i, percents in enumerate((["0"], ["100"], ["0", "37", "100"]))
     ]
     assert len(runs[0]) == 4
@@ -135,7 +137,11 @@ class Outcome:
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory) -> Outcome:
     """FSDP over two processes, in the foreground of a terminal of their own, where Ctrl-C is pressed after step 12."""
-    folder = tmp_path_factory.mktemp("torchrun")
+    folder = made_once(tmp_path_factory, "torchrun", interrupt)
+    return Outcome(folder, int((folder / "status").read_text()), (folder / "output").read_text())
+
+
+def interrupt(folder: Path) -> None:
     options = ["--training.steps=100000", "--training.local_batch_size=2", "--validation.freq=5"]
     with subprocess.Popen(
         [*TORCHRUN, *DEBUG_MODEL, "--job.dump_folder", str(folder), *SMALL, *options],
@@ -154,7 +160,8 @@ def interrupted(tmp_path_factory) -> Outcome:
                 os.killpg(job.pid, signal.SIGINT)
                 break
         rest, _ = job.communicate(timeout=120)
-    return Outcome(folder, job.returncode, "".join(lines) + rest)
+    (folder / "status").write_text(str(job.returncode))
+    (folder / "output").write_text("".join(lines) + rest)
 
 
 @pytest.mark.slow

@@ -4,5 +4,5 @@ import momoe_titan.register  # noqa: F401
 from momoe_titan.model import flavors
 from tests.support.tiny import tiny_args
 
-# 6 experts: 2 ranks can share them
-flavors["tiny"] = tiny_args(vocab_size=2048, moe={"num_experts": 6})
+# 6 experts: 2 ranks can share them. One MoE layer: most of a short job's time goes into the tensors of its checkpoints
+flavors["tiny"] = tiny_args(vocab_size=2048, n_layers=2, moe={"num_experts": 6})
