@@ -42,6 +42,7 @@ from torch import nn
 
 from momoe_titan.kernels import momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import compile_count
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.save_percent import num_saved_rows
 
 MIB = 2**20
@@ -166,6 +167,44 @@ class Ours:
         rows = self.case.T * self.case.K
         saved = num_saved_rows(rows, self.save_percent)
         return (saved * 2 * self.case.F * 2 + 24 * rows) / MIB
+
+
+class OurLayout(Ours):
+    """Ours on weights as others keep them; gradients are compared in our layout."""
+
+    def __init__(self, case: Case, save_percent: float, backend: str, layout: str):
+        super().__init__(case, save_percent, backend)
+        self.out_in = layout.endswith("out_in")
+        up, gate = case.w1.detach().split(case.F, dim=2)
+        self.order = "up_gate"
+        if layout.startswith("two"):
+            weights = [up, gate]
+        elif layout.startswith("interleaved"):
+            weights, self.order = [torch.stack([gate, up], dim=3).flatten(2)], "interleaved_gate_up"
+        else:
+            weights, self.order = [torch.cat([gate, up], dim=2)], "gate_up"
+        self.weights = [self.stored(w) for w in (*weights, case.w2.detach())]
+        self.leaves = [case.x, *self.weights, case.scores]
+
+    def stored(self, w: torch.Tensor) -> torch.Tensor:
+        return (w.transpose(1, 2) if self.out_in else w).contiguous().requires_grad_()
+
+    def logical(self, w: torch.Tensor) -> torch.Tensor:
+        return w.transpose(1, 2) if self.out_in else w
+
+    def forward(self):
+        c, (*up, down) = self.case, map(self.logical, self.weights)
+        w1 = tuple(up) if len(up) == 2 else up[0]
+        options = dict(backend=self.backend, order=self.order)
+        return momoe_mlp(c.x, w1, down, self.ids, c.scores, self.save_percent, **options)[0]
+
+    def gradients(self, grads):
+        dx, *dw1, dw2, dscore = grads
+        dw1 = [self.logical(g) for g in dw1]
+        if len(dw1) == 1:
+            split = Experts(self.logical(self.weights[0]), self.logical(self.weights[-1]), order=self.order).split
+            dw1 = split(dw1[0])
+        return {"dx": dx, "dw1": torch.cat(dw1, dim=2), "dw2": self.logical(dw2), "dscore": dscore}
 
 
 class FixedRouter(nn.Module):
@@ -312,9 +351,14 @@ class OriginalMoMoE:
         return {"dx": dx, "dw1": dw1, "dw2": dw2, "dscore": ds.t().gather(1, self.case.ids)}
 
 
-def builders(names: list[str], save_percents: list[float], backend: str) -> dict:
+LAYOUTS = ("out_in", "two", "two_out_in", "interleaved", "interleaved_out_in")
+
+
+def builders(names: list[str], save_percents: list[float], backend: str, layouts: list[str]) -> dict:
     """Label in the table -> the function that builds the implementation for a case."""
     table = {}
+    for layout, p in itertools.product(layouts, save_percents):
+        table[f"momoe_titan {layout} save {p:g}"] = lambda c, p=p, layout=layout: OurLayout(c, p, backend, layout)
     for name in names:
         if name == "ours":
             for p in save_percents:
@@ -675,6 +719,9 @@ def parse_arguments() -> argparse.Namespace:
         default="ours,torchtitan,scattermoe,sonicmoe,momoe",
         help="comma-separated; also torchtitan_compiled",
     )
+    parser.add_argument(
+        "--layouts", default="", help=f"comma-separated: ours on weights in other layouts too, of {', '.join(LAYOUTS)}"
+    )
     parser.add_argument("--backend", default="auto", help="of ours: auto, triton or torch")
     parser.add_argument("--routing", default="balanced", help=f"comma-separated, of {', '.join(ROUTINGS)}")
     parser.add_argument("--tokens", default=None, help="comma-separated; in place of the shapes' own numbers of tokens")
@@ -698,6 +745,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--routing: {routing!r} is none of {', '.join(ROUTINGS)}")
     if args.tokens and not all(t.isdecimal() and int(t) for t in args.tokens.split(",")):
         parser.error(f"--tokens: {args.tokens!r} are not all positive numbers")
+    args.layouts = args.layouts.split(",") if args.layouts else []
+    for layout in args.layouts:
+        if layout not in LAYOUTS:
+            parser.error(f"--layouts: {layout!r} is none of {', '.join(LAYOUTS)}")
     args.tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else [None]
     if args.cuda_graph and not args.device.startswith("cuda"):
         parser.error(f"--cuda_graph: needs a GPU, --device is {args.device!r}")
@@ -713,7 +764,7 @@ def main() -> None:
         draw(json.loads(Path(args.source).read_text()), Path(args.charts))
         return
     begin = time.perf_counter()
-    table = builders(args.implementations.split(","), args.save_percent, args.backend)
+    table = builders(args.implementations.split(","), args.save_percent, args.backend, args.layouts)
     device = torch.device(args.device)
     try:
         import triton

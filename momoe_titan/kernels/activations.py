@@ -93,43 +93,51 @@ def gated(up, gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_backward(up, gate, ACTIVATION: tl.constexpr):
-    """act, its derivative by up, and two factors of its derivative by gate, of float32 blocks."""
+def gated_by_up(up, gate, ACTIVATION: tl.constexpr):
+    """act, its derivative by up, and what `gated_by_gate` needs besides, of float32 blocks."""
     if ACTIVATION == "swiglu":
-        sigmoid = tl.sigmoid(gate)
-        by_up = gate * sigmoid
+        part = tl.sigmoid(gate)
+        by_up = gate * part
         act = up * by_up
-        factor = up
-        slope = sigmoid + by_up * (1 - sigmoid)
     elif ACTIVATION == "geglu":
-        half = 0.5 + 0.5 * tl.erf(gate * _SQRT_HALF)
-        by_up = gate * half
+        part = 0.5 + 0.5 * tl.erf(gate * _SQRT_HALF)
+        by_up = gate * part
         act = up * by_up
-        factor = up
-        slope = half + gate * _NORMAL * tl.exp(-0.5 * gate * gate)
     elif ACTIVATION == "geglu_tanh":
-        sigmoid = tl.sigmoid((gate + gate * gate * gate * _TANH_CUBE) * _TWO_SCALES)
-        by_up = gate * sigmoid
+        part = tl.sigmoid((gate + gate * gate * gate * _TANH_CUBE) * _TWO_SCALES)
+        by_up = gate * part
         act = up * by_up
-        factor = up
-        slope = sigmoid + by_up * (1 - sigmoid) * ((gate * gate * _THREE_CUBES + 1) * _TWO_SCALES)
     elif ACTIVATION == "reglu":
+        part = gate
         by_up = tl.maximum(gate, 0.0)
         act = up * by_up
-        factor = up
-        slope = tl.where(gate > 0, 1.0, 0.0)
     elif ACTIVATION == "clamped_swiglu":
         g = tl.minimum(gate, _LIMIT)
-        sigmoid = tl.sigmoid(g * _ALPHA)
-        swish = g * sigmoid
-        factor = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1
-        act = factor * swish
-        by_up = tl.where(tl.abs(up) <= _LIMIT, swish, 0.0)
-        slope = tl.where(gate <= _LIMIT, sigmoid + swish * (1 - sigmoid) * _ALPHA, 0.0)
+        part = tl.sigmoid(g * _ALPHA)
+        act = (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1) * g * part
+        by_up = tl.where(tl.abs(up) <= _LIMIT, g * part, 0.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
+        part = gate
         by_up = 2 * tl.maximum(up, 0.0)
         act = 0.5 * up * by_up
-        factor = by_up  # not read
-        slope = by_up
-    return act, by_up, factor, slope
+    return act, by_up, part
+
+
+@triton.jit
+def gated_by_gate(up, gate, by_up, part, ACTIVATION: tl.constexpr):
+    """Two factors of the derivative by gate, from what `gated_by_up` gave. A step of its own keeps registers free."""
+    factor = up
+    if ACTIVATION == "swiglu":
+        slope = part + by_up * (1 - part)
+    elif ACTIVATION == "geglu":
+        slope = part + gate * _NORMAL * tl.exp(-0.5 * gate * gate)
+    elif ACTIVATION == "geglu_tanh":
+        slope = part + by_up * (1 - part) * ((gate * gate * _THREE_CUBES + 1) * _TWO_SCALES)
+    elif ACTIVATION == "reglu":
+        slope = tl.where(gate > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "clamped_swiglu")
+        factor = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1
+        slope = tl.where(gate <= _LIMIT, part + gate * part * (1 - part) * _ALPHA, 0.0)
+    return factor, slope

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momoe_titan.kernels import gpu
+from momoe_titan.kernels import biases, gpu
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.memory_schedule import KernelTraits
@@ -83,7 +83,7 @@ class PortableGemms:
         weights = [w.transpose(1, 2) for w in (experts.w1, experts.gate) if w is not None]
         rows_gemm.rows_gemm(self.tiles["up_proj_backward"], dz_RZ, weights[0], routing, dx_RD, *weights[1:])
 
-    def up_weight_grad(self, x_TD: Tensor, dz: ZRows, routing: RoutingMetadata, dw1s: list[Tensor]) -> None:
+    def up_weight_grad(self, x_TD: Tensor, dz: ZRows, routing: RoutingMetadata, dw1s: list[Tensor | None]) -> None:
         """The gradients of w1; or of up and gate, where they are two tensors (one may be None)."""
         width = dz.shape[1] // len(dw1s)
         for i, dw1 in enumerate(dw1s):
@@ -108,7 +108,7 @@ class HopperGemms:
     def up_proj(
         self, x_TD: Tensor, experts: Experts, routing: RoutingMetadata, act_RF: Tensor, z_SZ: Tensor, saves_z: bool
     ) -> None:
-        hopper.up_proj(x_TD, experts.w1, routing, z_SZ if saves_z else None, z_SZ.shape[0], act_RF)
+        hopper.up_proj(x_TD, experts, routing, z_SZ if saves_z else None, z_SZ.shape[0], act_RF)
 
     def z_and_dz(self, z_SZ: Tensor, num_rows: int, over_z: bool, some: bool) -> tuple[ZRows, ZRows]:
         if over_z:
@@ -119,7 +119,7 @@ class HopperGemms:
         return hopper.SplitRows(z_SZ if num_saved else dz_RZ, dz_RZ, num_saved), dz_RZ
 
     def recompute_z(self, x_TD: Tensor, experts: Experts, routing: RoutingMetadata, z: ZRows, dz: ZRows) -> None:
-        hopper.recompute_z(x_TD, experts.w1, routing, z)
+        hopper.recompute_z(x_TD, experts, routing, z)
 
     def down_proj(
         self, act_RF: Tensor, experts: Experts, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0
@@ -129,23 +129,23 @@ class HopperGemms:
     def down_proj_backward(
         self, dout_TD: Tensor, experts: Experts, routing: RoutingMetadata, z: ZRows, dz: ZRows, act_RF: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        num_rows, ffn = z.shape[0], experts.ffn
-        dscore = dout_TD.new_empty(num_rows, hopper.dscore_parts(ffn), dtype=torch.float32)
-        if act_RF is None:
-            act_RF = dout_TD.new_empty(num_rows, ffn)
-        hopper.down_proj_backward(dout_TD, experts.w2, routing, routing.score_R, z, dz, act_RF, dscore)
-        return dscore, None
+        dscore = dout_TD.new_empty(z.shape[0], hopper.dscore_parts(experts.ffn), dtype=torch.float32)
+        hopper.down_proj_backward(dout_TD, experts, routing, z, dz, act_RF, dscore)
+        if experts.bias1 is None:
+            return dscore, None
+        rows = hopper.SplitRows.of(dz)
+        return dscore, biases.row_sums(rows.saved, rows.rest, rows.num_saved, rows.first, routing)
 
     def up_proj_backward(
         self, dz_RZ: ZRows, experts: Experts, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
     ) -> None:
-        hopper.up_proj_backward(dz_RZ, experts.w1, routing, dx_RD, first_col)
+        hopper.up_proj_backward(dz_RZ, experts, routing, dx_RD, first_col)
 
-    def up_weight_grad(self, x_TD: Tensor, dz: ZRows, routing: RoutingMetadata, dw1s: list[Tensor]) -> None:
-        hopper.weight_grad(x_TD, dz, routing, dw1s[0])
+    def up_weight_grad(self, x_TD: Tensor, dz: ZRows, routing: RoutingMetadata, dw1s: list[Tensor | None]) -> None:
+        hopper.up_weight_grad(x_TD, dz, routing, dw1s)
 
     def down_weight_grad(self, act_RF: Tensor, dout_TD: Tensor, routing: RoutingMetadata, dw2: Tensor) -> None:
-        hopper.weight_grad(dout_TD, act_RF, routing, dw2, transposed=True)
+        hopper.weight_grad(dout_TD, act_RF, routing, dw2.transpose(1, 2))
 
 
 @functools.cache

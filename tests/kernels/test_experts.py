@@ -75,6 +75,13 @@ class Layer:
             return t["up"], t["gate"]
         return self.parts(t["w1"]) if hasattr(self, "parts") else t["w1"]
 
+    def experts(self):
+        """As the op has them."""
+        t, kind = self.tensors, self.kind
+        weights = self.weights(t)
+        w1, gate = weights if isinstance(weights, tuple) else (weights, None)
+        return Experts(w1, t["w2"], gate, t.get("bias1"), t.get("bias2"), **kind)
+
     def run(self, fn, dtype=None, wanted=None, **options):
         """out and the gradient of each tensor, by name."""
         wanted = wanted or tuple(self.tensors)

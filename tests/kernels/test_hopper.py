@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from momoe_titan.kernels import combine
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
 from tests.support import commands
@@ -113,7 +114,8 @@ class Case:
         self.x, self.dout = self.randn(self.T, self.D), self.randn(self.T, self.D)
         self.w1 = self.randn(self.E, self.D, 2 * self.F, scale=self.D**-0.5)
         self.w2 = self.randn(self.E, self.F, self.D, scale=self.F**-0.5)
-        self.score = torch.rand(self.R, device="cuda", generator=self.generator)
+        self.experts, self.score = Experts(self.w1, self.w2), self.routing.score_R
+        self.score.copy_(torch.rand(self.R, device="cuda", generator=self.generator))
 
     def randn(self, *size, scale=1.0):
         return (torch.randn(*size, device="cuda", generator=self.generator) * scale).to(self.dtype)
@@ -207,7 +209,7 @@ def test_up_proj(case):
     z_want = case.by_expert(case.gathered(case.x), case.w1)
     for num_saved in saved_counts(case):
         z, act = case.poisoned(case.R + 200, 2 * case.F), case.poisoned(case.R, case.F)
-        hopper.up_proj(case.x, case.w1, case.routing, z[:num_saved], num_saved, act)
+        hopper.up_proj(case.x, case.experts, case.routing, z[:num_saved], num_saved, act)
         case.check(act, act_of(z_want))
         case.untouched(act[case.used :])
         kept = min(num_saved, case.used)
@@ -222,7 +224,7 @@ def test_recompute_z(case):
     for num_saved in saved_counts(case):
         z = hopper.SplitRows.beside(case.poisoned(num_saved, 2 * case.F), case.R)
         z.rest.fill_(float("nan"))
-        hopper.recompute_z(case.x, case.w1, case.routing, z)
+        hopper.recompute_z(case.x, case.experts, case.routing, z)
         if num_saved < case.R:
             first, begin = min(num_saved, case.used), min(case.tile_start(num_saved), case.used)
             case.check(z.rest[first - z.first :], z_want[first:], rows=case.used - first)
@@ -239,8 +241,8 @@ def test_rows_kernels(case):
     dx_want = case.by_expert(dz, case.w1.transpose(1, 2))
     for launch, rows, w, want in [
         (hopper.down_proj, act, case.w2, case.by_expert(act, case.w2)),
-        (hopper.up_proj_backward, dz, case.w1, dx_want),
-        *((hopper.up_proj_backward, case.split(dz, n), case.w1, dx_want) for n in saved_counts(case)),
+        (hopper.up_proj_backward, dz, case.experts, dx_want),
+        *((hopper.up_proj_backward, case.split(dz, n), case.experts, dx_want) for n in saved_counts(case)),
     ]:
         for begin, end in [(0, case.D), (0, 64), (64, case.D)]:
             if begin == end:
@@ -271,7 +273,7 @@ def test_down_proj_backward(case, dz_is):
             dz.copy_(rows)
             dz[: case.tile_start(num_saved)] = float("nan")
             z = hopper.SplitRows(z.saved, dz, num_saved)
-        hopper.down_proj_backward(case.dout, case.w2, case.routing, case.score, z, dz, act, dscore)
+        hopper.down_proj_backward(case.dout, case.experts, case.routing, z, dz, act, dscore)
         dz = case.joined(dz) if dz_is == "over z" else dz
         case.check(dz, dz_want)
         case.check(act, s * act_of(rows.float()))
@@ -292,7 +294,7 @@ def test_weight_grad(case):
         want = want.transpose(1, 2) if transposed else want
         for some in [rows] if transposed else [rows, *(case.split(rows, n) for n in saved_counts(case))]:
             dw = case.poisoned(*want.shape)
-            hopper.weight_grad(gathered, some, case.routing, dw, transposed)
+            hopper.weight_grad(gathered, some, case.routing, dw.transpose(1, 2) if transposed else dw)
             assert torch.isfinite(dw).all()
             assert (dw.float() - want).norm() <= ERROR[case.dtype] * want.norm()
             assert all((dw[e] == 0).all() for e in range(case.E) if case.offsets[e] == case.offsets[e + 1])
@@ -309,12 +311,13 @@ def test_no_tokens():
     routing = unpack_routing(packed, 0, 2, 3, 128)
     x, w1, w2, act, y = new(0, 128), new(3, 128, 256), new(3, 128, 128), new(0, 128), new(0, 128)
     z = hopper.SplitRows.beside(new(0, 256), 0)
-    rows = torch.empty(0, device="cuda"), torch.empty(0, 1, device="cuda")
-    hopper.up_proj(x, w1, routing, None, 0, act)
-    hopper.recompute_z(x, w1, routing, z)
+    dscore = torch.empty(0, 1, device="cuda")
+    experts = Experts(w1, w2)
+    hopper.up_proj(x, experts, routing, None, 0, act)
+    hopper.recompute_z(x, experts, routing, z)
     hopper.down_proj(act, w2, routing, y)
-    hopper.down_proj_backward(x, w2, routing, rows[0], z, z, act, rows[1])
-    hopper.up_proj_backward(z, w1, routing, y)
+    hopper.down_proj_backward(x, experts, routing, z, z, act, dscore)
+    hopper.up_proj_backward(z, experts, routing, y)
     hopper.weight_grad(x, z, routing, w1)
     assert (w1 == 0).all()
 
@@ -342,13 +345,13 @@ def test_same_bits_every_time(name, monkeypatch):
         dz = hopper.SplitRows.beside(kept, case.R)
         dscore = case.poisoned(case.R, hopper.dscore_parts(case.F), dtype=torch.float32)
         dw1, dw2 = torch.empty_like(case.w1), torch.empty_like(case.w2)
-        hopper.up_proj(case.x, case.w1, case.routing, kept, 999, act)
+        hopper.up_proj(case.x, case.experts, case.routing, kept, 999, act)
         hopper.down_proj(act, case.w2, case.routing, y)
-        hopper.recompute_z(case.x, case.w1, case.routing, dz)
-        hopper.down_proj_backward(case.dout, case.w2, case.routing, case.score, dz, dz, scaled, dscore)
-        hopper.up_proj_backward(dz, case.w1, case.routing, dx)
+        hopper.recompute_z(case.x, case.experts, case.routing, dz)
+        hopper.down_proj_backward(case.dout, case.experts, case.routing, dz, dz, scaled, dscore)
+        hopper.up_proj_backward(dz, case.experts, case.routing, dx)
         hopper.weight_grad(case.x, dz, case.routing, dw1)
-        hopper.weight_grad(case.dout, scaled, case.routing, dw2, transposed=True)
+        hopper.weight_grad(case.dout, scaled, case.routing, dw2.transpose(1, 2))
         return act, y, case.joined(dz), scaled, dscore, dx, dw1, dw2
 
     first = run()
@@ -372,7 +375,7 @@ def test_program_sync_publishes_every_tile(monkeypatch):
         torch.empty(n, device="cuda", dtype=case.dtype) for n in ((case.R, 896), (case.R, 448), case.w1.shape)
     )
     for launch in (
-        lambda: hopper.up_proj(case.x, case.w1, case.routing, z, case.R, act),
+        lambda: hopper.up_proj(case.x, case.experts, case.routing, z, case.R, act),
         lambda: hopper.weight_grad(case.x, z, case.routing, dw1),
     ):
         launch()
@@ -398,7 +401,7 @@ def test_offsets_past_2_to_31():
     packed, _ = build_routing_ref(ids, torch.ones(T, 1, device="cuda"), E, 128)
     routing = unpack_routing(packed, T, 1, E, 128)
     act, y = x.new_empty(T, F), x.new_empty(T, D)
-    hopper.up_proj(x, w1, routing, None, 0, act)
+    hopper.up_proj(x, Experts(w1, w2), routing, None, 0, act)
     hopper.down_proj(act, w2, routing, y)
     want = act_of(x[-300:].float() @ w1[1].float())
     assert (act[-300:] - want).norm() <= 5e-3 * want.norm()

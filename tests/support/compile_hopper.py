@@ -12,6 +12,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from momoe_titan.kernels import launch as tiling
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import packed_size, unpack_routing
 
@@ -32,20 +33,21 @@ def cases(tokens, d_model, ffn, experts, chosen, dtype):
     packed = new(packed_size(tokens, chosen, experts, 128), dtype=torch.int32)
     routing = unpack_routing(packed, tokens, chosen, experts, 128)
     x, w1, w2 = new(tokens, d_model), new(experts, d_model, 2 * ffn), new(experts, ffn, d_model)
+    experts = Experts(w1, w2)
     z, act, y = new(rows, 2 * ffn), new(rows, ffn), new(rows, d_model)
     split = hopper.SplitRows.beside(z[:7], rows)
-    score, dscore = new(rows, dtype=torch.float32), new(rows, hopper.dscore_parts(ffn), dtype=torch.float32)
-    yield "up, some rows saved", lambda: hopper.up_proj(x, w1, routing, z, 7, act)
-    yield "up, none saved", lambda: hopper.up_proj(x, w1, routing, None, 0, act)
-    yield "z again", lambda: hopper.recompute_z(x, w1, routing, split)
+    dscore = new(rows, hopper.dscore_parts(ffn), dtype=torch.float32)
+    yield "up, some rows saved", lambda: hopper.up_proj(x, experts, routing, z, 7, act)
+    yield "up, none saved", lambda: hopper.up_proj(x, experts, routing, None, 0, act)
+    yield "z again", lambda: hopper.recompute_z(x, experts, routing, split)
     yield "down", lambda: hopper.down_proj(act, w2, routing, y)
     yield "down, columns", lambda: hopper.down_proj(act, w2, routing, y[:, :64].contiguous(), 64)
-    yield "down backward", lambda: hopper.down_proj_backward(x, w2, routing, score, split, split, act, dscore)
-    yield "dx", lambda: hopper.up_proj_backward(z, w1, routing, y)
-    yield "dx, two buffers", lambda: hopper.up_proj_backward(split, w1, routing, y)
+    yield "down backward", lambda: hopper.down_proj_backward(x, experts, routing, split, split, act, dscore)
+    yield "dx", lambda: hopper.up_proj_backward(z, experts, routing, y)
+    yield "dx, two buffers", lambda: hopper.up_proj_backward(split, experts, routing, y)
     yield "dw1", lambda: hopper.weight_grad(x, z, routing, w1)
     yield "dw1, two buffers", lambda: hopper.weight_grad(x, split, routing, w1)
-    yield "dw2", lambda: hopper.weight_grad(x, act, routing, w2, transposed=True)
+    yield "dw2", lambda: hopper.weight_grad(x, act, routing, w2.transpose(1, 2))
 
 
 def main():

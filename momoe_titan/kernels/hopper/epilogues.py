@@ -16,12 +16,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
+from momoe_titan.kernels.hopper.activations import activation, activation_by_gate, activation_by_up, sigmoid_of
 from momoe_titan.kernels.hopper.layouts import (
     ACCUMULATOR,
+    BK,
     BM,
     BN,
     CHUNK,
     HALF,
+    HALF_ACCUMULATOR,
+    PAIRS_ACCUMULATOR,
     SLICE_ACCUMULATOR,
     TILE_SMEM,
     Z_STEPS,
@@ -51,11 +55,6 @@ def _send(blocks, descs, buffers, row, row_end, cols):
     """Stores (64, 64) blocks, each through a buffer that no other store is reading."""
     for i in gl.static_range(len(blocks)):
         buffers[i].store(blocks[i].to(descs[i].dtype))
-    _send_buffers(descs, buffers, row, row_end, cols)
-
-
-@gluon.jit
-def _send_buffers(descs, buffers, row, row_end, cols):
     fence_async_shared()
     _send_fenced(descs, buffers, row, row_end, cols)
 
@@ -65,17 +64,6 @@ def _send_fenced(descs, buffers, row, row_end, cols):
     for i in gl.static_range(len(buffers)):
         where = ragged_coordinates(row, row_end, cols[i])
         tma.async_copy_shared_to_global(descs[i], where, as_ragged(buffers[i], descs[i]))
-
-
-@gluon.jit
-def _sigmoid(g, FAST: gl.constexpr):
-    """FAST: one special-function instruction with a relative error of 2^-11 in the tanh, well inside bfloat16."""
-    if FAST:
-        h = 0.5 * g
-        s = 0.5 + 0.5 * gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [h], gl.float32, True, 1)
-    else:
-        s = 1.0 / (1.0 + gl.exp(-g))
-    return s
 
 
 @gluon.jit
@@ -208,8 +196,8 @@ class UpEpilogue:
         FAST: gl.constexpr = dtype == gl.bfloat16
         if self.ACT:
             up_0, up_1, gate_0, gate_1 = _quarters(acc)
-            act_0 = up_0 * gate_0 * _sigmoid(gate_0, FAST)
-            act_1 = up_1 * gate_1 * _sigmoid(gate_1, FAST)
+            act_0 = up_0 * gate_0 * sigmoid_of(gate_0, FAST)
+            act_1 = up_1 * gate_1 * sigmoid_of(gate_1, FAST)
         if self.Z:
             if self.ACT:
                 tma.store_wait(0)
@@ -225,6 +213,143 @@ class UpEpilogue:
             out_row = row
             out_end = tile.row_end
         return b0, b1, b2, b3, out_row, out_end, tile.col
+
+
+@aggregate
+class OtherUpEpilogue:
+    """Epilogue of up_proj for all experts but SwiGLU in two halves without biases: like `UpEpilogue`.
+
+    FORM "halves": 128 columns of up beside the same 128 of gate. "interleaved": 256 columns of z, whose pairs are up
+    and gate. "ungated": 256 columns of z and of act.
+    BIASED: bias (E, Z), in the order of z, is added to z before it is stored.
+    SCORED: z is stored without scores, and act is made of score * z.
+    """
+
+    base: UpEpilogue
+    bias_ptr: gl.tensor
+    score_ptr: gl.tensor
+    F: gl.tensor
+    up_col: gl.tensor  # first column of up in z; of gate
+    gate_col: gl.tensor
+    FORM: gl.constexpr
+    ACTIVATION: gl.constexpr
+    GATE_FIRST: gl.constexpr
+    BIASED: gl.constexpr
+    SCORED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, base, bias_ptr, score_ptr, F, up_col, gate_col, FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED):
+        self.base = base
+        self.bias_ptr = bias_ptr
+        self.score_ptr = score_ptr
+        self.F = F
+        self.up_col = up_col
+        self.gate_col = gate_col
+        self.FORM = gl.constexpr(FORM)
+        self.ACTIVATION = gl.constexpr(ACTIVATION)
+        self.GATE_FIRST = gl.constexpr(GATE_FIRST)
+        self.BIASED = gl.constexpr(BIASED)
+        self.SCORED = gl.constexpr(SCORED)
+
+    @gluon.jit
+    def store(self):
+        base = self.base
+        buffers = gl.allocate_shared_memory(base.act_desc.dtype, [2, HALF, CHUNK], TILE_SMEM)
+        halves: gl.constexpr = self.FORM == "halves"
+        if base.Z:
+            store = EpilogueStore(base.up_desc, base.gate_desc, buffers, 4, halves, False, 2)
+        elif self.FORM == "ungated":
+            store = EpilogueStore(base.act_desc, base.act_desc, buffers, 4, False, False, 1)
+        else:
+            store = EpilogueStore(base.act_desc, base.act_desc, buffers, 2, False, False, 1)
+        return store
+
+    @gluon.jit
+    def _with_bias(self, acc, tile):
+        cols = gl.arange(0, BN, gl.SliceLayout(0, ACCUMULATOR))
+        if self.FORM == "halves":
+            hidden = tile.col + cols % (BN // 2)
+            z_col = hidden + gl.where(cols < BN // 2, self.up_col, self.gate_col)
+            live = hidden < self.F
+            width = 2 * self.F
+        elif self.FORM == "interleaved":
+            z_col = tile.col + cols
+            width = 2 * self.F
+            live = z_col < width
+        else:
+            z_col = tile.col + cols
+            width = self.F
+            live = z_col < width
+        bias = gl.load(self.bias_ptr + tile.expert.to(gl.int64) * width + z_col, mask=live, other=0.0)
+        return acc + bias.to(gl.float32)[None, :]
+
+    @gluon.jit
+    def _gated(self, acc, FAST: gl.constexpr):
+        """Two blocks of act."""
+        if self.FORM == "halves":
+            up_0, up_1, gate_0, gate_1 = _quarters(acc)
+            act_0 = activation(up_0, gate_0, self.ACTIVATION, FAST)
+            act_1 = activation(up_1, gate_1, self.ACTIVATION, FAST)
+        else:
+            even, odd = acc.reshape([HALF, BN // 2, 2]).split()
+            if self.GATE_FIRST:
+                act = activation(odd, even, self.ACTIVATION, FAST)
+            else:
+                act = activation(even, odd, self.ACTIVATION, FAST)
+            act_0, act_1 = _halves(gl.convert_layout(act, HALF_ACCUMULATOR))
+        return act_0, act_1
+
+    @gluon.jit
+    def _send_act(self, z_0, z_1, buffers, row, tile, col):
+        """Stores act of two blocks of z, which has no gate."""
+        base = self.base
+        FAST: gl.constexpr = base.act_desc.dtype == gl.bfloat16
+        act_0 = activation(z_0, z_0, self.ACTIVATION, FAST)
+        act_1 = activation(z_1, z_1, self.ACTIVATION, FAST)
+        tma.store_wait(0)
+        _send((act_0, act_1), (base.act_desc, base.act_desc), buffers, row, tile.row_end, (col, col + CHUNK))
+
+    @gluon.jit
+    def finish(self, store, acc, tiles, tile, row):
+        """The four packed blocks that wait, and the row, row end and column they go to."""
+        base = self.base
+        dtype: gl.constexpr = base.act_desc.dtype
+        FAST: gl.constexpr = dtype == gl.bfloat16
+        act_col = tile.col // 2 if self.FORM == "interleaved" else tile.col
+        if self.BIASED:
+            acc = self._with_bias(acc, tile)
+        if base.Z:
+            b0, b1, b2, b3 = _pack_quarters(acc, dtype)
+            out_row = row - base.z_first
+            out_end = gl.minimum(tile.row_end, base.z_end) - base.z_first
+            out_col = tile.col
+        if base.ACT:
+            if self.SCORED:
+                rows = row + gl.arange(0, HALF, gl.SliceLayout(1, ACCUMULATOR))
+                score = gl.load(self.score_ptr + rows, mask=rows < tile.row_end, other=0.0)
+                acc = acc * score[:, None]
+            if base.Z:
+                buffers = store.buffers.index(0), store.buffers.index(1)
+                if self.FORM == "ungated":
+                    quarters = _quarters(acc)
+                    for i in gl.static_range(2):  # the activations of all four would not fit into the registers
+                        self._send_act(quarters[2 * i], quarters[2 * i + 1], buffers, row, tile, act_col + i * BN // 2)
+                else:
+                    act_0, act_1 = self._gated(acc, FAST)
+                    tma.store_wait(0)
+                    cols = act_col, act_col + CHUNK
+                    _send((act_0, act_1), (base.act_desc, base.act_desc), buffers, row, tile.row_end, cols)
+            else:
+                if self.FORM == "ungated":
+                    b0, b1, b2, b3 = _pack_quarters(activation(acc, acc, self.ACTIVATION, FAST), dtype)
+                else:
+                    act_0, act_1 = self._gated(acc, FAST)
+                    b0, b1 = _pack(act_0, dtype), _pack(act_1, dtype)
+                    b2, b3 = b0, b1  # never stored
+                out_row = row
+                out_end = tile.row_end
+                out_col = act_col
+        return b0, b1, b2, b3, out_row, out_end, out_col
 
 
 @aggregate
@@ -286,15 +411,96 @@ def storing_consumer(ring, tiles, epilogue, W: gl.constexpr):
 
 
 @gluon.jit
-def down_backward_consumer(
-    ring, tiles, score_ptr, dz_saved_descs, dz_rest_descs, num_saved, dz_first, act_desc, dscore_ptr, W: gl.constexpr
-):
-    """Computes dz, score * act and a part of dscore from dact and z.
-
-    dz takes the place of z in its stage, and score * act the place of lhs, until their stores have read them.
-    """
-    dtype: gl.constexpr = act_desc.dtype
+def _activation_backward_of_half(
+    dact, score, up_buffer, gate_buffer, act_buffer, h: gl.constexpr, dscore, dtype: gl.constexpr,
+    ACTIVATION: gl.constexpr, GATED: gl.constexpr, SCORED: gl.constexpr, WRITE_ACT: gl.constexpr,
+):  # fmt: skip
+    """dz over z and act into its buffer, for half h of 64 columns; returns dscore plus this half's row sums."""
     FAST: gl.constexpr = dtype == gl.bfloat16
+    up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+    gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+    dact = gl.convert_layout(dact, SLICE_ACCUMULATOR)
+    up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+    gate = up
+    if GATED:
+        gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
+    if SCORED:
+        raw_up, raw_gate = up, gate
+        up, gate = up * score[:, None], gate * score[:, None]
+    act, by_up, part = activation_by_up(up, gate, ACTIVATION, FAST)
+    if SCORED:
+        dscore += gl.sum(dact * by_up * raw_up, axis=1)
+    else:
+        dscore += gl.sum(dact * act, axis=1)
+    scaled = dact * score[:, None]
+    up_half.store((scaled * by_up).to(dtype))
+    if GATED:
+        factor, slope = activation_by_gate(up, gate, by_up, part, ACTIVATION)
+        if SCORED:
+            dscore += gl.sum(dact * factor * slope * raw_gate, axis=1)
+        gate_half.store((scaled * factor * slope).to(dtype))
+    if WRITE_ACT:
+        if not SCORED:
+            act = act * score[:, None]
+        act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store(act.to(dtype))
+    return dscore
+
+
+@gluon.jit
+def _activation_backward_of_pairs(
+    dact, score, pairs_buffer, act_buffer, h: gl.constexpr, dscore, dtype: gl.constexpr,
+    ACTIVATION: gl.constexpr, GATE_FIRST: gl.constexpr, SCORED: gl.constexpr, WRITE_ACT: gl.constexpr,
+):  # fmt: skip
+    """The same where the 64 columns of a buffer are 32 pairs of up and gate."""
+    FAST: gl.constexpr = dtype == gl.bfloat16
+    z = pairs_buffer.load(PAIRS_ACCUMULATOR).to(gl.float32)
+    even, odd = z.reshape([HALF, CHUNK // 2, 2]).split()
+    layout: gl.constexpr = even.type.layout
+    dact = gl.convert_layout(dact, layout)
+    score = gl.convert_layout(score, gl.SliceLayout(1, layout))
+    if GATE_FIRST:
+        up, gate = odd, even
+    else:
+        up, gate = even, odd
+    if SCORED:
+        raw_up, raw_gate = up, gate
+        up, gate = up * score[:, None], gate * score[:, None]
+    act, by_up, part = activation_by_up(up, gate, ACTIVATION, FAST)
+    factor, slope = activation_by_gate(up, gate, by_up, part, ACTIVATION)
+    if SCORED:
+        sums = gl.sum(dact * (by_up * raw_up + factor * slope * raw_gate), axis=1)
+    else:
+        sums = gl.sum(dact * act, axis=1)
+    dscore += gl.convert_layout(sums, gl.SliceLayout(1, SLICE_ACCUMULATOR))
+    scaled = dact * score[:, None]
+    dup, dgate = (scaled * by_up).to(dtype), (scaled * factor * slope).to(dtype)
+    if GATE_FIRST:
+        dz = gl.join(dgate, dup)
+    else:
+        dz = gl.join(dup, dgate)
+    pairs_buffer.store(gl.convert_layout(dz.reshape([HALF, CHUNK]), PAIRS_ACCUMULATOR))
+    if WRITE_ACT:
+        if not SCORED:
+            act = act * score[:, None]
+        act_half = act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
+        act_half.store(gl.convert_layout(act.to(dtype), SLICE_ACCUMULATOR))
+    return dscore
+
+
+@gluon.jit
+def down_backward_consumer(
+    ring, tiles, score_ptr, dz_saved_descs, dz_rest_descs, num_saved, dz_first, act_desc, dscore_ptr,
+    FORM: gl.constexpr, ACTIVATION: gl.constexpr, GATE_FIRST: gl.constexpr, SCORED: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """Computes dz, score * act unless act_desc is None, and a part of dscore from dact and z.
+
+    dz takes the place of z in its stage, and score * act the place of lhs, until their stores have read them. Of the
+    two blocks of z in a stage the first is gate if GATE_FIRST; FORM as in `OtherUpEpilogue`.
+    """
+    dtype: gl.constexpr = dz_rest_descs[0].dtype
+    WRITE_ACT: gl.constexpr = act_desc is not None
+    GATED: gl.constexpr = FORM != "ungated"
+    STORES: gl.constexpr = (2 if GATED else 1) + (1 if WRITE_ACT else 0)  # in a stage
     stage = 0
     phase = 0
     results_stage = -1
@@ -311,33 +517,45 @@ def down_backward_consumer(
         dscore = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, SLICE_ACCUMULATOR))
         for i in gl.static_range(Z_STEPS):
             mbarrier.wait(ring.ready.index(stage), phase)
-            up_buffer = ring.rhs.index(stage).slice(W * HALF, HALF)
-            gate_buffer = ring.rhs.index(stage).slice(BM + W * HALF, HALF)
+            rhs = ring.rhs.index(stage)
+            if not ring.RHS_IS_NK:
+                rhs = rhs._reinterpret(dtype, [BN, BK], TILE_SMEM)
+            first_buffer = rhs.slice(W * HALF, HALF)
+            second_buffer = rhs.slice(BM + W * HALF, HALF)
             act_buffer = ring.lhs.index(2 * stage + W)
             halves = _halves(slices[i])
             for h in gl.static_range(2):  # 64 columns at once would not fit into the registers
-                up_half = up_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
-                gate_half = gate_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1)
-                dact = gl.convert_layout(halves[h], SLICE_ACCUMULATOR)
-                up = up_half.load(SLICE_ACCUMULATOR).to(gl.float32)
-                gate = gate_half.load(SLICE_ACCUMULATOR).to(gl.float32)
-                sigmoid = _sigmoid(gate, FAST)
-                silu = gate * sigmoid
-                act = up * silu
-                dscore += gl.sum(dact * act, axis=1)
-                scaled = dact * score[:, None]
-                up_half.store((scaled * silu).to(dtype))
-                gate_half.store((scaled * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
-                act_buffer.slice(h * CHUNK // 2, CHUNK // 2, 1).store((act * score[:, None]).to(dtype))
+                if FORM == "interleaved":
+                    pairs = second_buffer if h else first_buffer
+                    dscore = _activation_backward_of_pairs(
+                        halves[h], score, pairs, act_buffer, h, dscore, dtype, ACTIVATION, GATE_FIRST, SCORED, WRITE_ACT
+                    )
+                elif GATE_FIRST:
+                    dscore = _activation_backward_of_half(
+                        halves[h], score, second_buffer, first_buffer, act_buffer, h, dscore, dtype,
+                        ACTIVATION, GATED, SCORED, WRITE_ACT,
+                    )  # fmt: skip
+                else:
+                    dscore = _activation_backward_of_half(
+                        halves[h], score, first_buffer, second_buffer, act_buffer, h, dscore, dtype,
+                        ACTIVATION, GATED, SCORED, WRITE_ACT,
+                    )  # fmt: skip
             col = tile.col + i * CHUNK
-            _send_buffers((act_desc,), (act_buffer,), row, tile.row_end, (col,))
-            if is_saved(tile.row, tile.row_end, num_saved):
-                _send_fenced(dz_saved_descs, (up_buffer, gate_buffer), row, tile.row_end, (col, col))
+            fence_async_shared()
+            if WRITE_ACT:
+                _send_fenced((act_desc,), (act_buffer,), row, tile.row_end, (col,))
+            if FORM == "interleaved":
+                buffers, cols = (first_buffer, second_buffer), (2 * col, 2 * col + CHUNK)
+            elif GATED:
+                buffers, cols = (first_buffer, second_buffer), (col, col)
             else:
-                buffers = up_buffer, gate_buffer
-                _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, (col, col))
+                buffers, cols = (first_buffer,), (col,)
+            if is_saved(tile.row, tile.row_end, num_saved):
+                _send_fenced(dz_saved_descs, buffers, row, tile.row_end, cols)
+            else:
+                _send_fenced(dz_rest_descs, buffers, row - dz_first, tile.row_end - dz_first, cols)
             if i > 0:
-                tma.store_wait(3)
+                tma.store_wait(STORES)
                 mbarrier.arrive(ring.empty.index(results_stage))
             results_stage = stage
             stage, phase = advance(stage, phase)

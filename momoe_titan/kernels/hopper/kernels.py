@@ -11,14 +11,22 @@ Letters: T tokens, D model width, E experts, F expert width, R routed rows, sort
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from momoe_titan.kernels.hopper.epilogues import PlainEpilogue, UpEpilogue, down_backward_consumer, storing_consumer
+from momoe_titan.kernels.hopper.epilogues import (
+    OtherUpEpilogue,
+    PlainEpilogue,
+    UpEpilogue,
+    down_backward_consumer,
+    storing_consumer,
+)
 from momoe_titan.kernels.hopper.layouts import BM, BN, CONSUMER_REGISTERS, PRODUCER_REGISTERS
 from momoe_titan.kernels.hopper.operands import (
     ContiguousK,
     ContiguousRows,
     ExpertWeights,
+    GatedWeights,
     GatheredK,
     GatheredRows,
+    SplitWeights,
     TwoBufferRows,
     TwoBufferSteps,
     TwoBufferZ,
@@ -36,31 +44,60 @@ _METADATA = ["token_ptr", "tiles_ptr", "offsets_ptr", "num_tiles_ptr"]
 def up_proj_kernel(
     x_ptr, x_stride, token_ptr, w_desc, z_up_desc, z_gate_desc, act_desc,
     tiles_ptr, offsets_ptr, num_tiles_ptr, counts_ptr, max_polls, D, F, first_row, z_first, z_end,
-    ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
+    gate_w_desc, bias_ptr, score_ptr, w_rows,
+    ACT: gl.constexpr, COLS_AT_A_TIME: gl.constexpr, W_IS_NK: gl.constexpr, FORM: gl.constexpr,
+    GATE_FIRST: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """z[r] = x[token_R[r]] @ w1[e], act = up * silu(gate): the up projection, and the recomputation of z.
 
     Grid: one program per SM. Each walks tiles of 128 rows x 128 columns of F (128 of up and 128 of gate), `RowTiles`.
-    In: x (T, D); w_desc over w1 (E * D, 2F); the routing (token_R, tiles, offsets); counts, max_polls: `ProgramSync`.
+    In: x (T, D); w_desc over w1 (E * D, 2F), of which an expert has w_rows rows, or (E * 2F, D) if W_IS_NK; over up
+        alone if gate_w_desc is not None; the routing (token_R, tiles, offsets); counts, max_polls: `ProgramSync`.
     Out: act (R, F) if ACT. z (rows, 2F) from row z_first to row z_end, unless z_up_desc is None. Without ACT only the
         tiles that reach first_row are computed.
     Roles: `producer` (`GatheredRows`, cp.async; `ExpertWeights`, TMA); two `storing_consumer`s with `UpEpilogue`.
     A stage: lhs 128 rows x 64 of D, rhs 64 of D x (128 columns of up | the same 128 of gate).
     Timeline of a tile: D / 64 steps; SwiGLU in registers; act goes out at once, z under the products of the next
         tile. Without z (a version of its own) act goes out under the next tile.
+    FORM, ACTIVATION, bias_ptr, score_ptr: of `OtherUpEpilogue`; GATE_FIRST: the order in z and in one w1.
     """
-    ring = make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=False, GATHERS=True, STORES_FROM_STAGES=False)
+    ring = make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=True, STORES_FROM_STAGES=False)
     num_tiles = gl.load(num_tiles_ptr)
     first_tile = gl.to_tensor(0) if ACT else first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
-    tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
+    HALVES: gl.constexpr = FORM == "halves"
     lhs = GatheredRows(x_ptr, x_stride, token_ptr)
-    rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
+    up_col, gate_col = gl.to_tensor(0), gl.to_tensor(F)
+    if GATE_FIRST:
+        up_col, gate_col = gate_col, up_col
+    if HALVES:
+        tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
+        if gate_w_desc is not None:
+            zero = gl.to_tensor(0)
+            rhs = GatedWeights(w_desc, gate_w_desc, gl.to_tensor(w_rows), zero, zero, W_IS_NK)
+        elif W_IS_NK or GATE_FIRST:
+            rhs = GatedWeights(w_desc, w_desc, gl.to_tensor(w_rows), up_col, gate_col, W_IS_NK)
+        else:
+            rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
+    else:
+        width = 2 * F if FORM == "interleaved" else F
+        tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(width, BN), D, 256, COLS_AT_A_TIME)
+        zero = gl.to_tensor(0)
+        rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), zero, zero, W_IS_NK, False)
     Z: gl.constexpr = z_up_desc is not None
     if Z:
         up_desc, gate_desc = z_up_desc, z_gate_desc
     else:
         up_desc, gate_desc = act_desc, act_desc
     epilogue = UpEpilogue(up_desc, gate_desc, act_desc, z_first, z_end, ACT, Z)
+    BIASED: gl.constexpr = bias_ptr is not None
+    SCORED: gl.constexpr = score_ptr is not None
+    if not HALVES or ACTIVATION != "swiglu" or BIASED or SCORED:
+        some_bias = bias_ptr if BIASED else token_ptr  # not read
+        some_score = score_ptr if SCORED else token_ptr
+        epilogue = OtherUpEpilogue(
+            epilogue, some_bias, some_score, gl.to_tensor(F), up_col, gate_col,
+            FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED,
+        )  # fmt: skip
     gl.warp_specialize(
         [
             (storing_consumer, (ring, tiles, epilogue, 0)),
@@ -75,14 +112,15 @@ def up_proj_kernel(
 @gluon.jit(do_not_specialize=["num_saved", "first", "first_col"], do_not_specialize_on_alignment=_METADATA)
 def rows_kernel(
     in_desc, rest_desc, num_saved, first, w_desc, out_desc, tiles_ptr, offsets_ptr, num_tiles_ptr,
-    width, w_rows, first_col, num_cols,
+    width, w_rows, first_col, num_cols, second_w_desc,
     W_IS_NK: gl.constexpr, COLS_AT_A_TIME: gl.constexpr,
 ):  # fmt: skip
     """out[r] = in[r] @ w[e], or in[r] @ w[e]^T if W_IS_NK: the down projection, and dx row by row.
 
     Grid: one program per SM. Each walks 128x256 tiles of out, `RowTiles`.
     In: in (R, width), in two buffers unless rest_desc is None (see `SplitRows`); w_desc over the weights, stacked:
-        (E * width, columns), or (E * columns, width) if W_IS_NK; the routing (tiles, offsets).
+        (E * width, columns), or (E * columns, width) if W_IS_NK; over those of the first half of width alone, unless
+        second_w_desc is None; the routing (tiles, offsets).
     Out: out (R, num_cols): columns [first_col, first_col + num_cols) of the product.
     Roles: `producer` (`ContiguousRows` or `TwoBufferRows`, `ExpertWeights`, all TMA); two `storing_consumer`s with
         `PlainEpilogue`.
@@ -101,6 +139,9 @@ def rows_kernel(
         saved, rest = ContiguousRows(in_desc, gl.to_tensor(0)), ContiguousRows(rest_desc, first)
         lhs = TwoBufferRows(saved, rest, num_saved)
     rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
+    if second_w_desc is not None:
+        second = ExpertWeights(second_w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
+        rhs = SplitWeights(rhs, second, width // 2)
     epilogue = PlainEpilogue(out_desc, TRANSPOSED=False, STEPS_APART=2)
     gl.warp_specialize(
         [
@@ -120,39 +161,74 @@ def rows_kernel(
 def down_proj_backward_kernel(
     dout_ptr, dout_stride, token_ptr, w_desc, z_saved_desc, z_rest_desc, z_first, num_saved, score_ptr,
     dz_saved_up_desc, dz_saved_gate_desc, dz_rest_up_desc, dz_rest_gate_desc, dz_first, act_desc, dscore_ptr,
-    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F,
-    COLS_AT_A_TIME: gl.constexpr,
+    tiles_ptr, offsets_ptr, num_tiles_ptr, D, F, w_rows,
+    COLS_AT_A_TIME: gl.constexpr, W_IS_NK: gl.constexpr, FORM: gl.constexpr, GATE_FIRST: gl.constexpr,
+    ACTIVATION: gl.constexpr, SCORED: gl.constexpr,
 ):  # fmt: skip
     """dact[r] = dout[token_R[r]] @ w2[e]^T, then the backward of score * up * silu(gate).
 
     Grid: one program per SM. Each walks tiles of 128 rows x 256 columns of F, `RowTiles`.
-    In: dout (T, D); w_desc over w2 (E * F, D); score (R,); z (R, 2F) in two buffers, which may be the same one (see
-        `SplitRows`); the routing (token_R, tiles, offsets).
+    In: dout (T, D); w_desc over w2 (E * F, D), or (E * D, F) if not W_IS_NK, of which an expert has w_rows rows;
+        score (R,); z (R, 2F) in two buffers, which may be the same one (see `SplitRows`); the routing (token_R, tiles,
+        offsets).
     Out: dz (R, 2F), split as z is, perhaps over z, the up and gate halves of each buffer through a descriptor each;
-        score * act (R, F), for dw2; dscore (R, cdiv(F, 256)) float32, the row sums of dact * act in each column tile.
+        score * act (R, F), for dw2, unless act_desc is None; dscore (R, cdiv(F, 256)) float32, the row sums of
+        dact * act in each column tile.
     Roles: `producer_with_z` (`GatheredRows`, cp.async; `ExpertWeights` and `TwoBufferZ`, TMA); two
         `down_backward_consumer`s.
     A stage: lhs 128 rows x 64 of D, rhs 256 of F x 64 of D; then, four times, z: 128 rows x 64 columns of up and of
         gate, in rhs.
     Timeline of a tile: D / 64 steps; then for each of the four stages of z: dz over z, score * act over lhs, and the
         stores out of the stage, which goes back to the producer when they have read it.
+    FORM and others: of `down_backward_consumer`.
     """
-    ring = make_ring(act_desc.dtype, LHS_IS_KM=False, RHS_IS_NK=True, GATHERS=True, STORES_FROM_STAGES=True)
+    dtype: gl.constexpr = z_saved_desc.dtype
+    ring = make_ring(dtype, LHS_IS_KM=False, RHS_IS_NK=W_IS_NK, GATHERS=True, STORES_FROM_STAGES=True)
     num_tiles = gl.load(num_tiles_ptr)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256, COLS_AT_A_TIME)
     lhs = GatheredRows(dout_ptr, dout_stride, token_ptr)
-    rhs = ExpertWeights(w_desc, F, gl.to_tensor(0), gl.to_tensor(0), True, False)
-    z = TwoBufferZ(z_saved_desc, z_rest_desc, num_saved, z_first)
+    rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), gl.to_tensor(0), gl.to_tensor(0), W_IS_NK, False)
+    z = TwoBufferZ(z_saved_desc, z_rest_desc, num_saved, z_first, FORM == "interleaved")
     saved, rest = (dz_saved_up_desc, dz_saved_gate_desc), (dz_rest_up_desc, dz_rest_gate_desc)
     gl.warp_specialize(
         [
             (
                 down_backward_consumer,
-                (ring, tiles, score_ptr, saved, rest, num_saved, dz_first, act_desc, dscore_ptr, 0),
+                (
+                    ring,
+                    tiles,
+                    score_ptr,
+                    saved,
+                    rest,
+                    num_saved,
+                    dz_first,
+                    act_desc,
+                    dscore_ptr,
+                    FORM,
+                    ACTIVATION,
+                    GATE_FIRST,
+                    SCORED,
+                    0,
+                ),  # fmt: skip
             ),
             (
                 down_backward_consumer,
-                (ring, tiles, score_ptr, saved, rest, num_saved, dz_first, act_desc, dscore_ptr, 1),
+                (
+                    ring,
+                    tiles,
+                    score_ptr,
+                    saved,
+                    rest,
+                    num_saved,
+                    dz_first,
+                    act_desc,
+                    dscore_ptr,
+                    FORM,
+                    ACTIVATION,
+                    GATE_FIRST,
+                    SCORED,
+                    1,
+                ),  # fmt: skip
             ),
             (producer_with_z, (ring, tiles, lhs, rhs, z)),
         ],

@@ -3,7 +3,7 @@
 Letters: T tokens, D model width, E experts, F expert width, R routed rows, sorted by expert.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from momoe_titan.kernels import gpu
+from momoe_titan.kernels.activations import is_gated
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper.kernels import (
     down_proj_backward_kernel,
@@ -54,13 +55,83 @@ def supported(dtype: torch.dtype, D: int, F: int, capability: tuple[int, int]) -
     return fits and tuple(capability) == (9, 0) and TRITON_VERSION in ((3, 6), (3, 7))
 
 
+class _Descriptor(TensorDescriptor):
+    """A descriptor made at every launch; it skips checks that cost more than the rest of making it."""
+
+    def __init__(self, base, shape, strides, block_shape, layout):
+        self.base = base
+        self.shape = shape
+        self.strides = strides
+        self.block_shape = block_shape
+        self.layout = layout
+        self.padding = "zero"
+        # the layout goes with the number of dimensions
+        self.specialisation = base.dtype, *block_shape
+
+
 def refusal(experts: Experts) -> str | None:
     """What of these experts the kernels do not take, in words; None if they take all of it."""
-    if experts.gate is not None or not experts.w1.is_contiguous() or not experts.w2.is_contiguous():
-        return "weights that are not stored as (E, D, 2F) and (E, F, D)"
-    if not experts.is_swiglu or experts.order != "up_gate":
-        return "other experts than SwiGLU with up before gate"
+    for name in ("w1", "w2", "gate"):
+        w = getattr(experts, name)
+        if w is not None and Stacked.of(w) is None:
+            return f"{name} with strides {tuple(w.stride())}"
+    if experts.bias1 is not None and experts.scores_on_input:
+        return "a bias of the first product together with scores on the input"
     return None
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """How weights, logically (E, K, N) with the contraction K, lie in memory as one matrix.
+
+    Attributes:
+        is_nk: whether its rows are columns N of the weights, else they are rows K.
+        rows: rows from one expert to the next.
+        height: rows of an expert.
+        width: columns.
+        stride: elements from one row to the next.
+    """
+
+    is_nk: bool
+    rows: int
+    height: int
+    width: int
+    stride: int
+
+    @classmethod
+    def of(cls, w_EKN: Tensor) -> "Stacked | None":
+        """None if TMA can't read them so."""
+        _, height, width = w_EKN.shape
+        expert, stride, last = w_EKN.stride()
+        is_nk = last != 1
+        if is_nk:
+            height, width, stride, last = width, height, last, stride
+        if last != 1 or stride % 8 or stride < width or (w_EKN.shape[0] > 1 and expert % stride):
+            return None
+        return cls(is_nk, expert // stride, height, width, stride)
+
+    def block(self, w_EKN: Tensor, cols: int) -> _Descriptor:
+        """Descriptor of blocks of 64 of K and some columns of N."""
+        num_rows = (w_EKN.shape[0] - 1) * self.rows + self.height
+        shape = (cols, 64) if self.is_nk else (64, cols)
+        return _Descriptor(w_EKN, [num_rows, self.width], [self.stride, 1], list(shape), TILE_SMEM.value)
+
+
+def _stacked(w_EKN: Tensor) -> Stacked:
+    stacked = Stacked.of(w_EKN)
+    assert stacked is not None, "see `refusal`"
+    return stacked
+
+
+def _form(experts: Experts) -> str:
+    """FORM of the kernels."""
+    if not is_gated(experts.activation):
+        return "ungated"
+    return "interleaved" if experts.columns.step == 2 else "halves"
+
+
+def _is_gate_first(experts: Experts) -> bool:
+    return experts.columns.gate < experts.columns.up
 
 
 def dscore_parts(F: int) -> int:
@@ -75,20 +146,6 @@ def num_programs(device: torch.device) -> int:
 
 def _grid(tensor: Tensor) -> tuple[int]:
     return (num_programs(tensor.device),)
-
-
-class _Descriptor(TensorDescriptor):
-    """A descriptor made at every launch; it skips checks that cost more than the rest of making it."""
-
-    def __init__(self, base, shape, strides, block_shape, layout):
-        self.base = base
-        self.shape = shape
-        self.strides = strides
-        self.block_shape = block_shape
-        self.layout = layout
-        self.padding = "zero"
-        # the layout goes with the number of dimensions
-        self.specialisation = base.dtype, *block_shape
 
 
 @dataclass(frozen=True)
@@ -129,6 +186,10 @@ class SplitRows:
         rest = saved.new_empty(num_rows - first, saved.shape[1])
         return cls(saved if num_saved else rest, rest, num_saved, first, two_buffers)
 
+    def columns(self, begin: int, end: int) -> "SplitRows":
+        """Some columns of all rows."""
+        return replace(self, saved=self.saved[:, begin:end], rest=self.rest[:, begin:end])
+
     @property
     def shape(self) -> tuple[int, int]:
         return (self.first + self.rest.shape[0], self.rest.shape[1])
@@ -150,14 +211,28 @@ def _ragged_block(tensor: Tensor, cols: int, block_rows: int = 64, block_cols: i
     )
 
 
-def _up_and_gate(z: Tensor, F: int) -> _Descriptor:
-    """Descriptor of z as (2, rows, F)."""
-    return _Descriptor(z, [2, z.shape[0], F], [F, z.stride(0), 1], [2, BM.value, CHUNK.value], Z_SMEM.value)
+def _z_blocks(z: Tensor, experts: Experts) -> _Descriptor:
+    """Descriptor of z for `TwoBufferZ`."""
+    form, rows, stride = _form(experts), z.shape[0], z.stride(0)
+    if form == "halves":
+        shape, strides = [2, rows, experts.ffn], [experts.ffn, stride, 1]
+    elif form == "interleaved":
+        shape, strides = [experts.width // CHUNK.value, rows, CHUNK.value], [CHUNK.value, stride, 1]
+    else:
+        shape, strides = [1, rows, experts.ffn], [stride, stride, 1]
+    return _Descriptor(z, shape, strides, [2, BM.value, CHUNK.value], Z_SMEM.value)
 
 
-def _halves_blocks(rows: Tensor, F: int) -> tuple[_Descriptor, _Descriptor]:
-    """Descriptors of the first and the last F columns."""
-    return _ragged_block(rows, F), _ragged_block(rows[:, F:], F)
+def _z_stores(rows: Tensor, experts: Experts, *, in_order: bool) -> tuple[_Descriptor, _Descriptor]:
+    """Descriptors of the columns of up and of gate; or, in_order, of the first and of the last F columns.
+
+    Twice that of all columns where z has no halves.
+    """
+    if _form(experts) != "halves":
+        return (_ragged_block(rows, experts.width),) * 2
+    F = experts.ffn
+    first, last = _ragged_block(rows, F), _ragged_block(rows[:, F:], F)
+    return (last, first) if _is_gate_first(experts) and not in_order else (first, last)
 
 
 def _tiles(routing: RoutingMetadata) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +256,7 @@ def _program_sync(routing: RoutingMetadata, flops: float) -> tuple[Tensor, int]:
 
 def _launch_up_proj(
     x_TD: Tensor,
-    w1_ED2F: Tensor,
+    experts: Experts,
     routing: RoutingMetadata,
     z: Tensor | None,
     act_RF: Tensor | None,
@@ -190,131 +265,140 @@ def _launch_up_proj(
     z_first: int,
     z_end: int,
 ) -> None:
-    E, D, F2 = w1_ED2F.shape
-    F = F2 // 2
+    D, F, form = x_TD.shape[1], experts.ffn, _form(experts)
     act_desc = _ragged_block(act_RF, F) if act_RF is not None else None
     if z is None:  # its own variant of the kernel
         z_up_desc = z_gate_desc = None
     elif z_end > 0:
-        z_up_desc, z_gate_desc = _halves_blocks(z, F)
+        z_up_desc, z_gate_desc = _z_stores(z, experts, in_order=False)
     else:  # no row of z is written: any descriptors of this width will do
         z_up_desc = z_gate_desc = act_desc
+    stacked, cols = _stacked(experts.w1), 128 if form == "halves" else 256
     launch(
         up_proj_kernel, _grid(x_TD),
-        x_TD, x_TD.stride(0), routing.token_R, _block(w1_ED2F, E * D, F2, 64, 128),
+        x_TD, x_TD.stride(0), routing.token_R, stacked.block(experts.w1, cols),
         z_up_desc, z_gate_desc, act_desc or z_up_desc, *_tiles(routing),
-        *_program_sync(routing, 4 * (routing.token_R.shape[0] - first_row) * D * F), D, F, first_row, z_first, z_end,
-        ACT=act_RF is not None, COLS_AT_A_TIME=_at_a_time(UP_AT_A_TIME, D, F2), num_warps=4,
+        *_program_sync(routing, 2 * (routing.token_R.shape[0] - first_row) * D * experts.width),
+        D, F, first_row, z_first, z_end,
+        None if experts.gate is None else stacked.block(experts.gate, cols),
+        experts.bias1, routing.score_R if experts.scores_on_input else None, stacked.rows,
+        ACT=act_RF is not None, COLS_AT_A_TIME=_at_a_time(UP_AT_A_TIME, D, experts.width), W_IS_NK=stacked.is_nk,
+        FORM=form, GATE_FIRST=_is_gate_first(experts), ACTIVATION=experts.activation, num_warps=4,
     )  # fmt: skip
 
 
 def up_proj(
-    x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z_S2F: Tensor | None, num_saved: int, act_RF: Tensor
+    x_TD: Tensor, experts: Experts, routing: RoutingMetadata, z_SZ: Tensor | None, num_saved: int, act_RF: Tensor
 ) -> None:
     """act[r] = up * silu(gate) of z[r] = x[token_R[r]] @ w1[e]; saves z[r] for r < num_saved.
 
+    z has bias1, but with scores on the input neither scores nor bias.
+
     Args:
-        x_TD, w1_ED2F: bfloat16 or float16, contiguous.
-        z_S2F: at least num_saved rows. None for the version that saves none.
+        x_TD: bfloat16 or float16, contiguous.
+        z_SZ: at least num_saved rows. None for the version that saves none.
         act_RF: output.
     """
     if act_RF.shape[0]:
-        _launch_up_proj(x_TD, w1_ED2F, routing, z_S2F, act_RF, first_row=0, z_first=0, z_end=num_saved)
+        _launch_up_proj(x_TD, experts, routing, z_SZ, act_RF, first_row=0, z_first=0, z_end=num_saved)
 
 
-def recompute_z(x_TD: Tensor, w1_ED2F: Tensor, routing: RoutingMetadata, z: SplitRows) -> None:
+def recompute_z(x_TD: Tensor, experts: Experts, routing: RoutingMetadata, z: SplitRows) -> None:
     """z[r] for r >= z.num_saved into z.rest.
 
     Works in whole tiles: rows before z.num_saved of the tile around it are written too.
 
     Args:
-        z: (R, 2F).
+        z: (R, Z).
     """
     R = z.shape[0]
     if z.num_saved < R:
-        _launch_up_proj(x_TD, w1_ED2F, routing, z.rest, None, first_row=z.num_saved, z_first=z.first, z_end=R)
+        _launch_up_proj(x_TD, experts, routing, z.rest, None, first_row=z.num_saved, z_first=z.first, z_end=R)
 
 
-def _launch_rows(
-    rows: SplitRows, w: Tensor, w_is_nk: bool, routing: RoutingMetadata, out: Tensor, first_col: int
-) -> None:
-    E, w_rows, w_cols = w.shape
-    width = rows.shape[1]
+def _launch_rows(rows: SplitRows, weights: list[Tensor], routing: RoutingMetadata, out: Tensor, first_col: int) -> None:
+    """Weights are (E, width, columns); if there are two, each has half of the width."""
+    width, columns, stacked = rows.shape[1], weights[0].shape[2], _stacked(weights[0])
     in_desc = _block(rows.saved, rows.saved.shape[0], width, 64, 64)
     rest_desc = _block(rows.rest, rows.rest.shape[0], width, 64, 64) if rows.two_buffers else None
-    w_desc = _block(w, E * w_rows, w_cols, *((256, 64) if w_is_nk else (64, 256)))
-    num_cols = cdiv(w_rows if w_is_nk else w_cols, BN.value)  # over all ranges: more ranges compile nothing new
+    w_descs = [stacked.block(w, 256) for w in weights]
+    num_cols = cdiv(columns, BN.value)  # over all ranges: more ranges compile nothing new
     at_a_time = cdiv(num_cols, cdiv(num_cols, ROWS_AT_A_TIME)) if num_cols > ROWS_AT_A_TIME else 0
     launch(
         rows_kernel, _grid(out),
-        in_desc, rest_desc, rows.num_saved, rows.first, w_desc, _ragged_block(out, out.shape[1]),
-        *_tiles(routing), width, w_rows, first_col, out.shape[1],
-        W_IS_NK=w_is_nk, COLS_AT_A_TIME=at_a_time, num_warps=4,
+        in_desc, rest_desc, rows.num_saved, rows.first, w_descs[0], _ragged_block(out, out.shape[1]),
+        *_tiles(routing), width, stacked.rows, first_col, out.shape[1], w_descs[1] if len(weights) == 2 else None,
+        W_IS_NK=stacked.is_nk, COLS_AT_A_TIME=at_a_time, num_warps=4,
     )  # fmt: skip
 
 
 def down_proj(act_RF: Tensor, w2_EFD: Tensor, routing: RoutingMetadata, y_RD: Tensor, first_col: int = 0) -> None:
     """y = act @ w2[e], columns [first_col, first_col + y.shape[1])."""
     if act_RF.shape[0]:
-        _launch_rows(SplitRows.of(act_RF), w2_EFD, False, routing, y_RD, first_col)
+        _launch_rows(SplitRows.of(act_RF), [w2_EFD], routing, y_RD, first_col)
 
 
 def up_proj_backward(
-    dz: Tensor | SplitRows, w1_ED2F: Tensor, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
+    dz: Tensor | SplitRows, experts: Experts, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
 ) -> None:
     """dx rows = dz @ w1[e]^T, columns [first_col, first_col + dx.shape[1]).
 
     Args:
-        dz: (R, 2F).
+        dz: (R, Z).
     """
     if dz.shape[0]:
-        _launch_rows(SplitRows.of(dz), w1_ED2F, True, routing, dx_RD, first_col)
+        weights = [w.transpose(1, 2) for w in (experts.w1, experts.gate) if w is not None]
+        _launch_rows(SplitRows.of(dz), weights, routing, dx_RD, first_col)
 
 
 def down_proj_backward(
     dout_TD: Tensor,
-    w2_EFD: Tensor,
+    experts: Experts,
     routing: RoutingMetadata,
-    score_R: Tensor,
     z: SplitRows,
     dz: Tensor | SplitRows,
-    act_scaled_RF: Tensor,
+    act_scaled_RF: Tensor | None,
     dscore_partial: Tensor,
 ) -> None:
     """Backward of score * down_proj(up * silu(gate)) up to dz.
 
+    With scores on the input z and dz are those of x @ w1, act is without scores, and dscore that of the input's scores.
+
     Args:
-        z: (R, 2F).
-        dz: output, (R, 2F), a tensor, or `SplitRows` with the num_saved of z; each of its buffers may be that of z.
-        act_scaled_RF: output, score * act.
+        z: (R, Z).
+        dz: output, (R, Z), a tensor, or `SplitRows` with the num_saved of z; each of its buffers may be that of z.
+        act_scaled_RF: output, score * act; None where it is not wanted.
         dscore_partial: output, (R, dscore_parts(F)) float32, whose row sums are the scores' gradients.
     """
-    E, F, D = w2_EFD.shape
-    if not act_scaled_RF.shape[0]:
+    if not z.shape[0]:
         return
+    D, F = dout_TD.shape[1], experts.ffn
     dz = SplitRows.of(dz)
     assert dz.num_saved == z.num_saved or dz.saved is dz.rest, "dz is split elsewhere than z"
+    w_EDF = experts.w2.transpose(1, 2)
+    stacked = _stacked(w_EDF)
     launch(
         down_proj_backward_kernel, _grid(dout_TD),
-        dout_TD, dout_TD.stride(0), routing.token_R, _block(w2_EFD, E * F, D, 256, 64),
-        _up_and_gate(z.saved, F), _up_and_gate(z.rest, F), z.first, z.num_saved, score_R,
-        *_halves_blocks(dz.saved, F), *_halves_blocks(dz.rest, F), dz.first,
-        _ragged_block(act_scaled_RF, F), dscore_partial,
-        *_tiles(routing), D, F, COLS_AT_A_TIME=_at_a_time(DOWN_BACKWARD_AT_A_TIME, D, F), num_warps=4,
+        dout_TD, dout_TD.stride(0), routing.token_R, stacked.block(w_EDF, 256),
+        _z_blocks(z.saved, experts), _z_blocks(z.rest, experts), z.first, z.num_saved, routing.score_R,
+        *_z_stores(dz.saved, experts, in_order=True), *_z_stores(dz.rest, experts, in_order=True), dz.first,
+        None if act_scaled_RF is None else _ragged_block(act_scaled_RF, F), dscore_partial,
+        *_tiles(routing), D, F, stacked.rows,
+        COLS_AT_A_TIME=_at_a_time(DOWN_BACKWARD_AT_A_TIME, D, F), W_IS_NK=stacked.is_nk, FORM=_form(experts),
+        GATE_FIRST=_is_gate_first(experts), ACTIVATION=experts.activation, SCORED=experts.scores_on_input, num_warps=4,
     )  # fmt: skip
 
 
-def weight_grad(
-    gathered_TM: Tensor, rows: Tensor | SplitRows, routing: RoutingMetadata, dw: Tensor, transposed: bool = False
-) -> None:
-    """dw[e] (M, N) = gathered[token of e's rows]^T @ rows[e's rows], or if transposed its transpose (N, M).
+def weight_grad(gathered_TM: Tensor, rows: Tensor | SplitRows, routing: RoutingMetadata, dw: Tensor) -> None:
+    """dw[e] (M, N) = gathered[token of e's rows]^T @ rows[e's rows].
 
     An expert without rows gets zeros. The gathered side is the one whose tiles are 128 wide either
     way: it costs half the copies of a 256 wide one.
 
     Args:
         gathered_TM: contiguous, aligned to 16 bytes.
-        rows: (R, N), a tensor, or if not transposed `SplitRows` too.
+        rows: (R, N), a tensor or `SplitRows`, maybe some columns of wider ones.
+        dw: contiguous in M or in N.
     """
     E = dw.shape[0]
     M, (R, N) = gathered_TM.shape[1], rows.shape
@@ -323,11 +407,22 @@ def weight_grad(
         return
     rows = SplitRows.of(rows)
     rest_desc = _ragged_block(rows.rest, N, 64, 256) if rows.two_buffers else None
+    transposed = dw.stride(2) != 1
+    stored = dw.transpose(1, 2) if transposed else dw
     launch(
         weight_grad_kernel, _grid(dw),
         gathered_TM, gathered_TM.stride(0), routing.token_R,
         _ragged_block(rows.saved, N, 64, 256), rest_desc, rows.num_saved, rows.first,
-        _ragged_block(dw.view(-1, dw.shape[2]), dw.shape[2]),
+        _ragged_block(stored.view(-1, stored.shape[2]), stored.shape[2]),
         routing.offsets_E1, *_program_sync(routing, 2 * R * M * N), E, M, N,
         TRANSPOSED=transposed, num_warps=4,
     )  # fmt: skip
+
+
+def up_weight_grad(x_TD: Tensor, dz: Tensor | SplitRows, routing: RoutingMetadata, dw1s: list[Tensor | None]) -> None:
+    """The gradient of w1; or of up and of gate, where they are two tensors (None where it is not wanted)."""
+    for i, dw1 in enumerate(dw1s):
+        if dw1 is not None:
+            width = dw1.shape[2]
+            part = dz if len(dw1s) == 1 else SplitRows.of(dz).columns(i * width, (i + 1) * width)
+            weight_grad(x_TD, part, routing, dw1)

@@ -8,6 +8,8 @@ stage, for the stage's barrier; copies by cp.async report to the barrier themsel
           TwoBufferRows   the same, in two buffers                    rows_kernel
           GatheredK       rows of x or dout as the contraction        weight_grad
     rhs   ExpertWeights   a block of an expert's weights              all but weight_grad
+          GatedWeights    a block of up and one of gate               up_proj
+          SplitWeights    weights in two tensors, one after another   rows_kernel
           ContiguousK     rows in place as the contraction            weight_grad
           TwoBufferSteps  the same, in two buffers                    weight_grad
     z     TwoBufferZ      z, for the epilogue                         down_proj_backward
@@ -171,6 +173,68 @@ class ExpertWeights:
 
 
 @aggregate
+class GatedWeights:
+    """rhs from the weights of up and gate: 128 columns of each, from two tensors or two places of one.
+
+    Rows and columns as of `ExpertWeights`; up_col and gate_col are where up and gate begin.
+    """
+
+    up_desc: tma.tensor_descriptor
+    gate_desc: tma.tensor_descriptor
+    rows: gl.tensor
+    up_col: gl.tensor
+    gate_col: gl.tensor
+    IS_NK: gl.constexpr
+    BYTES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, up_desc, gate_desc, rows, up_col, gate_col, IS_NK):
+        self.up_desc = up_desc
+        self.gate_desc = gate_desc
+        self.rows = rows
+        self.up_col = up_col
+        self.gate_col = gate_col
+        self.IS_NK = gl.constexpr(IS_NK)
+        self.BYTES = gl.constexpr(2 * 256 * 64)
+
+    @gluon.jit
+    def load(self, tile, k, ready, buffer):
+        width: gl.constexpr = BN // 2
+        row = tile.expert * self.rows
+        up, gate = self.up_col + tile.col, self.gate_col + tile.col
+        if self.IS_NK:
+            tma.async_copy_global_to_shared(self.up_desc, [row + up, k], ready, buffer.slice(0, width))
+            tma.async_copy_global_to_shared(self.gate_desc, [row + gate, k], ready, buffer.slice(width, width))
+        else:
+            tma.async_copy_global_to_shared(self.up_desc, [row + k, up], ready, buffer.slice(0, width, 1))
+            tma.async_copy_global_to_shared(self.gate_desc, [row + k, gate], ready, buffer.slice(width, width, 1))
+
+
+@aggregate
+class SplitWeights:
+    """rhs from weights whose contraction goes through one tensor and then, from `half` on, through another."""
+
+    first: ExpertWeights
+    second: ExpertWeights
+    half: gl.tensor
+    BYTES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, first, second, half):
+        self.first = first
+        self.second = second
+        self.half = half
+        self.BYTES = gl.constexpr(2 * 256 * 64)
+
+    @gluon.jit
+    def load(self, tile, k, ready, buffer):
+        if k < self.half:
+            self.first.load(tile, k, ready, buffer)
+        else:
+            self.second.load(tile, k - self.half, ready, buffer)
+
+
+@aggregate
 class GatheredK:
     """lhs of a weight gradient: step r of the contraction is row token_R[r] of a (T, width) tensor."""
 
@@ -257,24 +321,34 @@ class TwoBufferSteps:
 
 @aggregate
 class TwoBufferZ:
-    """z rows of down_proj_backward, as (2, rows, F), each row tile from one of two buffers."""
+    """z rows of down_proj_backward, as (2, rows, F), each row tile from one of two buffers.
+
+    Interleaved z is (2F / 64, rows, 64): 64 columns of F are two blocks of 64. z without a gate is (1, rows, F), whose
+    second block reads as zeros.
+    """
 
     saved_desc: tma.tensor_descriptor
     rest_desc: tma.tensor_descriptor
     num_saved: gl.tensor
     first: gl.tensor
+    INTERLEAVED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, saved_desc, rest_desc, num_saved, first):
+    def __init__(self, saved_desc, rest_desc, num_saved, first, INTERLEAVED):
         self.saved_desc = saved_desc
         self.rest_desc = rest_desc
         self.num_saved = num_saved
         self.first = first
+        self.INTERLEAVED = gl.constexpr(INTERLEAVED)
 
     @gluon.jit
     def load(self, tile, col, ready, buffer):
         buffer = buffer._reinterpret(self.saved_desc.dtype, [2, BM, CHUNK], Z_SMEM)
+        block = 0
+        if self.INTERLEAVED:
+            block = 2 * col // CHUNK
+            col = 0
         if is_saved(tile.row, tile.row_end, self.num_saved):
-            tma.async_copy_global_to_shared(self.saved_desc, [0, tile.row, col], ready, buffer)
+            tma.async_copy_global_to_shared(self.saved_desc, [block, tile.row, col], ready, buffer)
         else:
-            tma.async_copy_global_to_shared(self.rest_desc, [0, tile.row - self.first, col], ready, buffer)
+            tma.async_copy_global_to_shared(self.rest_desc, [block, tile.row - self.first, col], ready, buffer)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from momoe_titan.kernels.activations import gated_backward
+from momoe_titan.kernels.activations import gated_by_gate, gated_by_up
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.launch import cdiv, launch
 from momoe_titan.kernels.portable.blocks import rows_matmul, tile_span
@@ -56,29 +56,28 @@ def _activation_backward(
         if BIASED:
             up += tl.load(bias_ptr + UP + cols * STEP, mask=cols < F, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(bias_ptr + GATE + cols * STEP, mask=cols < F, other=0.0).to(tl.float32)[None, :]
-    act, by_up, factor, slope = gated_backward(up, gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] - jit
+    act, by_up, part = gated_by_up(up, gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] - jit
     if SCORED:
         dscore = tl.sum(dact * by_up * raw_up, axis=1)
-        if GATED:
-            dscore += tl.sum(dact * factor * slope * raw_gate, axis=1)
     else:
         dscore = tl.sum(dact * act, axis=1)
     if WRITE_ACT:
         if not SCORED:
             act *= score[:, None]
         tl.store(act_ptr + rows64 * F + cols[None, :], act.to(act_ptr.dtype.element_ty), mask=mask)
-    if not SCORED:
-        dact *= score[:, None]
-    if BIASED:
-        tl.store(sums_ptr + UP + cols * STEP, tl.sum(tl.where(mask, dact * by_up, 0.0), axis=0), mask=cols < F)
-        if GATED:
-            gate_sums = tl.sum(tl.where(mask, dact * factor * slope, 0.0), axis=0)
-            tl.store(sums_ptr + GATE + cols * STEP, gate_sums, mask=cols < F)
-    if SCORED:
-        dact *= score[:, None]
-    tl.store(dz_ptr + offs, (dact * by_up).to(dz_ptr.dtype.element_ty), mask=mask)
+    scaled = dact * score[:, None]
+    tl.store(dz_ptr + offs, (scaled * by_up).to(dz_ptr.dtype.element_ty), mask=mask)
+    if BIASED:  # the gradient of z itself: with scores on the input it is not scaled
+        dz = dact if SCORED else scaled
+        tl.store(sums_ptr + UP + cols * STEP, tl.sum(tl.where(mask, dz * by_up, 0.0), axis=0), mask=cols < F)
     if GATED:
-        tl.store(dz_ptr + (GATE - UP) + offs, (dact * factor * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+        factor, slope = gated_by_gate(up, gate, by_up, part, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] - jit
+        if SCORED:
+            dscore += tl.sum(dact * factor * slope * raw_gate, axis=1)
+        tl.store(dz_ptr + (GATE - UP) + offs, (scaled * factor * slope).to(dz_ptr.dtype.element_ty), mask=mask)
+        if BIASED:
+            gate_sums = tl.sum(tl.where(mask, dz * factor * slope, 0.0), axis=0)
+            tl.store(sums_ptr + GATE + cols * STEP, gate_sums, mask=cols < F)
     return dscore
 
 
