@@ -389,6 +389,55 @@ def balance_1_4b() -> str:
     return _balance("balance_1.4b_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS, tokens_per_s="tokens/s")
 
 
+def balance_1_4b_long() -> str:
+    """The flavor of 128 experts with the default rule, longer, beside the floor."""
+    header = ["scores", "steps", "validation loss", *VIOLATIONS.values(), "floor of a batch"]
+    header += ["MaxVio, validation text", "its floor"]
+    body = (
+        [
+            row["scores"],
+            row["steps"],
+            *(_digits(column, row[column]) for column in ("val_loss", *VIOLATIONS)),
+            _digits("", row["floor"]["other_half_batch"]),
+            _digits("", row["maxvio_global"]),
+            _digits("", row["floor"]["other_half"]),
+        ]
+        for row in rows_of("balance_1.4b_long")
+        if "floor" in row
+    )
+    return table(header, body) + "\n" + source("balance_1.4b_long") + "\n"
+
+
+def balance_lr() -> str:
+    """What the learning rate does to loss and balance."""
+    rows = rows_of("balance_lr_h200")
+    columns = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
+    columns |= {"maxvio_global": "MaxVio, validation text"}
+    header = ["flavor", "steps", "learning rate", "loss, step 200", "validation loss", *columns.values()]
+    body = (
+        [
+            *(row[c] for c in ("flavor", "steps", "lr")),
+            *(_digits("loss", row[c]) if c in row else "" for c in ("loss_200", "val_loss")),
+            *(_digits(c, row[c]) if c in row else "" for c in columns),
+        ]
+        for row in rows
+    )
+    return table(header, body) + "\n" + source("balance_lr_h200") + "\n"
+
+
+def balance_time() -> str:
+    """Seconds of training until a loss is reached, beside TorchTitan's MoE."""
+    header = {"val_loss": "validation loss", "ours_s": "momoe_titan, s", "stock_s": "TorchTitan, s"}
+    return _plain("balance_time_h200", **header, share="share of TorchTitan's")
+
+
+def balance_steep() -> str:
+    """What happens step by step in a warm-up that is too steep."""
+    header = {"step": "step", "maxvio": "MaxVio", "maxvio_after": "the same tokens, after the step"}
+    header |= {"maxvio_known": "if the mean's move were known", "common": "part that all tokens share"}
+    return _plain("balance_steep_cpu", **header, move="move of the mean over the spread")
+
+
 def balance_causes() -> str:
     """Where the collapse comes from."""
     return _balance("balance_500m_400", OTHER_BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
@@ -426,6 +475,31 @@ def balance_ep() -> str:
     """How even the ranks of expert parallelism are loaded."""
     header = {"worst_rank": "fuller rank over its share", "maxvio": "MaxVio", "tokens_per_s": "tokens/s per GPU"}
     return _plain("balance_ep_2xh200", steps="steps", **header)
+
+
+def data_training() -> str:
+    """Training on new batches beside training on one batch."""
+    header = {
+        "ranks": "GPUs",
+        "batches": "batches",
+        "tokens_per_s": "tokens/s per GPU",
+        "percent": "% of one batch's speed",
+    }
+    header |= {"swing": "swing, %", "waiting": "waiting for data, %"}
+    rows = rows_of("data_training_h200")
+    keys = ("batches", "ranks", "tokens_per_s", "percent", "swing", "waiting")
+    return (
+        table([header[key] for key in keys], ([row[key] for key in keys] for row in rows))
+        + "\n"
+        + source("data_training_h200")
+        + "\n"
+    )
+
+
+def data_loader() -> str:
+    """The loader alone on two cores, beside the tokenizer alone."""
+    header = {"by": "two of these tokenize", "loader": "loader, tokens/s", "tokenizer": "tokenizer alone, tokens/s"}
+    return _plain("data_loader_h200", **header)
 
 
 def balance_debug_seeds() -> str:
@@ -475,7 +549,15 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
-    + (balance_average, balance_ep)
+    + (
+        balance_average,
+        balance_ep,
+        balance_1_4b_long,
+        balance_lr,
+        balance_time,
+        balance_steep,
+        data_loader,
+    )
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
     + (step_breakdown, cuda_graph, first_step, rms_norm, link)
