@@ -16,4 +16,4 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
   processes=$((processes < 8 ? processes : 8))
 fi
 # worksteal: each process runs one stretch of the list, so that what a file's tests share is made once or twice.
-exec "${VENV:-.venv}/bin/python" -m pytest -n "$processes" --dist worksteal "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n "$processes" --dist worksteal --durations=15 "$@"

@@ -1,6 +1,7 @@
 """The plan of a whole job: against the built model, and by its own rules."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -67,9 +68,15 @@ def job(ac: str = "none", **momoe) -> JobConfig:
     return config
 
 
+@functools.cache
+def planned(ac: str) -> MemoryPlan:
+    """At 100, which tells what any save_percent takes."""
+    return trace_training(job(ac, save_percent=100.0), NO_MESH, H100)
+
+
 @pytest.fixture(scope="module")
 def plan() -> MemoryPlan:
-    return trace_training(job(save_percent=100.0), NO_MESH, H100)
+    return planned("none")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +190,7 @@ def test_clipping_begins_where_the_gradients_are_clipped(plan, model):
 
 @pytest.mark.parametrize("ac", ["none", "full", "selective"])
 def test_memory_grows_with_save_percent(ac):
-    plan = trace_training(job(ac, save_percent=100.0), NO_MESH, H100)
+    plan = planned(ac)
     active = [plan.active(p) for p in range(0, 101, 10)]
     assert active == sorted(active)
     assert active[0] + plan.saved_z(100) >= active[-1]
@@ -193,7 +200,7 @@ def test_memory_grows_with_save_percent(ac):
 
 
 def test_checkpointing_keeps_less():
-    none, full = (trace_training(job(ac, save_percent=0.0), NO_MESH, H100) for ac in ("none", "full"))
+    none, full = planned("none"), planned("full")
     for part in ("attention", "norms", "shared experts"):
         assert full.kept.get(part, 0) < none.kept[part] / 2
 
