@@ -126,7 +126,7 @@ class MomoeBlock(nn.Module):
         if self.compiled_parts is not None:
             before_experts, after_experts = self.compiled_parts
             h_BLD, x_TD, *under_way = before_experts(x_BLD, freqs_cis, attention_masks, positions)
-            return after_experts(h_BLD, x_TD, self.moe.run_experts(*under_way))
+            return after_experts(h_BLD, x_TD, cast(MomoeMoE, self.moe).run_experts(*under_way))
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attention_masks, positions)
         feed_forward = self.moe if self.moe_enabled else self.feed_forward
         return h_BLD + feed_forward(self.ffn_norm(h_BLD))
@@ -136,16 +136,19 @@ class MomoeBlock(nn.Module):
 
         For a layer with a gatherer: its experts are an FSDP module of their own, whose hooks no graph can hold.
         """
-        compiled = (torch.compile(part, backend=backend, fullgraph=True) for part in (self._before, self._after))
-        self.compiled_parts = tuple(compiled)
+        before_experts, after_experts = (
+            torch.compile(part, backend=backend, fullgraph=True) for part in (self._before_experts, self._after_experts)
+        )
+        self.compiled_parts = before_experts, after_experts
 
-    def _before(self, x_BLD, freqs_cis, attention_masks, positions):
+    def _before_experts(self, x_BLD, freqs_cis, attention_masks, positions):
         h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), freqs_cis, attention_masks, positions)
-        return h_BLD, *self.moe.route_and_gather(self.ffn_norm(h_BLD))
+        return h_BLD, *cast(MomoeMoE, self.moe).route_and_gather(self.ffn_norm(h_BLD))
 
-    def _after(self, h_BLD, x_TD, y_MD):
-        # The shared experts while results are under way, as in the backward.
-        return h_BLD + self.moe.add_results(y_MD, self.moe.run_shared_experts(x_TD)).view(h_BLD.shape)
+    def _after_experts(self, h_BLD, x_TD, y_MD):
+        moe = cast(MomoeMoE, self.moe)
+        # The shared experts while results are under way, and so in the backward.
+        return h_BLD + moe.add_results(y_MD, moe.run_shared_experts(x_TD)).view(h_BLD.shape)
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

@@ -88,7 +88,9 @@ def _compile_around_experts(model: MomoeLlama, job_config: JobConfig, in_two_par
         in_two_parts: whether a block with a gatherer may be compiled in two parts. Not where activation checkpointing
             records ops inside of the layer, and not where tensor parallelism has hooks around it.
     """
-    backend = job_config.compile.backend
+    backend, dynamo = job_config.compile.backend, torch._dynamo.config
+    # Graphs for training and for validation, with two numbers of tokens in each, and layers with and without balancing.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
     for block in blocks_of(model):
         if in_two_parts and block.moe_enabled and block.moe.gatherer is not None:
             block.compile_parts(backend)

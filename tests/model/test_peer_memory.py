@@ -1,0 +1,99 @@
+"""Copies between the GPUs of one host are what NCCL's collectives give, to the bit."""
+
+import functools
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from momoe_titan.model.parallel import gathered, peer_memory
+
+ops = torch.ops.momoe_titan
+STARTED = 6  # more than there are staging buffers
+
+
+def _transfers(rank: int, name: str, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What gathering and sending give, with two transfers under way at once and each buffer used again."""
+    ranks, wait = dist.get_world_size(), torch.ops._c10d_functional.wait_tensor
+    found = []
+    for i in range(STARTED):
+        x, choice = rows + i, rows[:, :8].float() - i
+        gathered_x = ops.gather_tokens(x, rank, ranks, name, True)
+        x.fill_(torch.nan)  # the input may be freed at once
+        gathered_choice = ops.gather_tokens(choice, rank, ranks, name)
+        found += [wait(gathered_x).clone(), wait(gathered_choice).clone()]
+        sent = ops.send_blocks(found[-2] * (rank + 1), ranks, name)
+        found.append(ops.sum_tokens(sent, rank, ranks, name))
+    return found
+
+
+def _compare() -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    group = dist.group.WORLD
+    transfers = functools.partial(_transfers, rank, group.group_name)
+    rows = torch.arange(96 * 64, device="cuda").view(96, 64).remainder(251).bfloat16() * (rank + 1)
+    want = transfers(rows)
+    peer_memory.connect(group)
+    peers = peer_memory.peers_of(group.group_name)  # to be kept: a graph has its buffers
+    assert peers is not None, "the GPUs do not reach each other"
+    for _ in range(2):
+        _assert_equal(transfers(rows), want)
+    graph, static = torch.cuda.CUDAGraph(), rows.clone()
+    with torch.cuda.graph(graph):
+        got = transfers(static)
+    for factor in (1, 2, 3):
+        static.copy_(rows * factor)
+        torch.cuda._sleep(10**7 * (rank == factor % ranks))  # ranks come at different times
+        graph.replay()
+        peer_memory._peers.clear()
+        _assert_equal(got, transfers(rows * factor))
+    dist.barrier()
+    os._exit(0)
+
+
+def _assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_copies_between_gpus_are_what_nccl_gives():
+    if (count := torch.cuda.device_count()) < 2:
+        pytest.skip("needs two GPUs")
+    ranks = 2 if count < 4 else 4
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29677"]
+    done = subprocess.run([*launch, __file__], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_staging_buffer_is_not_used_again_too_early():
+    """Its last transfer has to be over on all ranks: waited for, and then another barrier passed."""
+
+    def user(waited_after):
+        return SimpleNamespace(waited_after=waited_after)
+
+    def ring(waited_after):
+        return peer_memory._Ring([[]] * 4, None, users=[None, user(waited_after), None, None])
+
+    assert ring(3).next(separated=4) == 1 and ring(3).next(separated=5) == 1
+    for unfinished in (None, 4, 5):
+        with pytest.raises(RuntimeError, match="more than 3 transfers"):
+            ring(unfinished).next(separated=4)
+
+
+@pytest.mark.parametrize(
+    "ranks, chosen, experts, auto", [(2, 8, 128, True), (2, 4, 32, True), (4, 8, 128, True), (8, 8, 128, False)]
+)
+def test_tokens_go_to_all_ranks_where_that_sends_little_more(ranks, chosen, experts, auto):
+    assert gathered.gathers_tokens("auto", ranks, chosen, experts) is auto
+    assert gathered.gathers_tokens("all_ranks", ranks, chosen, experts)
+    assert not gathered.gathers_tokens("chosen_ranks", ranks, chosen, experts)
+
+
+if __name__ == "__main__":
+    _compare()
