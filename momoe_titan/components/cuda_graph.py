@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
 def _dispatches(model_parts: Sequence[nn.Module]) -> bool:
     """Whether an MoE layer sends tokens to some of the ranks."""
     return any(getattr(module, "dispatcher", None) is not None for part in model_parts for module in part.modules())
+
+
+def would_capture(config: JobConfig, world_size: int) -> bool:
+    """Whether the steps of a job on so many ranks run from CUDA graphs on GPUs, as far as its configuration says."""
+    if config.model.name != MODEL_NAME or not getattr(config, "momoe", Momoe()).cuda_graphs:
+        return False
+    degrees = config.parallelism
+    dims: Any = SimpleNamespace(
+        world_size=world_size,
+        fsdp_enabled=degrees.data_parallel_shard_degree != 1,
+        tp_enabled=degrees.tensor_parallel_degree > 1,
+        cp_enabled=degrees.context_parallel_degree > 1,
+        pp_enabled=degrees.pipeline_parallel_degree > 1,
+    )
+    return degrees.expert_parallel_degree == 1 and reason_against(config, dims, [nn.Module()]) is None
 
 
 @dataclass

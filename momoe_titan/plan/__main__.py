@@ -277,7 +277,9 @@ def _memory_at(percent: int, plan: MemoryPlan, context: int, budget: int) -> dic
 
 def _times(args: argparse.Namespace, config, cost, stages: int) -> dict[int, dict[str, Any]]:
     """The time of a step by save_percent."""
-    from momoe_titan.plan.cost import GPUS, Network, step_time
+    from momoe_titan.components.cuda_graph import would_capture
+    from momoe_titan.config.compile import compiles_model
+    from momoe_titan.plan.cost import GPUS, Network, Run, step_time
 
     training, degrees = config.training, config.parallelism
     replicas = args.world_size // (stages * degrees.tensor_parallel_degree * degrees.context_parallel_degree)
@@ -286,9 +288,9 @@ def _times(args: argparse.Namespace, config, cost, stages: int) -> dict[int, dic
     waves = max(1, training.local_batch_size // degrees.pipeline_parallel_microbatch_size)
     network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
     gpu = replace(GPUS[args.gpu], launch=args.host_us)
-    timed = {}
+    timed, run = {}, Run(compiles_model(config), stages == 1 and would_capture(config, args.world_size))
     for percent in SAVE_PERCENTS:
-        t = step_time(cost, gpu, network, percent, repeats, (stages, waves))
+        t = step_time(cost, gpu, network, percent, repeats, (stages, waves), run)
         timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}
     return timed
 

@@ -8,7 +8,7 @@ and says which rates are measured and which are assumed.
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import log2
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,31 +50,44 @@ class Gpu:
     """Rates of a GPU in bfloat16.
 
     Attributes:
-        matmul, attention: TFLOPS reached by cuBLAS and by attention (causal FLOPs).
+        matmul: TFLOPS reached by cuBLAS.
+        attention: width of a head -> TFLOPS reached by attention (causal FLOPs).
         float32: TFLOPS of float32 products.
         grouped: TFLOPS of torch._grouped_mm, which TorchTitan's MoE uses.
         memory: TB/s of ops that only move data.
+        fused: the same under torch.compile, which moves less: of the bytes that the ops would move one by one.
+        optimizer: TB/s of the gradient norm and AdamW.
         experts: F -> TFLOPS of a MoE layer, forward and backward at save_percent 100.
         launch: host time per op in microseconds, with all the Python code around it; a step takes at least
-            this times its number of ops.
+            this times its number of ops, unless it runs from a CUDA graph.
     """
 
     matmul: float
-    attention: float
+    attention: dict[int, float]
     float32: float
     grouped: float
     memory: float
+    fused: float
+    optimizer: float
     experts: dict[int, tuple[float, float]]
     launch: float = 100.0
 
 
 GPUS = {
-    # The experts' rates are measured (on the H200 with older kernels): F = 256 is 7B-n256, F = 1024 the mean of
-    # 30B-n1024 and seed-64e. These rates are fitted to runs of the 500M flavor: memory on one GPU, launch with FSDP
-    # and EP on two H100s, float32 with TP on two H100s. All others are assumed.
-    "h200": Gpu(550, 350, 25, 300, memory=2.7, experts={256: (380, 435), 1024: (559, 535)}),
-    "h100": Gpu(550, 350, 25, 300, memory=2.4, experts={256: (410, 473), 1024: (568, 579)}),
-}
+    # The H200's rates are fitted to the parts of compiled steps of 500M, 1.4B and 7B; the experts' have routing and
+    # combination in them, F = 768 is a layer alone. The H100's experts are layers alone, F = 512 in between; its
+    # `fused` is fitted to compile_500m_h100.json, `optimizer` is the H200's less by the memories' bandwidths, the other
+    # rates of products are taken to be the H200's. `memory` is fitted to steps without torch.compile, `launch` to FSDP
+    # and EP on two H100s, `float32` to TP on two H100s. benchmarks/results/rates_step_time.json has all of them.
+    "h200": Gpu(
+        590, {64: 320, 128: 395}, 25, 300, memory=2.7, fused=3.9, optimizer=3.8,
+        experts={256: (452, 518), 512: (533, 551), 768: (530, 558), 1024: (568, 579)},
+    ),
+    "h100": Gpu(
+        590, {64: 320, 128: 395}, 25, 300, memory=2.4, fused=4.2, optimizer=2.7,
+        experts={256: (410, 473), 512: (500, 530), 1024: (568, 579)},
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -108,8 +121,9 @@ class StepCost:
 
     Attributes:
         work: (True in a microbatch, False outside; kind of op) -> Work. Kinds: "matmul",
-            "float32 matmul", "grouped matmul", "attention", "experts forward F", "experts backward F",
-            "experts again F" (z at save_percent 0), these three also with " float32", "elementwise", "optimizer".
+            "float32 matmul", "grouped matmul", "attention W" (of heads of width W), "experts forward F",
+            "experts backward F", "experts again F" (z at save_percent 0), these three also with " float32",
+            "elementwise", "optimizer".
         sent: (True in a microbatch; collective; True for FSDP's; True between nodes) -> Work.
         num_microbatches: how many were traced.
     """
@@ -137,7 +151,7 @@ class StepCost:
             flops = flop_registry[packet](*operands, **kwargs, out_val=out)
             name = str(packet)
             if _ATTENTION in name:
-                self._add(micro, "attention", flops / 2)  # causal
+                self._add(micro, f"attention {_tensors(args)[0].shape[-1]}", flops / 2)  # causal
             else:
                 factors = _tensors(args)[-2:]  # behind what the product is added to
                 single = any(a.dtype == torch.float32 for a in factors)
@@ -199,39 +213,52 @@ def _moves_data(func) -> bool:
     return not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
+def _between(rates: dict[int, float], size: int) -> float:
+    """The rate of a size: between those of a table by the logarithm, beyond the table the nearest."""
+    sizes = sorted(rates)
+    low = max((s for s in sizes if s <= size), default=sizes[0])
+    high = min((s for s in sizes if s >= size), default=sizes[-1])
+    if low == high:
+        return rates[low]
+    position = (log2(size) - log2(low)) / (log2(high) - log2(low))
+    return rates[low] + position * (rates[high] - rates[low])
+
+
 def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
     """Forward and backward at this F: between measured widths by the logarithm, beyond them the nearest."""
-    widths = sorted(gpu.experts)
-    low = max((w for w in widths if w <= ffn), default=widths[0])
-    high = min((w for w in widths if w >= ffn), default=widths[-1])
-    if low == high:
-        return gpu.experts[low]
-    at_low, at_high = gpu.experts[low], gpu.experts[high]
-    position = (log2(ffn) - log2(low)) / (log2(high) - log2(low))
-    return (at_low[0] + position * (at_high[0] - at_low[0]), at_low[1] + position * (at_high[1] - at_low[1]))
+    forward, backward = (_between({width: pair[i] for width, pair in gpu.experts.items()}, ffn) for i in (0, 1))
+    return forward, backward
 
 
-def seconds(kind: str, work: Work, gpu: Gpu) -> float:
-    """On the GPU, for one kind of work."""
+def seconds(kind: str, work: Work, gpu: Gpu, compiled: bool = False) -> float:
+    """On the GPU, for one kind of work; `compiled` where torch.compile has the model."""
     if kind.startswith("experts"):
         _, which, ffn, *dtype = kind.split()
         forward, backward = (gpu.float32, gpu.float32) if dtype else expert_tflops(gpu, int(ffn))
         # a repeated product is one of the forward's
         return work.flops / 1e12 / (backward if which == "backward" else forward)
-    rates = {
-        "matmul": gpu.matmul,
-        "attention": gpu.attention,
-        "float32 matmul": gpu.float32,
-        "grouped matmul": gpu.grouped,
-    }
-    rate = rates.get(kind)
-    return work.num_bytes / 1e12 / gpu.memory if rate is None else work.flops / 1e12 / rate
+    if kind.startswith("attention"):
+        return work.flops / 1e12 / _between(gpu.attention, int(kind.split()[1]))
+    rates = {"matmul": gpu.matmul, "float32 matmul": gpu.float32, "grouped matmul": gpu.grouped}
+    if kind in rates:
+        return work.flops / 1e12 / rates[kind]
+    return work.num_bytes / 1e12 / (gpu.optimizer if kind == "optimizer" else gpu.fused if compiled else gpu.memory)
 
 
 def collective_seconds(name: str, work: Work, network: Network, between: bool = False) -> float:
     """Of one kind of collective, within a node or between nodes."""
     bandwidth = network.ib if between else network.nvlink * SHARES[name]
     return work.count * CALL + work.num_bytes / 1e9 / bandwidth
+
+
+class Run(NamedTuple):
+    """How a step is run: under torch.compile, and from a CUDA graph, which takes no time of the host."""
+
+    compiled: bool = False
+    from_graph: bool = False
+
+
+EAGER = Run()
 
 
 def step_time(
@@ -241,6 +268,7 @@ def step_time(
     save_percent: float,
     num_microbatches: int,
     pipeline: tuple[int, int] = (1, 1),
+    run: Run = EAGER,
 ) -> dict:
     """Seconds of a step and what they are made of.
 
@@ -249,6 +277,7 @@ def step_time(
         save_percent: mean over the MoE layers.
         num_microbatches: of gradient accumulation.
         pipeline: stages, and microbatches that go through them one after another.
+        run: how the step is run.
 
     Returns:
         "by_kind": seconds on the GPU; "collectives": seconds by collective; "compute", "host",
@@ -262,8 +291,8 @@ def step_time(
         times = (repeated if micro else 1) / stages
         if " again " in kind:
             times *= 1 - save_percent / 100
-        by_kind[kind] += seconds(kind, work, gpu) * times
-        count += work.count * times
+        by_kind[kind] += seconds(kind, work, gpu, run.compiled) * times
+        count += 0 if run.from_graph and micro else work.count * times
     collectives: dict[str, float] = defaultdict(float)
     hideable = open_ = 0.0
     for (micro, name, fsdp, between), work in cost.sent.items():

@@ -16,6 +16,7 @@ from momoe_titan.plan.cost import (
     SHARES,
     Gpu,
     Network,
+    Run,
     StepCost,
     Work,
     collective_seconds,
@@ -29,8 +30,9 @@ from tests.support.forks import in_forks
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 GPU = Gpu(
-    matmul=100, attention=50, float32=10, grouped=20, memory=1, experts={256: (100, 200), 1024: (300, 400)}, launch=0
-)
+    matmul=100, attention={64: 50, 256: 100}, float32=10, grouped=20, memory=1, fused=2, optimizer=1,
+    experts={256: (100, 200), 1024: (300, 400)}, launch=0,
+)  # fmt: skip
 
 
 def cost(**sent) -> StepCost:
@@ -48,6 +50,18 @@ def test_compute():
     assert step_time(cost(), GPU, Network(), 50, 3)["step"] == pytest.approx(3 * 0.14 + 0.05)
     slow_host = Gpu(**{**GPU.__dict__, "launch": 1e5})
     assert step_time(cost(), slow_host, Network(), 100, 1)["step"] == pytest.approx(0.1 * 10)
+
+
+def test_what_a_run_changes():
+    """torch.compile lets ops move less; from a CUDA graph the host launches what is outside of the microbatches."""
+    c = cost()
+    c.work[True, "elementwise"] = Work(num_bytes=40e9, count=3)
+    c.work[True, "attention 128"] = Work(flops=7.5e12, count=1)  # 100 ms
+    assert step_time(c, GPU, Network(), 100, 1)["step"] == pytest.approx(0.18 + 0.04 + 0.1)
+    assert step_time(c, GPU, Network(), 100, 1, run=Run(compiled=True))["step"] == pytest.approx(0.18 + 0.02 + 0.1)
+    slow_host = Gpu(**{**GPU.__dict__, "launch": 1e5})
+    t = step_time(c, slow_host, Network(), 100, 1, run=Run(from_graph=True))
+    assert t["host"] == pytest.approx(0.1 * 4)
 
 
 def test_communication_hides_behind_compute_or_not():
@@ -82,7 +96,7 @@ def test_pipeline_bubble():
 def test_rates_between_widths():
     assert expert_tflops(GPU, 64) == (100, 200) and expert_tflops(GPU, 4096) == (300, 400)
     assert expert_tflops(GPU, 512) == pytest.approx((200, 300))
-    assert expert_tflops(GPUS["h200"], 256) == (380, 435)
+    assert expert_tflops(GPUS["h200"], 256) == (452, 518)
 
 
 def test_experts_in_float32():
