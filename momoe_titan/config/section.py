@@ -206,10 +206,11 @@ class Momoe:
     cuda_graphs: bool = False
     """
     Run the forward and the backward of a step from a CUDA graph, which
-    the host starts by one call, on one GPU with the Triton kernels.
-    The kernels are the same. Where a graph cannot be captured, a line
-    says why and the job runs without. The activations' memory stays
-    reserved between steps, except where a validation may need it.
+    the host starts by one call, with the Triton kernels, on one GPU or
+    with FSDP or HSDP. The kernels are the same. A job that cannot be
+    captured runs without, and a line says why; where capturing fails
+    with FSDP, the job ends. The activations' memory stays reserved
+    between steps, except where a validation may need it.
     """
 
     mixed_precision: MixedPrecision = "weights"
