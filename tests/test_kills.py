@@ -24,7 +24,7 @@ from momoe_titan.data.position import unpack_position
 from tests.support import commands, faults
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("MOMOE_TITAN_KILLS", "2"))
+KILLS = int(os.environ.get("MOMOE_TITAN_KILLS", "1"))
 SOURCES = {"a": (1, 120, 0.7), "b": (121, 30, 0.3)}  # first document, documents, weight
 
 
