@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -43,3 +44,11 @@ def test_the_named_test_is_there_and_runs_where_the_table_says(number, file, tes
     needs_gpu = "pytest.mark.gpu" in marks or "pytestmark = pytest.mark.gpu" in (ROOT / file).read_text()
     on_both = "device" in {argument.arg for argument in function.args.args}
     assert where == ("GPU" if needs_gpu else "both" if on_both else "CPU"), f"row {number}: {test}"
+
+
+def test_every_requirement_has_an_upper_end():
+    """A new release of anything is tried before it is taken."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    required = [name for names in (project["dependencies"], *extras) for name in names]
+    assert [name for name in required if not re.search(r"<|==|^momoe_titan\[", name)] == []
