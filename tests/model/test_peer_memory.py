@@ -86,6 +86,33 @@ def test_a_staging_buffer_is_not_used_again_too_early():
             ring(unfinished).next(separated=4)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_where_copies_fail_nccl_is_used_and_a_warning_says_so(fails, monkeypatch, caplog):
+    class Copies:
+        device = torch.device("cpu")
+
+        def __init__(self, group):
+            pass
+
+        def try_out(self):
+            if fails:
+                raise RuntimeError("not permitted\nsomewhere")
+
+    group = SimpleNamespace(group_name="tried in a test")
+    monkeypatch.setattr(peer_memory, "_on_one_host", lambda group: True)
+    monkeypatch.setattr(peer_memory, "PeerCopies", Copies)
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: None)
+    for _ in range(2):  # of each layer
+        peer_memory.connect(group)
+    assert (peer_memory.peers_of(group.group_name) is None) == fails
+    assert [r.getMessage() for r in caplog.records if "NCCL" in r.getMessage()] == [
+        "NCCL carries the tokens of expert parallelism, which takes longer than copies between the GPUs: these cannot "
+        "read each other's memory: not permitted"
+    ] * fails
+    peer_memory._peers.pop(group.group_name, None)
+    peer_memory._tried.discard(group.group_name)
+
+
 @pytest.mark.parametrize(
     "ranks, chosen, experts, auto", [(2, 8, 128, True), (2, 4, 32, True), (4, 8, 128, True), (8, 8, 128, False)]
 )

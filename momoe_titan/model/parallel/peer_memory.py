@@ -24,9 +24,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _register_work, _SymmetricMemory
 from torch.distributed import ProcessGroup
 from torch.distributed._symmetric_memory import Work
+from torchtitan.tools.logging import logger
 
 _BUFFERS = 4  # of each size; a layer has up to three transfers under way
 _peers: "dict[str, PeerCopies]" = {}  # by the group's name
+_tried: set[str] = set()
 
 
 class _Transfer(Work):
@@ -72,15 +74,21 @@ class PeerCopies:
     """Copies between the ranks of a group that are GPUs of one host.
 
     Attributes:
+        device: of this rank.
         started: transfers so far.
     """
 
     def __init__(self, group: ProcessGroup):
         self.group_name, self.rank, self.ranks = group.group_name, group.rank(), group.size()
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self.started = 0
         self._rings: dict[int, _Ring] = {}
         self._handles: list[Any] = []
         self._memory: list[torch.Tensor] = []
+
+    def try_out(self) -> None:
+        """Raises RuntimeError where the GPUs cannot read each other's memory."""
+        self._ring(16)
 
     def gather(self, rows_TC: torch.Tensor, first: bool) -> torch.Tensor:
         """Starts to gather the rows of all ranks, (P T, C). The layer's first transfer has to say so."""
@@ -139,8 +147,7 @@ class PeerCopies:
         if num_bytes not in self._rings:
             buffers = []
             for _ in range(_BUFFERS):
-                device = torch.device("cuda", torch.cuda.current_device())
-                mine = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, self.group_name)
+                mine = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, self.device, self.group_name)
                 handle = _SymmetricMemory.rendezvous(mine)
                 buffers.append([handle.get_buffer(p, (num_bytes,), torch.uint8) for p in range(self.ranks)])
                 self._handles.append(handle)
@@ -160,9 +167,28 @@ def _like(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def connect(group: ProcessGroup) -> None:
-    """Have `peers_of` give the group's copies, where its ranks are GPUs of one host that can read each other."""
-    if group.group_name not in _peers and _on_one_host(group):
-        _peers[group.group_name] = PeerCopies(group)
+    """Have `peers_of` give the group's copies, where its ranks are GPUs of one host that can read each other.
+
+    To be called on all ranks.
+    """
+    if group.group_name in _tried or not _on_one_host(group):
+        return
+    _tried.add(group.group_name)
+    reason = ""
+    copies = PeerCopies(group)
+    try:
+        copies.try_out()
+    except RuntimeError as error:  # of the driver, or a container that forbids it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    works = torch.tensor(not reason, dtype=torch.int32, device=copies.device)
+    dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
+    if works:
+        _peers[group.group_name] = copies
+    else:
+        logger.warning(
+            "NCCL carries the tokens of expert parallelism, which takes longer than copies between the GPUs: these "
+            f"cannot read each other's memory{reason and ': '}{reason}"
+        )
 
 
 def peers_of(group_name: str) -> PeerCopies | None:
