@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
@@ -148,6 +149,8 @@ class TrainingStep:
 
     def _log(self, loss: Tensor, global_tokens: Tensor, local_tokens: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Hand the losses over all ranks to the metrics processor; as TorchTitan's, without waiting for the device."""
+        if isinstance(loss, DTensor):  # of whole logits under tensor parallelism
+            loss = loss.full_tensor()
         seen = torch.full((), self.ntokens_seen, dtype=torch.float64, device=loss.device)
         mean = worst = loss
         if self.parallel_dims.dp_cp_enabled:
