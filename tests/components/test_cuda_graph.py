@@ -10,7 +10,14 @@ from torch import nn
 from torchtitan.config import JobConfig
 
 from momoe_titan.components import cuda_graph
-from momoe_titan.components.cuda_graph import CALLS_BEFORE_CAPTURE, CapturedStep, StepFromGraph, reason_against
+from momoe_titan.components.cuda_graph import (
+    CALLS_BEFORE_CAPTURE,
+    CapturedStep,
+    StepFromGraph,
+    reason_against,
+    would_capture,
+)
+from momoe_titan.config.reading import read_job
 from tests.support.tiny import SEQ, VOCAB, build, tiny_args
 
 
@@ -188,6 +195,24 @@ def test_a_layer_that_sends_to_chosen_ranks_has_none():
     layer.dispatcher = object()
     dims = several_ranks(ep=True)
     assert "expert parallelism" in reason_against(job_with_graphs(), dims, [nn.Sequential(layer)])
+
+
+DDP = ["--parallelism.data_parallel_replicate_degree"]
+
+
+@pytest.mark.parametrize(
+    "options, ranks, captured",
+    [
+        ([], 1, True),
+        ([], 2, True),
+        (["--momoe.no-cuda_graphs"], 1, False),
+        (["--momoe.backend", "torchtitan"], 1, False),
+        (["--parallelism.expert_parallel_degree", "2"], 2, False),
+        ([*DDP, "2", "--parallelism.data_parallel_shard_degree", "1"], 2, False),
+    ],
+)
+def test_a_plan_knows_whether_steps_run_from_graphs(options, ranks, captured):
+    assert would_capture(read_job(["--job.config_file", "train_configs/500m.toml", *options]), ranks) == captured
 
 
 def test_graphs_end_before_the_job_does():
