@@ -223,7 +223,10 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
     if num_saved < num_rows:
         gemms.recompute_z(x_TD, experts, routing, z, dz)
     act_RF = x_TD.new_empty(num_rows, experts.ffn) if needs.w2 else None
-    dscore, bias_sums = gemms.down_proj_backward(dout_TD, experts, routing, z, dz, act_RF)
+    # A saved z has its bias, but with scores on the input: only its gradient needs it here then.
+    has_bias = needs.bias1 or experts.scores_on_input or experts.bias1 is None
+    kind = experts if has_bias else replace(experts, bias1=None)
+    dscore, bias_sums = gemms.down_proj_backward(dout_TD, kind, routing, z, dz, act_RF)
     dbias1, dbias2 = _bias_grads(experts, routing, dout_TD, dscore, bias_sums, needs)
     dscores_TK = _score_grad(dscore, routing, scores_TK, needs.scores)
     del dscore, bias_sums
@@ -268,11 +271,11 @@ def _bias_grads(
         dscore, sums: of `down_proj_backward`.
     """
     dbias1, dbias2 = dout_TD.new_empty(0), dout_TD.new_empty(0)
-    if needs.bias1:
+    if sums is not None and needs.bias1 and experts.bias1 is not None:
         dbias1 = torch.empty_like(experts.bias1)
         biases.sum_tiles(sums, routing, dbias1)
     weighted = not experts.scores_on_input
-    if experts.bias2 is not None and (needs.bias2 or weighted):
+    if experts.bias2 is not None and (needs.bias2 or (weighted and needs.scores)):
         sums, dot_R = biases.output_bias_backward(dout_TD, experts.bias2, routing, weighted)
         if weighted:
             dscore[:, 0] += dot_R
@@ -285,7 +288,7 @@ def _bias_grads(
 def _up_weight_grads(gemms, x_TD, dz: ZRows, routing, experts: Experts, needs: Needs) -> tuple[Tensor, Tensor]:
     """The gradients of w1 and gate, empty where not needed."""
     dw1 = torch.empty_like(experts.w1) if needs.w1 else None
-    dgate = torch.empty_like(experts.gate) if needs.gate else None
+    dgate = torch.empty_like(experts.gate) if needs.gate and experts.gate is not None else None
     if needs.w1 or needs.gate:
         gemms.up_weight_grad(x_TD, dz, routing, [dw1] if experts.gate is None else [dw1, dgate])
     return dw1 if dw1 is not None else x_TD.new_empty(0), dgate if dgate is not None else x_TD.new_empty(0)

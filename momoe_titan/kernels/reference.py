@@ -136,7 +136,8 @@ def torch_backward(
         act, *dhalves = activate_backward(experts.activation, up, gate, dact * weight)
         dz = torch.empty(z.shape, device=z.device)
         for half, values in zip(experts.split(dz) if gate is not None else (dz,), dhalves, strict=False):
-            half.copy_(values)
+            if values is not None:
+                half.copy_(values)
         if experts.bias1 is not None:
             grads["bias1"][e] = dz.sum(0)
         if experts.bias2 is not None:

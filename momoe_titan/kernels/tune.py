@@ -104,10 +104,10 @@ def main() -> None:
     for name in ("tokens", "dim", "ffn", "experts", "chosen"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
-    shape = Experts(
-        *(torch.empty(1, *size, device="meta") for size in [(args.dim, 2 * args.ffn), (args.ffn, args.dim)])
-    )
-    if isinstance(select_gemms(torch.empty(1, args.dim, dtype=torch.bfloat16, device="cuda"), shape), HopperGemms):
+    w1, w2 = (torch.empty(1, *size, device="meta") for size in [(args.dim, 2 * args.ffn), (args.ffn, args.dim)])
+    if isinstance(
+        select_gemms(torch.empty(1, args.dim, dtype=torch.bfloat16, device="cuda"), Experts(w1, w2)), HopperGemms
+    ):
         print("This GPU runs the Hopper kernels for this shape: what is tuned here serves the portable path only.")
     best = tune(**vars(args))
     name = torch.cuda.get_device_name()

@@ -222,15 +222,12 @@ class OtherUpEpilogue:
     FORM "halves": 128 columns of up beside the same 128 of gate. "interleaved": 256 columns of z, whose pairs are up
     and gate. "ungated": 256 columns of z and of act.
     BIASED: bias (E, Z), in the order of z, is added to z before it is stored.
-    SCORED: z is stored without scores, and act is made of score * z.
+    SCORED, which excludes BIASED: z is stored without scores, and act is made of score * z.
     """
 
     base: UpEpilogue
-    bias_ptr: gl.tensor
-    score_ptr: gl.tensor
+    extra_ptr: gl.tensor  # of the bias, or of the scores of all rows
     F: gl.tensor
-    up_col: gl.tensor  # first column of up in z; of gate
-    gate_col: gl.tensor
     FORM: gl.constexpr
     ACTIVATION: gl.constexpr
     GATE_FIRST: gl.constexpr
@@ -238,13 +235,10 @@ class OtherUpEpilogue:
     SCORED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, base, bias_ptr, score_ptr, F, up_col, gate_col, FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED):
+    def __init__(self, base, extra_ptr, F, FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED):
         self.base = base
-        self.bias_ptr = bias_ptr
-        self.score_ptr = score_ptr
+        self.extra_ptr = extra_ptr
         self.F = F
-        self.up_col = up_col
-        self.gate_col = gate_col
         self.FORM = gl.constexpr(FORM)
         self.ACTIVATION = gl.constexpr(ACTIVATION)
         self.GATE_FIRST = gl.constexpr(GATE_FIRST)
@@ -269,7 +263,7 @@ class OtherUpEpilogue:
         cols = gl.arange(0, BN, gl.SliceLayout(0, ACCUMULATOR))
         if self.FORM == "halves":
             hidden = tile.col + cols % (BN // 2)
-            z_col = hidden + gl.where(cols < BN // 2, self.up_col, self.gate_col)
+            z_col = hidden + gl.where((cols < BN // 2) == self.GATE_FIRST, self.F, 0)
             live = hidden < self.F
             width = 2 * self.F
         elif self.FORM == "interleaved":
@@ -280,7 +274,7 @@ class OtherUpEpilogue:
             z_col = tile.col + cols
             width = self.F
             live = z_col < width
-        bias = gl.load(self.bias_ptr + tile.expert.to(gl.int64) * width + z_col, mask=live, other=0.0)
+        bias = gl.load(self.extra_ptr + tile.expert.to(gl.int64) * width + z_col, mask=live, other=0.0)
         return acc + bias.to(gl.float32)[None, :]
 
     @gluon.jit
@@ -326,7 +320,7 @@ class OtherUpEpilogue:
         if base.ACT:
             if self.SCORED:
                 rows = row + gl.arange(0, HALF, gl.SliceLayout(1, ACCUMULATOR))
-                score = gl.load(self.score_ptr + rows, mask=rows < tile.row_end, other=0.0)
+                score = gl.load(self.extra_ptr + rows, mask=rows < tile.row_end, other=0.0)
                 acc = acc * score[:, None]
             if base.Z:
                 buffers = store.buffers.index(0), store.buffers.index(1)

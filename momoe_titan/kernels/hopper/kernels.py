@@ -92,12 +92,8 @@ def up_proj_kernel(
     BIASED: gl.constexpr = bias_ptr is not None
     SCORED: gl.constexpr = score_ptr is not None
     if not HALVES or ACTIVATION != "swiglu" or BIASED or SCORED:
-        some_bias = bias_ptr if BIASED else token_ptr  # not read
-        some_score = score_ptr if SCORED else token_ptr
-        epilogue = OtherUpEpilogue(
-            epilogue, some_bias, some_score, gl.to_tensor(F), up_col, gate_col,
-            FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED,
-        )  # fmt: skip
+        extra_ptr = bias_ptr if BIASED else score_ptr if SCORED else token_ptr  # the last is not read
+        epilogue = OtherUpEpilogue(epilogue, extra_ptr, gl.to_tensor(F), FORM, ACTIVATION, GATE_FIRST, BIASED, SCORED)
     gl.warp_specialize(
         [
             (storing_consumer, (ring, tiles, epilogue, 0)),

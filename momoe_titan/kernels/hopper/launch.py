@@ -229,7 +229,8 @@ def _z_stores(rows: Tensor, experts: Experts, *, in_order: bool) -> tuple[_Descr
     Twice that of all columns where z has no halves.
     """
     if _form(experts) != "halves":
-        return (_ragged_block(rows, experts.width),) * 2
+        whole = _ragged_block(rows, experts.width)
+        return whole, whole
     F = experts.ffn
     first, last = _ragged_block(rows, F), _ragged_block(rows[:, F:], F)
     return (last, first) if _is_gate_first(experts) and not in_order else (first, last)

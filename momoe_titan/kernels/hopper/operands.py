@@ -18,7 +18,7 @@ Letters: T tokens, D model width, E experts, F expert width, R routed rows, sort
 """
 
 # Gluon's compiler reads this code; its types are not those of Python that runs.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
