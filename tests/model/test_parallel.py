@@ -26,6 +26,8 @@ def mesh(**degrees) -> dict:
     names |= {"ep": "expert_parallel", "etp": "expert_tensor_parallel"}
     degrees = {"shard": 1, **degrees}
     settings = {f"parallelism.{names[k]}_degree": v for k, v in degrees.items()}
+    if "pp" in degrees:
+        settings["parallelism.pipeline_parallel_microbatch_size"] = 2  # 4 microbatches
     data_ranks = degrees.get("replicate", 1) * degrees["shard"]
     return {**settings, "training.local_batch_size": 8 // data_ranks}
 
@@ -57,6 +59,7 @@ DENSE_STAGE = {
         ["layers.1", "layers.2", "norm", "output"],
     ],
     **ACCUMULATED,
+    "parallelism.pipeline_parallel_microbatch_size": 1,
 }
 INTERLEAVED = {
     "parallelism.pipeline_parallel_schedule": "Interleaved1F1B",

@@ -198,7 +198,7 @@ def run(settings: dict, folder: str) -> dict:
         trainer.checkpointer.save(trainer.step)
         if step == last_step:
             grads = {plain(name): whole(p.grad).clone() for part in parts for name, p in part.named_parameters()}
-        if config.validation.enable:  # after which FSDP has no gradients any more
+        if config.validation.enable and step in (1, last_step):  # after which FSDP has no gradients any more
             trainer.validator.validate(parts, step)
     assert not any(moe.tokens_per_expert.any() for moe in moes.values())
     mine = {
