@@ -4,6 +4,7 @@ Makes `model.name = "momoe_llama"` known to TorchTitan, and the model converter 
 TorchTitan's own models.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
 from momoe_titan.components.validation import build_validator
 from momoe_titan.config.checks.converter import CONVERTER, converts
+from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.data.loader import build_dataloader
 from momoe_titan.data.tokenizer import build_tokenizer
@@ -40,6 +42,7 @@ from momoe_titan.model import (
     parallelize_momoe_llama,
 )
 from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.parallel.activation_checkpoint import apply_activation_checkpointing
 from momoe_titan.model.parallel.fsdp import reduce_by_sums
 from momoe_titan.model.parallel.pipeline import pipeline_momoe_llama
 
@@ -94,6 +97,13 @@ def _parallelize(
         return of_spec(model, parallel_dims, job_config)
     set_up_auto_save_percent(model, job_config)
     scale_router_losses(model, job_config, parallel_dims)
+    config = job_config.activation_checkpoint
+    # Ours does not run the experts again, whose results it does not keep either: TorchTitan's expert parallelism
+    # multiplies them by scores, and its backward reads them.
+    if config.mode != "none" and not compiles_model(job_config) and not parallel_dims.ep_enabled:
+        apply_activation_checkpointing(model, job_config, blocks_compiled=False)
+        job_config = copy.copy(job_config)
+        job_config.activation_checkpoint = dataclasses.replace(config, mode="none")
     model = of_spec(model, parallel_dims, job_config)
     reduce_by_sums(model)
     return model

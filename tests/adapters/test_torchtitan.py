@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import parallel_dims as parallel_dims_module
-from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.moe import MoE
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
@@ -25,11 +25,23 @@ from momoe_titan.config.checks.converter import check_converter
 from momoe_titan.model.router import MomoeRouter
 from tests.support import commands
 from tests.support.forks import in_gloo_forks
-from tests.support.tiny import ONE_PROCESS
 
+
+class OneProcess(ParallelDims):
+    """No parallelism, and no process group."""
+
+    def get_optional_mesh(self, dims):
+        return None
+
+
+ONE_PROCESS = OneProcess(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
 VOCAB, LENGTH = 96, 16
 MODELS = {  # flavor, fields of its arguments that make it small, and fields of its MoE arguments
-    "qwen3": ("debugmodel_moe", dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, moe_inter_dim=24), {}),
+    "qwen3": (
+        "debugmodel_moe",
+        dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, moe_inter_dim=24),
+        dict(num_experts=8, top_k=3),
+    ),
     "deepseek_v3": (
         "debugmodel",
         dict(
@@ -196,15 +208,27 @@ def balanced(model, config: JobConfig):
     return get_train_spec(config.model.name).build_optimizers_fn([model], config.optimizer, ONE_PROCESS)
 
 
+class CountOps(TorchDispatchMode):
+    """How often the experts run forward."""
+
+    forwards = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forwards += func is torch.ops.momoe_titan.moe_forward.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_tokens_are_counted_once_and_move_the_bias(mode):
+    """Nor do the experts run again, where activation checkpointing recomputes their block."""
     config = config_of("qwen3", "--momoe.load_balance_rate=0.5", f"--activation_checkpoint.mode={mode}")
-    model = build("qwen3", converted=True, config=config)
-    if mode != "none":
-        apply_ac(model, config.activation_checkpoint, op_sac_save_list={torch.ops.aten.mm.default})
+    model = build("qwen3", converted=True, config=config, parallelize=True)
+    assert any("checkpoint" in name for name, _ in model.named_parameters()) == (mode != "none")
     optimizers = balanced(model, config)
-    for _ in range(2):
-        loss_of(model, tokens()).backward()
+    with CountOps() as count:
+        for _ in range(2):
+            loss_of(model, tokens()).backward()
+    assert count.forwards == 2 * len(moe_layers(model))
     with torch.no_grad():
         loss_of(model, tokens())
     layer = moe_layers(model)[0]
@@ -215,6 +239,16 @@ def test_tokens_are_counted_once_and_move_the_bias(mode):
     assert layer.expert_bias.tolist() == (0.5 * (mean - counts_E).sign()).tolist()
     assert layer.tokens_per_expert.sum() == 0
     assert torch.equal(optimizers.load_balancer.counts_LE[0], counts_E)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointed_blocks_have_the_same_gradients(mode):
+    plain = results(build("in groups", converted=True))
+    config = config_of("in groups", f"--activation_checkpoint.mode={mode}", "--momoe.save_percent=70")
+    found = results(build("in groups", converted=True, config=config, parallelize=True))
+    for key, wanted in plain.items():
+        same = next(value for name, value in found.items() if name.replace("_checkpoint_wrapped_module.", "") == key)
+        torch.testing.assert_close(same, wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
 
 
 def test_quantile_balancing_evens_out_the_load():
@@ -328,6 +362,7 @@ class SimpleBlock(nn.Module):
     moe_enabled = False
 
 
+@pytest.mark.slow
 def test_the_job_of_the_page_trains(tmp_path):
     """With our metrics, which TorchTitan's own train specs do not have."""
     page = (commands.ROOT / "docs/use_it_in_your_model.md").read_text()

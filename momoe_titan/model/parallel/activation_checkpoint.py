@@ -48,8 +48,8 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama4.infra.parallelize import _op_sac_save_list as LLAMA4_SAVED_OPS
 
 from momoe_titan.config.compile import compiles_model
+from momoe_titan.model.experts import SavingExperts
 from momoe_titan.model.model import blocks_of
-from momoe_titan.model.moe import MomoeMoE
 
 ops = torch.ops.momoe_titan
 # The ops that a recomputation does not run, and for each of their outputs, whether a backward reads it.
@@ -183,6 +183,10 @@ _leave_others = functools.partial(
 )
 
 
+def _is_ours(moe: nn.Module) -> bool:
+    return isinstance(getattr(moe, "experts", None), SavingExperts)
+
+
 def apply_activation_checkpointing(model: nn.Module, job_config: JobConfig, blocks_compiled: bool) -> None:
     """Wrap the model's blocks as `[activation_checkpoint]` says; to be called before torch.compile and FSDP.
 
@@ -197,7 +201,7 @@ def apply_activation_checkpointing(model: nn.Module, job_config: JobConfig, bloc
     layers = model.get_submodule("layers")
     names = [name for name, _ in layers.named_children()]
     blocks = zip(names, blocks_of(model), strict=True)
-    ours = {name: block.moe for name, block in blocks if block.moe_enabled and isinstance(block.moe, MomoeMoE)}
+    ours = {name: block.moe for name, block in blocks if block.moe_enabled and _is_ours(block.moe)}
     if ours:
         # At a budget of 0 the partitioner would not even save what is marked. Next to nothing does.
         config = dataclasses.replace(config, memory_budget=max(config.memory_budget, 1e-9))
