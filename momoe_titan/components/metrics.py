@@ -280,6 +280,7 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             loss: the mean over all tokens; -1 where this pipeline stage does not see it.
         """
         self.steps_since_last_log = 0
+        self.data_loading_times.clear()  # of steps whose time is not of the interval that begins here
         self.totals.validation_loss = loss if loss >= 0 else None
         extra_metrics = {**self._validation_metrics(loss), **(extra_metrics or {})}
         memory = self.device_memory_monitor.get_peak_stats()

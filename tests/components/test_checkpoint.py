@@ -228,6 +228,19 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, fault, caplog):
         again.checkpointer.load(11)
 
 
+def test_the_newest_of_whole_checkpoints_is_loaded(tmp_path):
+    config = config_for(tmp_path)
+    job = Job(config)
+    for step in (2, 10, 9):  # neither the last written nor the last by name
+        job.state.step = step
+        job.checkpointer.save(step)
+    again = Job(config)
+    assert again.checkpointer.load() and again.state.step == 10
+    # TorchTitan's own, whose sum nobody has written, counts like ours
+    (tmp_path / "checkpoint" / "step-10" / "metadata.sha256").unlink()
+    assert again.checkpointer.load() and again.state.step == 10
+
+
 def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):
     config = config_for(tmp_path)
     Job(config).checkpointer.save(1)

@@ -247,6 +247,25 @@ def test_time_per_step_counts_the_steps(processor, monkeypatch):
     assert values["time_metrics/step(s)"] == 2 and values["throughput(tps)"] == 10
 
 
+def test_an_interval_begins_anew_after_a_validation(processor, monkeypatch):
+    """Neither the time of a validation nor its tokens count for the steps behind it."""
+    now = processor.time_last_log
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now + 100)
+    processor.should_log(1)
+    processor.ntokens_since_last_log = 5000
+    processor.data_loading_times.append(50.0)
+    processor.log_validation(2.0, step=1)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now + 106)
+    for step in (2, 3, 4):
+        processor.should_log(step)
+    processor.ntokens_since_last_log += 60
+    processor.data_loading_times.append(3.0)
+    processor.log(4, 2.0, 3.0, 0.5)
+    values = processor.logger.steps[4]
+    assert values["time_metrics/step(s)"] == 2 and values["throughput(tps)"] == 10
+    assert values["time_metrics/data_loading(%)"] == 50
+
+
 def test_gpu_step_keeps_titans_scalars(monkeypatch, caplog):
     """With a GPU it is TorchTitan's own log with our line, and ours beside it."""
     caplog.set_level("INFO")

@@ -7,6 +7,8 @@ import pytest
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.stdlib import is_held_out, load_stdlib, stdlib_files
 
+HELD_OUT = [32, 49, 73, 74, 75, 126, 128, 172, 191]  # of m0.py to m199.py
+
 
 def test_stdlib_is_the_same_every_time_and_large_enough():
     root = sysconfig.get_path("stdlib")
@@ -33,6 +35,12 @@ def test_split_depends_on_the_path_alone(tmp_path):
     for name in names[::2]:
         (tmp_path / name).unlink()
     assert stdlib_files(tmp_path, True) == [n for n in before if n not in names[::2]]
+
+
+def test_split_is_the_same_in_every_process_and_version():
+    """A hash that each process seeds anew would train on what another rank validates on."""
+    held_out = [i for i in range(200) if is_held_out(f"m{i}.py")]
+    assert held_out == HELD_OUT
 
 
 def test_folder_without_sources_is_refused(tmp_path):

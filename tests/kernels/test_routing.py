@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from momoe_titan.kernels import routing
+from momoe_titan.kernels.launch import launch
 from momoe_titan.kernels.routing import build_routing, build_routing_ref, unpack_routing
 
 # name -> (ids_TK, E)
@@ -39,6 +40,17 @@ def test_matches_reference(name, spare, few, device, monkeypatch):
     for field in ("counts_E", "offsets_E1", "token_R", "score_R", "row_TK", "num_tiles"):
         assert torch.equal(getattr(got, field), getattr(want, field)), field
     assert got.tiles[:tiles].tolist() == want.tiles[:tiles].tolist()
+
+
+@pytest.mark.parametrize("blocks", [1024, 1025, 2500])
+def test_scan_of_more_blocks_than_it_takes_at_a_time(blocks, device):
+    """A block has 128 slots: beyond 131,072 slots the scan goes on from the sum so far."""
+    counts = torch.randint(0, 129, (3, blocks), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    hist = counts.to(device, copy=True)
+    total, total_64 = hist.new_empty(3), hist.new_empty(3, dtype=torch.int64)
+    launch(routing._scan_kernel, (3,), hist, total, total_64, blocks, BLOCKS=1024)
+    assert torch.equal(hist.cpu(), counts.cumsum(1, dtype=torch.int32) - counts)
+    assert total.tolist() == total_64.tolist() == counts.sum(1).tolist()
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
