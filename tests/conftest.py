@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.command_lines import read_sources_once
+
+read_sources_once()
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined, so it must be set before the package is imported
     os.environ["TRITON_INTERPRET"] = "1"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config import ConfigManager
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from momoe_titan.data.loader import build_validation_dataloader
 from momoe_titan.data.tokenizer import load_tokenizer
+from tests.support.text_data import read_job
 
 TOKENIZER = load_tokenizer("momoe_titan/assets/tokenizer", "--tokenizer")
 TEXTS = [f"document {i} " + "word " * (7 * i % 11) for i in range(41)]
@@ -33,7 +33,7 @@ def options(tmp_path, monkeypatch):
 
 
 def build(options, steps, ranks=1, rank=0):
-    config = ConfigManager().parse_args([*options, f"--validation.steps={steps}"])
+    config = read_job(*options, f"--validation.steps={steps}")
     return build_validation_dataloader(ranks, rank, TOKENIZER, config)
 
 

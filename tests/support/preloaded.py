@@ -15,7 +15,9 @@ with describe_cpu():
     import momoe_titan.plan.__main__  # noqa: F401
     import momoe_titan.register  # noqa: F401
 
-# The sources that its help texts come from are read once.
+from tests.support.command_lines import read_sources_once
+
+read_sources_once()
 TOKENIZER = Path(__file__).parents[2] / "momoe_titan/assets/tokenizer"
 ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config", f"--model.hf_assets_path={TOKENIZER}"])
 PIL.Image.init()  # TensorBoard's writer needs it

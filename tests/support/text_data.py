@@ -1,10 +1,13 @@
 """Files of documents, jobs that read them, and what loaders make of them."""
 
+import copy
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,15 +22,23 @@ TOKENIZER = Path(momoe_titan.__file__).parent / "assets" / "tokenizer"
 TEXTS = ["one two three four five six\n", "def f(x):\n    return x\n", "naïve 漢字\n", "the end\n"]
 
 
+@functools.cache
+def _read(options: tuple[str, ...]) -> Any:
+    return ConfigManager().parse_args(list(options))
+
+
+def read_job(*options: str) -> Any:
+    """A job of its own for each call, by options that are read once; no file that they name may change."""
+    return copy.deepcopy(_read(options))
+
+
 def job(*options: str):
-    return ConfigManager().parse_args(
-        [
-            "--job.custom_config_module=momoe_titan.job_config",
-            f"--model.hf_assets_path={TOKENIZER}",
-            "--training.local_batch_size=2",
-            "--training.seq_len=16",
-            *options,
-        ]
+    return read_job(
+        "--job.custom_config_module=momoe_titan.job_config",
+        f"--model.hf_assets_path={TOKENIZER}",
+        "--training.local_batch_size=2",
+        "--training.seq_len=16",
+        *options,
     )
 
 
