@@ -8,9 +8,11 @@ case failed.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -48,6 +50,7 @@ PORTABLE = [
     ],
 ]
 MAX_TOKENS = 400
+GRACE = 5  # seconds for a case that began in time
 Combination = tuple[tuple[int, int, int, int], str, str]
 
 
@@ -114,10 +117,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", help="of the combinations those with this number modulo --processes")
+    parser.add_argument("--each", type=int, default=1, help="only each so-manyth combination, to compile less")
     parser.add_argument("--seconds", type=float, default=3600, help="no case begins later than that")
     args = parser.parse_args(argv)
     begin = time.monotonic()
-    every = combinations()
+    every = combinations()[:: args.each]
     if args.only is not None:
         mine = list(enumerate(every))[int(args.only) :: args.processes]
         for nth, (i, combination) in enumerate(mine, 1):
@@ -126,18 +130,18 @@ def main(argv: list[str]) -> int:
             print(json.dumps(run(*combination, count, args.seed + i, args.device, deadline)), flush=True)
         return 0
 
-    command = [sys.executable, "-m", "tests.trust.fuzz", *argv]
-    children = [
-        subprocess.Popen(
-            [*command, "--processes", str(args.processes), "--only", str(i)], stdout=subprocess.PIPE, text=True
-        )
-        for i in range(args.processes)
-    ]
     rows, broken = [], 0
-    for child in children:
-        out, _ = child.communicate()
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        broken += child.returncode != 0
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(args.processes)]
+        command = [sys.executable, "-m", "tests.trust.fuzz", *argv, "--processes", str(args.processes), "--only"]
+        children = [subprocess.Popen([*command, str(i)], stdout=output) for i, output in enumerate(outputs)]
+        for child, output in zip(children, outputs, strict=True):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.1, begin + args.seconds + GRACE - time.monotonic()))
+            child.kill()
+            broken += child.wait() != 0
+            output.seek(0)
+            rows += [json.loads(line) for line in output if line.startswith("{")]
     failed = [failure for row in rows for failure in row["failed"]]
     for path in ("hopper", "portable"):
         some = [row for row in rows if row["path"] == path]
