@@ -1,8 +1,5 @@
 """Kernels compiled before a job's first step: those that its layers launch; the first launch waits for them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +10,7 @@ import momoe_titan.register  # noqa: F401 - the model of the jobs below
 from momoe_titan.components.compile_ahead import layer_kernels, step_kernels
 from momoe_titan.config.reading import read_job
 from momoe_titan.kernels import compile_ahead, gpu, launch
+from tests.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUTER_ONLY = """
@@ -95,19 +93,14 @@ def test_the_first_launch_waits_once():
 
 
 def test_a_kernel_compiled_alone_has_the_name_that_a_step_looks_for():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     in_a_step = "kernels.up_proj_kernel.cache_key, kernels.rows_kernel.cache_key"
-    names = {
-        subprocess.check_output([sys.executable, "-c", HASHES.format(first=first)], env=env, cwd=ROOT)
-        for first in ("hash_kernels()", in_a_step)
-    }
-    assert len(names) == 1
+    hashed = [commands.run("-c", HASHES.format(first=first)) for first in ("hash_kernels()", in_a_step)]
+    names = {done.stdout for done in hashed}
+    assert len(names) == 1 and len(names.pop()) > 64, hashed
 
 
 def test_compiles_without_a_gpu(tmp_path):
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    env.pop("TRITON_INTERPRET", None)
-    shown = subprocess.run([sys.executable, "-c", ROUTER_ONLY], check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE)
+    shown = commands.run("-c", ROUTER_ONLY, env=commands.environment(TRITON_CACHE_DIR=str(tmp_path)))
     compiled = {file.stem for file in tmp_path.rglob("*.cubin")}
     assert compiled == {
         "_route_kernel",
@@ -127,7 +120,7 @@ def test_compiles_without_a_gpu(tmp_path):
         "_mean_logits_kernel",
         "_follow_kernel",
     }
-    assert set(shown.stdout.decode().split()) == compiled
+    assert set(shown.stdout.split()) == compiled, shown.stderr
 
 
 @pytest.mark.parametrize(
