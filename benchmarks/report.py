@@ -305,6 +305,16 @@ def link() -> str:
     return _plain("link_2xh200", **header, **{"GB/s": "GB/s"})
 
 
+def token_transfers() -> str:
+    header = {"transfer": "transfer", "us": "us", "GB/s": "GB/s", "beside": "added to a layer's forward beside it, us"}
+    return _plain("token_transfers_2xh200", **header)
+
+
+def expert_parallel() -> str:
+    header = {"model": "model, sequences per GPU", "run": "run", "implementation": "MoE", "step_ms": "step, ms"}
+    return _plain("expert_parallel_2xh200", **header, tokens_per_s="tokens/s per GPU")
+
+
 def parallel_bfloat16() -> str:
     header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "lowest": "lowest log"}
     return _plain(
@@ -560,7 +570,7 @@ TABLES: dict[str, Callable[[], str]] = {
     )
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
-    + (step_breakdown, cuda_graph, first_step, rms_norm, link)
+    + (step_breakdown, cuda_graph, first_step, rms_norm, link, token_transfers, expert_parallel)
 }
 
 
