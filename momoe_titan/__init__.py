@@ -5,9 +5,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 # pyright: reportUnsupportedDunderAll=false
-__all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_mlp"]  # by __getattr__, which pyright does not ask
+# by __getattr__, which pyright does not ask
+__all__ = ["MoE", "MoMoE", "TopKRouter", "__version__", "momoe_grouped_mlp", "momoe_mlp"]
 
-_HOME = {"MoE": "moe.layers", "MoMoE": "moe.layers", "TopKRouter": "moe.layers", "momoe_mlp": "kernels"}
+_HOME = {
+    "MoE": "moe.layers",
+    "MoMoE": "moe.layers",
+    "TopKRouter": "moe.layers",
+    "momoe_grouped_mlp": "kernels",
+    "momoe_mlp": "kernels",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -204,7 +204,7 @@ def _backward(
     if backend == "triton":
         return _triton_backward(dout_TD.contiguous(), saved, needs, over_z)
     grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing())
-    return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in needs._asdict().items())
+    return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in zip(_INPUTS, needs, strict=True))
 
 
 def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
@@ -330,7 +330,7 @@ def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, n
     inputs = (x, w1, w2, scores, *kind[:3])
     some = zip(inputs, Needs(*needs), strict=False)
     grads = [torch.empty_like(t) if need else x.new_empty(0) for t, need in some]
-    return (*grads, *(x.new_empty(0) for _ in range(len(Needs._fields) - len(grads))))
+    return (*grads, *(x.new_empty(0) for _ in range(len(_INPUTS) - len(grads))))
 
 
 def overwrites_z(*args: Any) -> bool:
