@@ -1,13 +1,16 @@
 """Weights as others keep them, and experts that are more than a SwiGLU, against a float64 oracle."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from momoe_titan.kernels import ACTIVATIONS, ORDERS, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.activations import activate, activate_backward, is_gated
 from momoe_titan.kernels.experts import Experts
+from momoe_titan.kernels.hopper import launch as hopper
+from momoe_titan.kernels.hopper.launch import Stacked
 from tests.kernels.test_op import error
 
 # (T, D, F, E, K): small, because the interpreter is slow; odd widths, and 19 rows of an expert in tiles of 16
@@ -233,3 +236,45 @@ def test_bad_groups_are_refused_by_name():
         grouped(torch.tensor([4.0, 5.0, 0.0]))
     with pytest.raises(ValueError, match="scores must be \\(R,\\) = \\(9,\\)"):
         grouped(torch.tensor([4, 5, 0]), torch.ones(3))
+
+
+STRIDES = {
+    "own": (lambda: torch.empty(3, 64, 128), (False, 64, 64, 128, 128)),
+    "out_in": (lambda: torch.empty(3, 128, 64).mT, (True, 128, 128, 64, 64)),
+    "half of the columns": (lambda: torch.empty(3, 64, 256)[:, :, 128:], (False, 64, 64, 128, 256)),
+    "half of the rows": (lambda: torch.empty(3, 256, 64)[:, 128:].mT, (True, 256, 128, 64, 64)),
+    "one expert": (lambda: torch.empty(1, 64, 128), (False, 64, 64, 128, 128)),
+    "experts last": (lambda: torch.empty(64, 128, 3).permute(2, 0, 1), None),
+    "rows off 16 bytes": (lambda: torch.empty(3, 64, 129)[:, :, :128], None),
+    "experts between rows": (lambda: torch.empty(3, 64 * 136)[:, : 64 * 128].unflatten(1, (64, 128)), "stacked"),
+}
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_what_tma_can_read(name):
+    make, want = STRIDES[name]
+    found = Stacked.of(make())
+    if want == "stacked":  # 68 rows of 128 from one expert to the next
+        assert (found.rows, found.height) == (68, 64)
+    else:
+        assert (found and (found.is_nk, found.rows, found.height, found.width, found.stride)) == want
+
+
+def test_the_log_says_once_why_the_portable_kernels_run(monkeypatch, caplog):
+    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(gemms.gpu, "device_properties", lambda device: ((9, 0), "Some GPU"))
+    monkeypatch.setattr(gemms.gpu, "interpreting", lambda: False)
+    gemms._warn_portable.cache_clear()
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(4, 64), is_cuda=True)
+    w1, w2, bias = torch.empty(3, 64, 128), torch.empty(3, 64, 64), torch.empty(3, 128)
+    assert isinstance(gemms.select_gemms(x, Experts(w1, w2, bias1=bias)), gemms.HopperGemms)
+    assert isinstance(gemms.select_gemms(x, Experts(w1, w2, scores_on_input=True)), gemms.HopperGemms)
+    assert not caplog.records
+    for _ in range(2):
+        refused = Experts(w1, w2, bias1=bias, scores_on_input=True)
+        assert isinstance(gemms.select_gemms(x, refused), gemms.PortableGemms)
+        refused = Experts(w1, torch.empty(64, 64, 3).permute(2, 0, 1))
+        assert isinstance(gemms.select_gemms(x, refused), gemms.PortableGemms)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "do not take a bias of the first product together with scores" in said[0]
+    assert "do not take w2 with strides (1, 192, 3)" in said[1]
