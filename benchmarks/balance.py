@@ -113,10 +113,10 @@ DEFAULTS = {
     "steps": 0,  # 0: those of --steps
     "seed": -1,  # -1: each of --seeds
 }
-# lr, warm-up and schedule of train_configs/; batch is in sequences
+# lr and kind of schedule of train_configs/, with a shorter warm-up for 1.4B; batch is in sequences
 JOBS = {
-    "500M": {"lr": 5e-4, "warmup": 100, "decay": "linear", "batch": 16, "seq_len": 2048},
-    "1.4B": {"lr": 6e-4, "warmup": 100, "decay": "cosine", "batch": 16, "seq_len": 2048},
+    "500M": {"lr": 1e-3, "warmup": 100, "decay": "linear", "batch": 16, "seq_len": 2048},
+    "1.4B": {"lr": 1.2e-3, "warmup": 100, "decay": "cosine", "batch": 16, "seq_len": 2048},
     "debugmodel": {"lr": 3e-3, "warmup": 10, "decay": "linear", "batch": 8, "seq_len": 256},
 }
 ONE_PROCESS = SimpleNamespace(

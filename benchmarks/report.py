@@ -300,6 +300,22 @@ def parallel_two() -> str:
     return _plain("parallel_2xh100", **header, peak="peak, GiB", planned="plan, GiB", loss_40="loss, step 40")
 
 
+def fsdp() -> str:
+    header = {
+        "model": "model",
+        "run": "run",
+        "ms": "step, ms",
+        "tokens_per_s": "tokens/s per GPU",
+        "of_one": "of one GPU, %",
+    }
+    return _plain("fsdp_2xh200", **header, collectives="collectives, ms", exposed="exposed, ms", copies="copies, ms")
+
+
+def tp_pp() -> str:
+    header = {"run": "run", "ms": "step, ms", "tokens_per_s": "tokens/s per GPU", "busy": "GPU busy, ms"}
+    return _plain("tp_pp_2xh200", **header, peak="peak, GiB", loss_20="loss, step 20")
+
+
 def link() -> str:
     header = {"collective": "collective", "of": "of", "dtype": "dtype", "MB": "MB", "us": "us"}
     return _plain("link_2xh200", **header, **{"GB/s": "GB/s"})
@@ -329,8 +345,19 @@ def parallel_four() -> str:
 
 
 def step_time() -> str:
-    header = {"gpu": "GPU", "run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s", "predicted": "predicted"}
-    return _plain("step_time", **header)
+    header = ["GPU", "run", "MoE", "tokens/s", "predicted", "error, %"]
+    rows = []
+    for row in rows_of("step_time"):
+        measured, predicted = float(str(row["tokens_per_s"])), float(str(row["predicted"]))
+        error = round(100 * (predicted / measured - 1), 1)
+        rows.append([row["gpu"], row["run"], label(row), row["tokens_per_s"], row["predicted"], error])
+    return f"{table(header, rows)}\n{source('step_time')}\n"
+
+
+def layers_30b() -> str:
+    header = {"mode": "activation checkpointing", "per_layer": "a layer, ms", "rest": "embedding and loss, ms"}
+    header |= {"sum": "48 layers, ms", "tokens_per_s": "tokens/s", "mfu": "MFU, %", "mfu_layer": "MFU of a layer, %"}
+    return _plain("layers_30b_h200", **header)
 
 
 def rates_step_time() -> str:
@@ -423,12 +450,12 @@ def balance_lr() -> str:
     rows = rows_of("balance_lr_h200")
     columns = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
     columns |= {"maxvio_global": "MaxVio, validation text"}
-    header = ["flavor", "steps", "learning rate", "loss, step 200", "validation loss", *columns.values()]
+    header = ["flavor", "steps", "learning rate", "seed", "loss, step 200", "validation loss", *columns.values()]
     body = (
         [
-            *(row[c] for c in ("flavor", "steps", "lr")),
-            *(_digits("loss", row[c]) if c in row else "" for c in ("loss_200", "val_loss")),
-            *(_digits(c, row[c]) if c in row else "" for c in columns),
+            *(row[c] for c in ("flavor", "steps", "lr", "seed")),
+            *(_digits("loss", row[c]) for c in ("loss_200", "val_loss")),
+            *(_digits(c, row[c]) for c in columns),
         ]
         for row in rows
     )
@@ -437,8 +464,9 @@ def balance_lr() -> str:
 
 def balance_time() -> str:
     """Seconds of training until a loss is reached, beside TorchTitan's MoE."""
-    header = {"val_loss": "validation loss", "ours_s": "momoe_titan, s", "stock_s": "TorchTitan, s"}
-    return _plain("balance_time_h200", **header, share="share of TorchTitan's")
+    header = {"val_loss": "validation loss", "new_s": "rate 1e-3, s", "ours_s": "rate 5e-4, s"}
+    header |= {"stock_s": "TorchTitan, rate 5e-4, s", "new_share": "share at 1e-3", "share": "share at 5e-4"}
+    return _plain("balance_time_h200", **header)
 
 
 def balance_steep() -> str:
@@ -557,7 +585,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
-    + (memory_batch, train_500m, models_h200, parallel_two, parallel_bfloat16, parallel_four, step_time)
+    + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (
         balance_average,
@@ -566,11 +594,12 @@ TABLES: dict[str, Callable[[], str]] = {
         balance_lr,
         balance_time,
         balance_steep,
+        data_training,
         data_loader,
     )
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
-    + (step_breakdown, cuda_graph, first_step, rms_norm, link, token_transfers, expert_parallel)
+    + (step_breakdown, cuda_graph, first_step, rms_norm, link, fsdp, tp_pp, token_transfers, expert_parallel)
 }
 
 
