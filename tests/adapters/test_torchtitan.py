@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 
 import pytest
@@ -362,17 +363,30 @@ class SimpleBlock(nn.Module):
     moe_enabled = False
 
 
+def job_of_the_page(folder) -> list[str]:
+    """Options of the job that docs/use_it_in_your_model.md shows, made small."""
+    page = (commands.ROOT / "docs/use_it_in_your_model.md").read_text()
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    (folder / "job.toml").write_text(block)
+    small = ["--training.steps=2", "--training.seq_len=16", "--training.local_batch_size=1", "--metrics.log_freq=1"]
+    options = [f"--job.config_file={folder / 'job.toml'}", f"--job.dump_folder={folder}", *small]
+    return [*options, "--training.dataset=python_stdlib"]
+
+
 @pytest.mark.slow
 def test_the_job_of_the_page_trains(tmp_path):
     """With our metrics, which TorchTitan's own train specs do not have."""
-    page = (commands.ROOT / "docs/use_it_in_your_model.md").read_text()
-    (block,) = re.findall(r"^```toml\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
-    (tmp_path / "job.toml").write_text(block)
-    small = ["--training.steps=2", "--training.seq_len=16", "--training.local_batch_size=1", "--metrics.log_freq=1"]
-    options = [f"--job.config_file={tmp_path / 'job.toml'}", f"--job.dump_folder={tmp_path}", *small]
-    done = commands.run("-m", "momoe_titan.train", *options, "--training.dataset=python_stdlib", cwd=commands.ROOT)
+    done = commands.run("-m", "momoe_titan.train", *job_of_the_page(tmp_path), cwd=commands.ROOT)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "Our experts and routers in 5 MoE layers" in said
     assert len(re.findall("maxvio: ", said)) == 2
     assert "experts without a token" in said
+
+
+@pytest.mark.slow
+def test_the_job_of_the_page_is_planned(tmp_path):
+    """Its five MoE layers keep pre-activations by save_percent: the planner converts the model too."""
+    done = commands.run("-m", "momoe_titan.plan", "--json", *job_of_the_page(tmp_path), cwd=commands.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["layers"] == ["1", "2", "3", "4", "5"]
