@@ -251,7 +251,7 @@ def train_500m() -> str:
 def models_h200() -> str:
     header = {"model": "model, sequences per GPU", "gpus": "GPUs", "implementation": "MoE"}
     header |= {"before": "old step, tokens/s per GPU", "now": "new step, tokens/s per GPU"}
-    return _plain("models_h200", **header, mfu="new step, MFU, %")
+    return _plain("models_h200", **header, mfu="new step, MFU, %", reserved="new step, GiB reserved")
 
 
 def step_breakdown() -> str:

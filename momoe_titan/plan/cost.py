@@ -59,7 +59,7 @@ class Gpu:
         optimizer: TB/s of the gradient norm and AdamW.
         experts: F -> TFLOPS of a MoE layer, forward and backward at save_percent 100.
         launch: host time per op in microseconds, with all the Python code around it; a step takes at least
-            this times its number of ops, unless it runs from a CUDA graph.
+            this times its number of ops. See `Run`.
     """
 
     matmul: float
@@ -230,8 +230,8 @@ def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:
     return forward, backward
 
 
-def seconds(kind: str, work: Work, gpu: Gpu, compiled: bool = False) -> float:
-    """On the GPU, for one kind of work; `compiled` where torch.compile has the model."""
+def seconds(kind: str, work: Work, gpu: Gpu, fused: bool = False) -> float:
+    """On the GPU, for one kind of work; `fused` where torch.compile has what moves data."""
     if kind.startswith("experts"):
         _, which, ffn, *dtype = kind.split()
         forward, backward = (gpu.float32, gpu.float32) if dtype else expert_tflops(gpu, int(ffn))
@@ -242,7 +242,7 @@ def seconds(kind: str, work: Work, gpu: Gpu, compiled: bool = False) -> float:
     rates = {"matmul": gpu.matmul, "float32 matmul": gpu.float32, "grouped matmul": gpu.grouped}
     if kind in rates:
         return work.flops / 1e12 / rates[kind]
-    return work.num_bytes / 1e12 / (gpu.optimizer if kind == "optimizer" else gpu.fused if compiled else gpu.memory)
+    return work.num_bytes / 1e12 / (gpu.optimizer if kind == "optimizer" else gpu.fused if fused else gpu.memory)
 
 
 def collective_seconds(name: str, work: Work, network: Network, between: bool = False) -> float:
@@ -252,13 +252,18 @@ def collective_seconds(name: str, work: Work, network: Network, between: bool = 
 
 
 class Run(NamedTuple):
-    """How a step is run: under torch.compile, and from a CUDA graph, which takes no time of the host."""
+    """How a step is run: under torch.compile, and from a CUDA graph, which takes no time of the host.
+
+    Under torch.compile the host launches no op that only moves data by itself, and takes `UNFUSED` times as long for
+    each of the others.
+    """
 
     compiled: bool = False
     from_graph: bool = False
 
 
 EAGER = Run()
+UNFUSED = 2.6  # fitted to a step of 500M without a graph (cuda_graph_500m_h200.json)
 
 
 def step_time(
@@ -284,6 +289,8 @@ def step_time(
         "exposed": what of the collectives nothing hides; "step".
     """
     stages, waves = pipeline
+    # Around TorchTitan's MoE data moves by indices, which torch.compile does not fuse with much.
+    fused = run.compiled and not any(kind == "grouped matmul" for _, kind in cost.work)
     repeated = num_microbatches / cost.num_microbatches
     by_kind: dict[str, float] = defaultdict(float)
     count = 0.0
@@ -291,8 +298,10 @@ def step_time(
         times = (repeated if micro else 1) / stages
         if " again " in kind:
             times *= 1 - save_percent / 100
-        by_kind[kind] += seconds(kind, work, gpu, run.compiled) * times
-        count += 0 if run.from_graph and micro else work.count * times
+        by_kind[kind] += seconds(kind, work, gpu, fused) * times
+        if not (run.from_graph and micro):
+            launches = (0 if kind == "elementwise" else UNFUSED) if run.compiled and micro else 1
+            count += work.count * times * launches
     collectives: dict[str, float] = defaultdict(float)
     hideable = open_ = 0.0
     for (micro, name, fsdp, between), work in cost.sent.items():

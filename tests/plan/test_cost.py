@@ -14,6 +14,7 @@ from momoe_titan.plan.cost import (
     CALL,
     GPUS,
     SHARES,
+    UNFUSED,
     Gpu,
     Network,
     Run,
@@ -62,6 +63,10 @@ def test_what_a_run_changes():
     slow_host = Gpu(**{**GPU.__dict__, "launch": 1e5})
     t = step_time(c, slow_host, Network(), 100, 1, run=Run(from_graph=True))
     assert t["host"] == pytest.approx(0.1 * 4)
+    t = step_time(c, slow_host, Network(), 100, 1, run=Run(compiled=True))
+    assert t["host"] == pytest.approx(0.1 * (4 + UNFUSED * (5 + 1 + 1)))
+    c.work[True, "grouped matmul"] = Work(flops=2e12, count=1)  # 100 ms, of TorchTitan's MoE
+    assert step_time(c, GPU, Network(), 100, 1, run=Run(compiled=True))["step"] == pytest.approx(0.18 + 0.04 + 0.2)
 
 
 def test_communication_hides_behind_compute_or_not():

@@ -1,0 +1,98 @@
+"""FSDP's collectives by reading other ranks' buffers, with ranks of one process that share its memory."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from momoe_titan.model.parallel import peer_collectives
+from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
+
+RANKS = 3
+CPU = torch.device("cpu")
+
+
+class Memory:
+    """Symmetric memory of ranks that come here one after another, each for its next buffer."""
+
+    def __init__(self):
+        self.buffers: dict[int, list[torch.Tensor]] = {rank: [] for rank in range(RANKS)}
+        self.rank = self.barriers = 0
+
+    def empty(self, num_bytes, dtype, device):
+        self.buffers[self.rank].append(torch.empty(num_bytes, dtype=dtype))
+        return self.buffers[self.rank][-1]
+
+    def rendezvous(self, memory, group_name):
+        (index,) = (i for i, m in enumerate(self.buffers[self.rank]) if m is memory)
+
+        def get_buffer(rank, shape, dtype, offset):
+            whole = self.buffers[rank][index].view(dtype)
+            return whole[offset : offset + shape.numel()].view(shape)
+
+        def barrier():
+            self.barriers += 1
+
+        return SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    memory = Memory()
+    monkeypatch.setattr(peer_collectives.symmetric_memory, "empty", memory.empty)
+    monkeypatch.setattr(peer_collectives.symmetric_memory, "rendezvous", memory.rendezvous)
+    return memory
+
+
+def group(rank):
+    return SimpleNamespace(group_name="group", size=lambda: RANKS, rank=lambda: rank)
+
+
+def on_all_ranks(memory, work):
+    results = []
+    for memory.rank in range(RANKS):
+        results.append(work(memory.rank))
+    return results
+
+
+def test_gathers_the_parts_of_all_ranks(memory):
+    gathers = [PeerAllGather(group(rank)) for rank in range(RANKS)]
+    for call in range(5):
+
+        def fill(rank, call=call):
+            out = gathers[rank].allocate((RANKS * 4,), dtype=torch.bfloat16, device=CPU)
+            part = out.narrow(0, rank * 4, 4)
+            part.fill_(10 * call + rank)
+            return out, part
+
+        filled = on_all_ranks(memory, fill)
+        on_all_ranks(memory, lambda rank, filled=filled: gathers[rank](*filled[rank], group(rank)))
+        want = torch.arange(RANKS).repeat_interleave(4) + 10 * call
+        assert all(torch.equal(out.long(), want) for out, _ in filled)
+        del filled
+    assert memory.barriers == 5 * RANKS
+    assert all(len(buffers) == 3 for buffers in memory.buffers.values())
+
+
+def test_adds_the_gradients_of_all_ranks_in_float32(memory):
+    torch.manual_seed(0)
+    sent = torch.randn(RANKS, RANKS * 4).bfloat16()
+    scatters = [PeerReduceScatter(group(rank), torch.bfloat16) for rank in range(RANKS)]
+
+    def fill(rank):
+        buffer = scatters[rank].allocate((RANKS * 4,), dtype=torch.float32, device=CPU)
+        assert buffer.dtype == torch.bfloat16
+        return buffer.copy_(sent[rank])
+
+    filled = on_all_ranks(memory, fill)
+    outs = [scatter.allocate((4,), dtype=torch.float32, device=CPU) for scatter in scatters]
+    on_all_ranks(memory, lambda rank: scatters[rank](outs[rank], filled[rank], group(rank), None))
+    torch.testing.assert_close(torch.cat(outs), sent.float().sum(0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_buffer_in_use_is_not_given_out_again(memory):
+    gather = PeerAllGather(group(0))
+    kept = [gather.allocate((6,), dtype=torch.bfloat16, device=CPU) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="more than 3"):
+        gather.allocate((6,), dtype=torch.bfloat16, device=CPU)
+    assert len(kept) == 3
