@@ -19,6 +19,7 @@ from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
 from momoe_titan.model.experts import MomoeExperts
+from momoe_titan.model.parallel.gathered import job_gathers_tokens
 from momoe_titan.moe.expert_stats import prepare_capture
 
 Body = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
@@ -40,7 +41,9 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
         (momoe.backend in (STOCK_BACKEND, "torch"), f'momoe.backend = "{momoe.backend}" waits for the GPU'),
         (momoe.check_ids, "momoe.check_ids waits for the GPU"),
         (
-            checkpointing.mode != "none" and checkpointing.preserve_rng_state and not compiles_model(config),
+            # Under expert parallelism the blocks that checkpointing wraps are not compiled.
+            (checkpointing.mode != "none" and checkpointing.preserve_rng_state)
+            and (not compiles_model(config) or config.parallelism.expert_parallel_degree > 1),
             "activation_checkpoint.preserve_rng_state reads the random generator's state in every block",
         ),
         (config.optimizer.early_step_in_backward, "optimizer.early_step_in_backward steps inside the backward"),
@@ -72,7 +75,8 @@ def would_capture(config: JobConfig, world_size: int) -> bool:
         cp_enabled=degrees.context_parallel_degree > 1,
         pp_enabled=degrees.pipeline_parallel_degree > 1,
     )
-    return degrees.expert_parallel_degree == 1 and reason_against(config, dims, [nn.Module()]) is None
+    waits = degrees.expert_parallel_degree > 1 and not job_gathers_tokens(config)
+    return not waits and reason_against(config, dims, [nn.Module()]) is None
 
 
 @dataclass

@@ -28,7 +28,7 @@ from momoe_titan.config.machine import Machine, checking_for
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.experts import SavingExperts
-from momoe_titan.model.parallel.gathered import gathers_tokens
+from momoe_titan.model.parallel.gathered import job_gathers_tokens
 from momoe_titan.plan.cost import StepCost
 from momoe_titan.plan.on_gpu import EvenSizes, as_on_gpu
 from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place
@@ -238,7 +238,7 @@ def trace_job(
         config.compile.enable = False
         notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
     config.checkpoint.enable = config.validation.enable = False
-    evicts = ep > 1 and momoe is not None and momoe.save_percent == AUTO and not _gathers_tokens(config)
+    evicts = ep > 1 and momoe is not None and momoe.save_percent == AUTO and not job_gathers_tokens(config)
     if momoe is not None:
         momoe.save_percent = [100.0]
         momoe.check_ids = False  # reads the ids, of which fake ones have none
@@ -299,13 +299,6 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
         layer_kept={layer: layer_kept.get(layer, 0) for layer in layers},
         events=events,
     )
-
-
-def _gathers_tokens(config: JobConfig) -> bool:
-    """Whether expert parallelism sends all tokens to all ranks: what a rank keeps then does not go by the routing."""
-    args = configured_args(config)
-    ranks = config.parallelism.expert_parallel_degree
-    return gathers_tokens(args.expert_dispatch, ranks, args.moe_args.top_k, args.moe_args.num_experts)
 
 
 def _parallel_dims(config: JobConfig, world_size: int) -> ParallelDims:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchtitan.config import JobConfig
 
+import momoe_titan.register  # noqa: F401 - the model of the jobs below
 from momoe_titan.components import cuda_graph
 from momoe_titan.components.cuda_graph import (
     CALLS_BEFORE_CAPTURE,
@@ -198,6 +199,7 @@ def test_a_layer_that_sends_to_chosen_ranks_has_none():
 
 
 DDP = ["--parallelism.data_parallel_replicate_degree"]
+EP = ["--parallelism.expert_parallel_degree", "2"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,10 @@ DDP = ["--parallelism.data_parallel_replicate_degree"]
         ([], 2, True),
         (["--momoe.no-cuda_graphs"], 1, False),
         (["--momoe.backend", "torchtitan"], 1, False),
-        (["--parallelism.expert_parallel_degree", "2"], 2, False),
+        (EP, 2, True),
+        ([*EP, "--momoe.expert_dispatch", "chosen_ranks"], 2, False),
+        ([*EP, "--activation_checkpoint.mode", "full"], 2, False),  # wraps blocks that are not compiled
+        (["--activation_checkpoint.mode", "full"], 2, True),
         ([*DDP, "2", "--parallelism.data_parallel_shard_degree", "1"], 2, False),
     ],
 )

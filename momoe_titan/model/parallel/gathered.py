@@ -23,7 +23,9 @@ Letters: T a rank's own tokens, P ranks, M = P T, E experts, K experts chosen pe
 
 import torch
 from torch.distributed import ProcessGroup
+from torchtitan.config import JobConfig
 
+from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.section import ALL_RANKS
 from momoe_titan.kernels import count_slots, resolve_backend
 from momoe_titan.model.parallel.dispatch import ReceivedChoice, fair_share
@@ -150,6 +152,12 @@ def gathers_tokens(dispatch: str, num_ranks: int, num_chosen: int, num_experts: 
         return dispatch == ALL_RANKS
     needed, _ = fair_share(10**6, num_chosen, num_experts, num_ranks)
     return MOST_SENT * needed >= 10**6
+
+
+def job_gathers_tokens(config: JobConfig) -> bool:
+    """`gathers_tokens` of a job with expert parallelism and a model of ours."""
+    args, ranks = configured_args(config), config.parallelism.expert_parallel_degree
+    return gathers_tokens(args.expert_dispatch, ranks, args.moe_args.top_k, args.moe_args.num_experts)
 
 
 class TokenGatherer:
