@@ -275,6 +275,18 @@ def test_another_converter_leaves_the_router_alone():
     assert not any("router" in name for name in linear)
 
 
+def test_float8_converts_the_dense_layers_behind_ours():
+    pytest.importorskip("torchao")
+    config = config_of("qwen3", "--quantize.linear.float8.emulate")
+    config.model.converters = ["momoe", "quantize.linear.float8"]
+    model = build("qwen3", converted=True, config=config)
+    found = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert any("attention" in name for name in found) and not any("moe" in name for name in found)
+    loss, plain = loss_of(model, tokens()), loss_of(build("qwen3", converted=True), tokens())
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=0.05)
+
+
 def test_a_model_without_a_section_keeps_its_own_balancing():
     options = ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--model.converters=momoe"]
     config = ConfigManager().parse_args([*options, f"--training.seq_len={LENGTH}"])
