@@ -285,6 +285,11 @@ def loss_30b() -> str:
     return _plain("loss_30b_h200", loss="the loss holds", tokens_per_s="tokens/s", peak="peak, GiB")
 
 
+def batch_30b() -> str:
+    header = {"loss": "the loss holds", "sequences": "sequences", "allocated": "allocated, GiB"}
+    return _plain("batch_30b_plan", **header, reserved="reserved, GiB")
+
+
 def loss_runs() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 200, 250, 300)}
     return _plain("loss_runs_h200", run="the loss holds", **losses)
@@ -598,7 +603,8 @@ TABLES: dict[str, Callable[[], str]] = {
         data_loader,
     )
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
-    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, loss_runs, precision_losses)
+    + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, batch_30b, loss_runs)
+    + (precision_losses,)
     + (step_breakdown, cuda_graph, first_step, rms_norm, link, fsdp, tp_pp, token_transfers, expert_parallel)
 }
 
