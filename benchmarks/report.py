@@ -517,7 +517,7 @@ def balance_cost() -> str:
 def balance_ep() -> str:
     """How even the ranks of expert parallelism are loaded."""
     header = {"worst_rank": "fuller rank over its share", "maxvio": "MaxVio", "tokens_per_s": "tokens/s per GPU"}
-    return _plain("balance_ep_2xh200", steps="steps", **header)
+    return _plain("balance_ep_2xh200", dispatch="a token goes", steps="steps", **header)
 
 
 def data_training() -> str:
