@@ -159,7 +159,11 @@ def test_a_compiled_kernel_is_found_by_no_less_than_triton_compiles_for():
             hopper._block(t, 256, 256, 64, 128),
             hopper._block(t, 256, 256, 256, 64),
         )
-        args += hopper._ragged_block(t, 256), hopper._ragged_block(t, 256, 64, 256), hopper._up_and_gate(t, 128)
+        args += (
+            hopper._ragged_block(t, 256),
+            hopper._ragged_block(t, 256, 64, 256),
+            hopper._z_blocks(t, Experts(t[None], t[None, :128])),
+        )
     kinds = {}
     for arg in args:
         kinds.setdefault(tuple(tiling._specialisation([arg])), set()).add(
