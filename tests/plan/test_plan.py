@@ -161,6 +161,26 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
     assert len(notes) == compiled
 
 
+@pytest.mark.parametrize(
+    "degree, dispatch, growing", [(2, "auto", False), (2, "chosen_ranks", True), (4, "auto", True)]
+)
+def test_memory_grows_with_the_routing_where_tokens_go_to_chosen_ranks(degree, dispatch, growing, monkeypatch):
+    loads = []
+
+    def traced(config, dims, gpu, *args):
+        loads.append(gpu.load)
+        return MemoryPlan(["0"], [], {}, 0, layer_growth={}, layer_kept={"0": 0})
+
+    monkeypatch.setattr(plan_job, "trace_training", traced)
+    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    monkeypatch.setattr(MemoryPlan, "with_growth", lambda plan, *args: plan)
+    config = job(save_percent="auto", expert_dispatch=dispatch)
+    config.parallelism.expert_parallel_degree = degree
+    plan_job.trace_job(config, degree)
+    more = [Load(degree, 1), Load(degree, degree)]
+    assert loads == [Load(), *more] if growing else loads == [Load()]
+
+
 def test_a_job_with_document_masks_is_planned_without_them(monkeypatch):
     """A trace has no documents; the plan says what it left out."""
     masked = []
