@@ -1,10 +1,14 @@
 """Compiles every kernel of the Hopper family for sm_90, without a GPU: ``python compile_hopper.py``.
 
+With the argument "others", those of other experts than SwiGLU in the layout of this package.
+
 Prints one JSON object per compiled kernel: name, case, registers, bytes of stack (spills), bytes of
 shared memory. Run in a process without TRITON_INTERPRET.
 """
 
+import functools
 import json
+import sys
 
 import torch
 from compile_ahead import _Forgetful, _NoDevice, resources
@@ -50,6 +54,41 @@ def cases(tokens, d_model, ffn, experts, chosen, dtype):
     yield "dw2", lambda: hopper.weight_grad(x, act, routing, w2.transpose(1, 2))
 
 
+def other_cases(tokens, d_model, ffn, experts, chosen):
+    """(name, call) for the epilogues that differ: layouts, activations, biases, scores on the input."""
+
+    def new(*size, dtype=torch.bfloat16):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    rows = tokens * chosen
+    packed = new(packed_size(tokens, chosen, experts, 128), dtype=torch.int32)
+    routing, x, act = unpack_routing(packed, tokens, chosen, experts, 128), new(tokens, d_model), new(rows, ffn)
+    w1, w2, b1 = new(experts, d_model, 2 * ffn), new(experts, ffn, d_model), new(experts, 2 * ffn)
+    w1_T, w2_T = new(experts, 2 * ffn, d_model).mT, new(experts, d_model, ffn).mT
+    pairs = dict(order="interleaved_gate_up")
+    kinds = {
+        "out_in": Experts(w1_T, w2_T, order="gate_up"),
+        "two tensors": Experts(w1[:, :, :ffn], w2, w1[:, :, ffn:]),
+        "gpt-oss": Experts(w1, w2, None, b1, activation="clamped_swiglu", **pairs),
+        "geglu": Experts(w1, w2, activation="geglu"),
+        "geglu_tanh, interleaved": Experts(w1, w2, activation="geglu_tanh", **pairs),
+        "relu2": Experts(w1[:, :, :ffn], w2, None, b1[:, :ffn], activation="relu2"),
+        "scores on input": Experts(w1, w2, scores_on_input=True),
+        "scores on input, interleaved": Experts(w1, w2, scores_on_input=True, **pairs),
+    }
+    dscore = new(rows, hopper.dscore_parts(ffn), dtype=torch.float32)
+    for name, kind in kinds.items():
+        z = new(rows, kind.width)
+        split = hopper.SplitRows.beside(z[:7], rows)
+        yield name, functools.partial(hopper.up_proj, x, kind, routing, z, 7, act)
+        yield name, functools.partial(hopper.down_proj_backward, x, kind, routing, split, split, act, dscore)
+    kind = kinds["two tensors"]
+    yield (
+        "two tensors",
+        functools.partial(hopper.up_proj_backward, new(rows, 2 * ffn), kind, routing, new(rows, d_model)),
+    )
+
+
 def main():
     driver.set_active(_NoDevice(90))
     hopper.num_programs = lambda device: 132
@@ -66,6 +105,11 @@ def main():
 
     JITFunction.run = compile_only
     tiling._compiled = _Forgetful()
+    if sys.argv[1:] == ["others"]:
+        for case, call in other_cases(*SHAPES["even"]):
+            launched.update(case=case)
+            call()
+        return
     for shape, sizes in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float16):
             for case, call in cases(*sizes, dtype):
