@@ -333,7 +333,7 @@ def token_transfers() -> str:
 
 def expert_parallel() -> str:
     header = {"model": "model, sequences per GPU", "run": "run", "implementation": "MoE", "step_ms": "step, ms"}
-    return _plain("expert_parallel_2xh200", **header, tokens_per_s="tokens/s per GPU")
+    return _plain("expert_parallel_2xh200", **header, tokens_per_s="tokens/s per GPU", predicted="predicted")
 
 
 def parallel_bfloat16() -> str:
