@@ -1,6 +1,8 @@
 """What is known of a job's options before TorchTitan reads them."""
 
-from momoe_titan.config.command_line import SECTION_OPTION, missing_section_option, was_given
+import sys
+
+from momoe_titan.config.command_line import SECTION_OPTION, missing_section_option, program, was_given
 
 
 def test_was_given(tmp_path):
@@ -20,3 +22,20 @@ def test_the_section_is_added_once(tmp_path):
     assert missing_section_option(["--training.steps=3"]) == [SECTION_OPTION]
     for given in (["--job.custom-config-module=own"], [SECTION_OPTION], ["--job.config_file", str(own)]):
         assert missing_section_option(given) == []
+
+
+def test_a_program_is_named_as_short_as_it_can_be(tmp_path, monkeypatch):
+    """By its name where PATH leads to it; else by its path, from here where it is below here."""
+    bin = tmp_path / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "torchrun").write_text("")
+    (bin / "torchrun").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bin / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    assert program("torchrun") == ".venv/bin/torchrun"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert program("torchrun") == str(bin / "torchrun")
+    monkeypatch.setenv("PATH", str(bin))
+    assert program("torchrun") == "torchrun"
