@@ -263,7 +263,10 @@ class OtherUpEpilogue:
         cols = gl.arange(0, BN, gl.SliceLayout(0, ACCUMULATOR))
         if self.FORM == "halves":
             hidden = tile.col + cols % (BN // 2)
-            z_col = hidden + gl.where((cols < BN // 2) == self.GATE_FIRST, self.F, 0)
+            if self.GATE_FIRST:
+                z_col = hidden + gl.where(cols < BN // 2, self.F, 0)
+            else:
+                z_col = hidden + gl.where(cols < BN // 2, 0, self.F)
             live = hidden < self.F
             width = 2 * self.F
         elif self.FORM == "interleaved":
