@@ -160,6 +160,32 @@ def layer_skew() -> str:
     )
 
 
+def layer_layouts() -> str:
+    """Times of weights as others keep them, beside those of our own layout."""
+    rows = rows_of("layer_layouts_h200")
+    own = {row["shape"]: row["both_ms"] for row in rows if row["layout"] == "own"}
+    names = {"own": "own", "out_in": "(E, out, in)", "two": "two tensors", "two_out_in": "two tensors, (E, out, in)"}
+    names |= {"interleaved": "interleaved", "interleaved_out_in": "interleaved, (E, out, in)"}
+    rows = sorted(rows, key=lambda r: (list(own).index(r["shape"]), list(names).index(r["layout"])))
+    keys = ("forward_ms", "backward_ms", "both_ms")
+    header = ["shape", "weights", "forward, ms", "backward, ms", "both, ms", "more than own, %"]
+    cells = ([*(r[k] for k in keys), f"{100 * (r['both_ms'] / own[r['shape']] - 1):.1f}"] for r in rows)
+    return table(header, ([r["shape"], names[r["layout"]], *of_row] for r, of_row in zip(rows, cells, strict=True)))
+
+
+def layer_kinds() -> str:
+    """Errors of other experts; the largest share of torch's own error over all of a kind's tensors."""
+    keys = ("out", "x", "scores", "w1", "w2", "bias1", "bias2")
+    lines = []
+    for row in rows_of("layer_kinds_h200"):
+        shares = [row[name] / row[f"{name}_torch"] for name in row if f"{name}_torch" in row]
+        errors = [row.get(key, row.get("up") if key == "w1" else None) for key in keys]
+        lines.append(
+            [row["kind"], row["dtype"], row["path"], *(e and f"{1e3 * e:.2f}" for e in errors), f"{max(shares):.2f}"]
+        )
+    return table(["experts", "dtype", "kernels", *keys, "of torch's, at most"], lines)
+
+
 def layer_router_share() -> str:
     return table(["shape", "share, %"], ([r["shape"], r["share"]] for r in rows_of("layer_router_share_h100")))
 
@@ -588,6 +614,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
+    + (layer_layouts, layer_kinds)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
