@@ -30,7 +30,6 @@ from momoe_titan.memory.plan import ZRows
 FORWARD = torch.ops.momoe_titan.moe_forward.default
 _BACKWARD_OVER_Z = torch.ops.momoe_titan.moe_backward_over_z.default
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-_ADDMM_OUT = torch.ops.aten.addmm.dtype_out  # torch 2.11's fake version of it fails
 _ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
 
 BACKWARD = "temporary, backward"
@@ -188,8 +187,7 @@ class MemoryTrace(TorchDispatchMode):
             return 1  # a step number that the optimizer reads
         if ours and func is _ALL_TO_ALL:
             args = _with_even_splits(*args)
-        kwargs = kwargs or {}
-        out = kwargs["out"] if ours and func is _ADDMM_OUT else func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
         if ours:
             self._observe(func, args, kwargs, out)
             if func is _ATTENTION_BACKWARD:
