@@ -231,3 +231,16 @@ def test_damaged_shards_are_named(tmp_path, tokenizer):
     (tmp_path / "tokens.json").write_text("{}")
     with pytest.raises(DataError, match="is damaged"):
         open_tokens(str(tmp_path), tokenizer, "training.dataset_path")
+
+
+def test_progress_counts_all_and_says_it_now_and_then(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(tokenize.time, "monotonic", lambda: now)
+    progress = tokenize.Progress()
+    for share in (0.1, 0.2, 0.4):
+        now += 0.8 * tokenize.PROGRESS_SECONDS
+        progress(3, 1_000_000, share)
+    (line,) = capsys.readouterr().err.splitlines()  # after the second
+    took = 1.6 * tokenize.PROGRESS_SECONDS
+    assert line == f"20%: 6 documents, 2,000,000 tokens, {2 / took:.2f} million tokens/s, {4 * took:,.0f} s left"
+    assert str(progress).startswith("9 documents, 3,000,000 tokens, ")
