@@ -1,5 +1,7 @@
 """Applies parallelism, activation checkpointing and torch.compile to a model, with TorchTitan's functions."""
 
+from typing import Any
+
 import torch
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -88,7 +90,8 @@ def _compile_around_experts(model: MomoeLlama, job_config: JobConfig, in_two_par
         in_two_parts: whether a block with a gatherer may be compiled in two parts. Not where activation checkpointing
             records ops inside of the layer, and not where tensor parallelism has hooks around it.
     """
-    backend, dynamo = job_config.compile.backend, torch._dynamo.config
+    backend = job_config.compile.backend
+    dynamo: Any = torch._dynamo.config
     # Graphs for training and for validation, with two numbers of tokens in each, and layers with and without balancing.
     dynamo.recompile_limit = max(dynamo.recompile_limit, 16)
     for block in blocks_of(model):
