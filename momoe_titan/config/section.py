@@ -213,6 +213,16 @@ class Momoe:
     between steps, except where a validation may need it.
     """
 
+    fsdp_copies: bool = False
+    """
+    Exchange FSDP's weights and gradients between the GPUs of a host by
+    their copy engines and not by NCCL, which takes multiprocessors from
+    the kernels beside it. Groups of more than 256 MiB are left to NCCL,
+    and so are jobs with expert or pipeline parallelism. The buffers, up
+    to five of a group's size, are beside PyTorch's memory, and not in
+    the memory plan.
+    """
+
     mixed_precision: MixedPrecision = "weights"
     """
     How a job without FSDP computes in training.mixed_precision_param.

@@ -1,12 +1,18 @@
 """FSDP's collectives by reading other ranks' buffers, with ranks of one process that share its memory."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from momoe_titan.model.parallel import peer_collectives
+from momoe_titan.model.parallel.fsdp import reduce_by_sums
 from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
+from tests.support.forks import in_gloo_forks
 
 RANKS = 3
 CPU = torch.device("cpu")
@@ -96,3 +102,60 @@ def test_a_buffer_in_use_is_not_given_out_again(memory):
     with pytest.raises(RuntimeError, match="more than 3"):
         gather.allocate((6,), dtype=torch.bfloat16, device=CPU)
     assert len(kept) == 3
+
+
+class Local(PeerAllGather):
+    """Its buffers, and gloo's transfer."""
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self._rings.handle(output_tensor)
+        dist.all_gather_into_tensor(output_tensor, input_tensor.clone(), group=group)
+
+
+class LocalScatter(PeerReduceScatter):
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        self._rings.handle(input_tensor)
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), dim=0, dtype=torch.float32, out=output_tensor)
+
+
+def trains_with_these_buffers() -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    results = []
+    for reshard, ours in itertools.product((False, True), (False, True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))  # groups of one size
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        reduce_by_sums(model)
+        gather, scatter = Local(mesh.get_group()), LocalScatter(mesh.get_group(), torch.bfloat16)
+        for module in model:
+            module.set_gradient_divide_factor(1.0)
+            if ours:
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(scatter)
+        losses = []
+        for step in range(3):
+            for _ in range(2):  # microbatches
+                loss = model(torch.full((3, 6), step + 1.0)).square().sum()
+                loss.backward()
+            with torch.no_grad():
+                losses += [loss.detach(), *(model(torch.ones(2, 6)).sum() for _ in range(2))]  # as validation does
+            for module in model:
+                module.reshard()
+            for parameter in model.parameters():
+                parameter.data.add_(parameter.grad, alpha=-0.01)
+                parameter.grad = None
+        results.append(torch.stack(losses))
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+def test_fsdp_needs_no_more_buffers(tmp_path, monkeypatch):
+    """With and without weights kept for the backward, over microbatches and validations."""
+    symmetric = peer_collectives.symmetric_memory
+    monkeypatch.setattr(symmetric, "empty", lambda n, dtype, device: torch.empty(n, dtype=dtype))
+    monkeypatch.setattr(symmetric, "rendezvous", lambda memory, group_name: memory)
+    assert in_gloo_forks(2, tmp_path / "store", trains_with_these_buffers)

@@ -106,7 +106,7 @@ def test_where_copies_fail_nccl_is_used_and_a_warning_says_so(fails, monkeypatch
         peer_memory.connect(group)
     assert (peer_memory.peers_of(group.group_name) is None) == fails
     assert [r.getMessage() for r in caplog.records if "NCCL" in r.getMessage()] == [
-        "NCCL carries the tokens of expert parallelism, which takes longer than copies between the GPUs: these cannot "
+        "NCCL carries what these GPUs exchange, which takes longer than copies between them: they cannot "
         "read each other's memory: not permitted"
     ] * fails
     peer_memory._peers.pop(group.group_name, None)

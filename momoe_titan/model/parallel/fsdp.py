@@ -16,9 +16,14 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_division
 from torchtitan.tools.logging import logger
 
+from momoe_titan.config.section import Momoe
 from momoe_titan.model.model import MomoeLlama, blocks_of
+from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
+from momoe_titan.model.parallel.peer_memory import connect, peers_of
 from momoe_titan.model.parallel.reduce_scatter import NarrowReduceScatter
 
+# Larger groups of weights are left to NCCL: the buffers for copies, five of a group, are kept and not planned.
+MOST_COPIED = 256 * 2**20  # bytes
 RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 
 
@@ -30,7 +35,7 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     TorchTitan's: "default" keeps gathered weights for the backward only in a pipeline, and those of the last group.
     Weights are divided along their first dimension, the experts' along the second where there are more ranks than
     experts. Gradients are summed over ranks, not divided. Within a host, they are sent as narrow as they were computed
-    where `training.mixed_precision_reduce` is wider, and summed in that.
+    where `training.mixed_precision_reduce` is wider, and summed in that; see also `peer_collectives`.
     """
     training, reshard = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
@@ -74,10 +79,11 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     if parallel_dims.ep_enabled:
         _prefetch([group for group in groups if group])
     if not parallel_dims.pp_enabled:  # where FSDP adds up microbatches in the wider dtype before it reduces them
-        _send_narrow_gradients([m for group in groups for m in group[:1]], parallel_dims.get_mesh("fsdp"), config)
+        copies = getattr(job_config, "momoe", Momoe()).fsdp_copies and not parallel_dims.ep_enabled
+        _exchange_within_host(groups, parallel_dims.get_mesh("fsdp"), config, copies)
         if parallel_dims.ep_enabled:
-            experts = [m for _, *experts in groups[1:-1] for m in experts]
-            _send_narrow_gradients(experts, parallel_dims.get_mesh("efsdp"), config)
+            experts = [group[1:] for group in groups[1:-1] if group[1:]]
+            _exchange_within_host(experts, parallel_dims.get_mesh("efsdp"), config, copies=False)
     if mesh.device_type == "cpu":
         reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
@@ -132,22 +138,38 @@ def _prefetch(groups: Sequence[Sequence[nn.Module]]) -> None:
         cast(FSDPModule, outer).set_modules_to_backward_prefetch(cast(Any, following))
 
 
-def _send_narrow_gradients(modules: Sequence[nn.Module], mesh: DeviceMesh, config: dict[str, Any]) -> None:
-    """Have the ranks of a host exchange gradients in the dtype they have, and sum them in float32.
+def _exchange_within_host(
+    groups: Sequence[Sequence[nn.Module]], mesh: DeviceMesh, config: dict[str, Any], copies: bool
+) -> None:
+    """Have the ranks of a host exchange gradients in the dtype they have and sum them in float32; and copy by their
+    copy engines, where GPUs can read each other's memory.
 
     Between hosts NCCL's rings carry less than an all-to-all.
 
     Args:
-        modules: one of each group.
+        groups: the modules of each group of weights.
         mesh: the ranks that FSDP divides their weights among.
+        copies: whether copy engines may be used.
     """
     policy: MixedPrecisionPolicy = config["mp_policy"]
-    narrow = policy.param_dtype
-    ranks = dist.get_process_group_ranks(mesh.get_group())
+    narrow, group = policy.param_dtype, mesh.get_group()
+    ranks = dist.get_process_group_ranks(group)
     hosts = {rank // int(os.environ.get("LOCAL_WORLD_SIZE", RANKS_OF_A_HOST)) for rank in ranks}
-    if narrow is not None and narrow.itemsize < 4 and policy.reduce_dtype == torch.float32 and len(hosts) == 1:
-        for module in modules:
-            cast(FSDPModule, module).set_custom_reduce_scatter(cast(Any, NarrowReduceScatter(narrow)))
+    if narrow is None or narrow.itemsize >= 4 or policy.reduce_dtype != torch.float32 or len(hosts) > 1:
+        return
+    peers = None
+    if copies and len(ranks) > 1:
+        connect(group)
+        if peers_of(group.group_name) is not None:
+            peers = PeerAllGather(group), PeerReduceScatter(group, narrow)
+    for modules in filter(None, groups):
+        num_bytes = sum(p.numel() * narrow.itemsize for module in modules for p in module.parameters())
+        fsdp: Any = modules[0]  # one speaks for its group
+        if peers is not None and num_bytes <= MOST_COPIED:
+            fsdp.set_custom_all_gather(peers[0])
+            fsdp.set_custom_reduce_scatter(peers[1])
+        else:
+            fsdp.set_custom_reduce_scatter(NarrowReduceScatter(narrow))
 
 
 def reduce_by_sums(model: nn.Module) -> None:

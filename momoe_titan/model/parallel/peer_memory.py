@@ -186,7 +186,7 @@ def connect(group: ProcessGroup) -> None:
         _peers[group.group_name] = copies
     else:
         logger.warning(
-            "NCCL carries the tokens of expert parallelism, which takes longer than copies between the GPUs: these "
+            "NCCL carries what these GPUs exchange, which takes longer than copies between them: they "
             f"cannot read each other's memory{reason and ': '}{reason}"
         )
 
