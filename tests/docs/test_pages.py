@@ -56,8 +56,8 @@ def test_options_that_pages_name_exist():
     config = ConfigManager().parse_args(["--job.custom_config_module=momoe_titan.job_config"])
     for path in COMMAND_FILES:
         for section, field in re.findall(r"--([a-z_]+)\.([a-z_\-]+)", path.read_text()):
-            if (section, field) == ("section", "field"):
-                continue
+            if (section, field) in (("section", "field"), ("override", "imports")):
+                continue  # an example; and TorchTitan 0.3's, whose own environment checks it
             field = re.sub(r"^no[_-]", "", field).replace("-", "_")
             assert hasattr(getattr(config, section, None), field), f"{name_of(path)}: --{section}.{field}"
 
