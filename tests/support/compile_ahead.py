@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from momoe_titan.kernels import adamw, balance, cross_entropy, decode, gpu, multi_tensor, quantile, router
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
+from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 
 CAPABILITY = {"sm80": 80, "sm90": 90, "sm100": 100}
@@ -148,7 +149,7 @@ def main(arch: str, shapes: list[str]) -> None:
             multi_tensor.SquareSum()([new(d_model)])
             if dtype == torch.bfloat16:
                 for few in (1, 2):  # one token has kernels of its own on sm_90
-                    decode.forward(x[:few], w1, w2, ids[:few], scores[:few])
+                    decode.forward(x[:few], Experts(w1, w2), ids[:few], scores[:few])
             autograd._backward(
                 new(tokens, d_model), x, w1, w2, scores, z, routing, tokens * chosen, 50.0, [True] * 4, "triton"
             )
