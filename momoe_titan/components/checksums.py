@@ -101,8 +101,12 @@ def write_metadata_sum(path: str) -> None:
         OSError: there is no .metadata, or the file cannot be written.
     """
     text = _sum_of_metadata(path)
-    with open(os.path.join(path, METADATA_SUM), "w") as file:
+    kept = os.path.join(path, METADATA_SUM)
+    # Under its name when it is whole: with a part of the sum, after a kill or on a full disk, the checkpoint would be
+    # passed over.
+    with open(f"{kept}.part", "w") as file:
         file.write(text)
+    os.replace(f"{kept}.part", kept)
 
 
 def metadata_has_changed(path: str) -> bool:

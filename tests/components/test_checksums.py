@@ -9,7 +9,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from momoe_titan.components.checkpoint import CheckpointError, read_metadata
-from momoe_titan.components.checksums import METADATA, METADATA_SUM, find_changed_bytes, write_metadata_sum
+from momoe_titan.components.checksums import (
+    METADATA,
+    METADATA_SUM,
+    find_changed_bytes,
+    metadata_has_changed,
+    write_metadata_sum,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -93,6 +99,18 @@ def test_a_changed_metadata_is_never_unpickled(folder):
     (folder / METADATA).write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match="metadata.sha256"):
         read_metadata(str(folder))
+
+
+def test_a_sum_that_was_not_written_to_its_end_is_none(folder, monkeypatch):
+    (folder / METADATA_SUM).unlink()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_metadata_sum(str(folder))
+    assert not metadata_has_changed(str(folder))
 
 
 def test_the_sum_is_that_of_sha256sum_and_may_be_missing(folder):
