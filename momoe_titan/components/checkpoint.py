@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -150,6 +150,7 @@ class CheckpointManager(titan.CheckpointManager):
     - Keeps the dtype of the balancing bias and counts in an export to another dtype.
     """
 
+    before_save: Callable[[], None] = staticmethod(lambda: None)  # called when a save is due
     written = ""  # the folder of the save under way, or empty
     saved_step = -1  # of the last save
 
@@ -306,6 +307,7 @@ class CheckpointManager(titan.CheckpointManager):
 
     @torch.no_grad()
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args, **kwargs) -> Any:
+        self.before_save()
         self.written = checkpoint_id
         self.saved_step = self.states[TRAIN_STATE].step if TRAIN_STATE in self.states else -1
         # No rank writes a file before this one has joined the planning of the save.

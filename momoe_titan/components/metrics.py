@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -147,13 +148,13 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log one training step: scalars to the loggers, one line to the console."""
-        memory = self.device_memory_monitor.get_peak_stats()
+        memory = self._take_peaks()
         state = self._gather(memory, global_avg_loss)()
         self._log(step, global_avg_loss, global_max_loss, grad_norm, state, memory, extra_metrics)
 
     def start_log(self, step: int, numbers: StepNumbers, lr: float) -> None:
         """Log one training step; on a GPU later, in `finish_log`, without waiting for it now."""
-        memory = self.device_memory_monitor.get_peak_stats()
+        memory = self._take_peaks()
         state = self._gather(memory, numbers.loss)
         read = to_host(torch.stack([number.double() for number in numbers]))
         tokens, steps, loads = self.ntokens_since_last_log, self.steps_since_last_log, len(self.data_loading_times)
@@ -177,10 +178,17 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
 
     def finish_log(self) -> None:
         """Log what `start_log` has left to do, if anything: to be called when the next step has been started, and
-        before anything else is logged."""
+        before anything else is logged, or takes time that is no step's."""
         if self.unfinished is not None:
             finish, self.unfinished = self.unfinished, None
             finish()
+
+    def _take_peaks(self) -> titan.DeviceMemStats | ProcessMemStats:
+        """This rank's peaks of memory since the last time. The next step may allocate before this one is logged."""
+        memory = self.device_memory_monitor.get_peak_stats()
+        if self.on_gpu:
+            self.device_memory_monitor.reset_peak_stats()
+        return memory
 
     def _log(
         self,
@@ -212,8 +220,8 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             losses = {tags.LOSS: global_avg_loss, tags.WORST_LOSS: global_max_loss, tags.GRAD_NORM: grad_norm}
             self._log_on_cpu(step, seconds, {**losses, **memory.metrics(), **metrics})
         else:
-            # Its line is replaced by the one below; what it warns of, the call above has said.
-            with _silent(logger):
+            # Its line is replaced by the one below.
+            with _silent(logger), self._showing(memory):
                 super().log(step, global_avg_loss, global_max_loss, grad_norm, metrics)
         if self.on_gpu:
             self.time_last_log = now  # the GPU has gone on meanwhile
@@ -240,6 +248,17 @@ class MomoeMetricsProcessor(titan.MetricsProcessor):
             line = self.collapse.look(step, state.layer_ids, state.maxvio_L)
             if line:
                 logger.warning(line)
+
+    @contextmanager
+    def _showing(self, memory: titan.DeviceMemStats) -> Iterator[None]:
+        """While open, TorchTitan's code finds these peaks, and does not reset those of the step under way."""
+        monitor = self.device_memory_monitor
+        shown: Any = SimpleNamespace(get_peak_stats=lambda: memory, reset_peak_stats=lambda: None)
+        self.device_memory_monitor = shown
+        try:
+            yield
+        finally:
+            self.device_memory_monitor = monitor
 
     def _add_to_totals(self, progress: Progress, state: JobState) -> None:
         totals = self.totals

@@ -149,28 +149,33 @@ class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, LossInModel, titan.T
         super().__init__(job_config)
         self.set_up_precision()
         self.set_up_cuda_graphs()
+        self.checkpointer.before_save = self.finish_log
 
     def train(self) -> None:
         """Train to the last step, or to the one after which a signal was heard."""
         run = self.run
         begin = time.monotonic()
         run.stop.in_training = True
-        metrics: Any = self.metrics_processor
-        finish_log = getattr(metrics, "finish_log", lambda: None)  # TorchTitan's own has logged all
         try:
             super().train()
         except BaseException:
             if torch.distributed.get_world_size() == 1:  # the wait for others might not end
                 with contextlib.suppress(Exception):  # of a broken device: what ended training is to be heard
-                    finish_log()
+                    self.finish_log()
             raise
-        finish_log()
+        self.finish_log()
         if run.stopped_by:
             name = signal.Signals(run.stopped_by).name
             run.lines = [f"{name}: stopped after step {self.step}; {resume_line(self.job_config, run.args, self.step)}"]
         elif run.has_trained:
             totals = getattr(self.metrics_processor, "totals", Totals())
             run.lines = results(totals, self.step, time.monotonic() - begin) + self._sampled()
+
+    def finish_log(self) -> None:
+        """Log the last step now, before what does not belong to its time: a save, or the end of training."""
+        finish = getattr(self.metrics_processor, "finish_log", None)  # TorchTitan's own has logged all
+        if finish is not None:
+            finish()
 
     def should_continue_training(self) -> bool:
         """Whether another step is to be trained; TorchTitan asks before each.
@@ -182,9 +187,11 @@ class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, LossInModel, titan.T
         if self.step >= steps:
             if not run.has_trained:
                 self._nothing_to_train()
+            self.finish_log()  # TorchTitan sleeps now
             return False
         if run.has_trained and (signum := run.stop.agree()):
             run.stopped_by = signum
+            self.finish_log()
             self.checkpointer.save_now(self.step)
             return False
         run.has_trained = True

@@ -10,7 +10,7 @@ from torchtitan.components import checkpoint as titan
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import ConfigManager, JobConfig
 
-from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, resumed_checkpoint
+from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, resumed_checkpoint, saved_steps
 from momoe_titan.components.resumed_settings import keep_balance_rule, save_job
 from momoe_titan.config.command_line import SECTION_OPTION
 from momoe_titan.register import prepare_and_parallelize
@@ -239,6 +239,15 @@ def test_the_newest_of_whole_checkpoints_is_loaded(tmp_path):
     # TorchTitan's own, whose sum nobody has written, counts like ours
     (tmp_path / "checkpoint" / "step-10" / "metadata.sha256").unlink()
     assert again.checkpointer.load() and again.state.step == 10
+
+
+def test_what_comes_before_a_save_comes_before_each_that_is_due(tmp_path):
+    checkpointer, seen = Job(config_for(tmp_path)).checkpointer, []
+    checkpointer.before_save = lambda: seen.append(saved_steps(checkpointer.folder))
+    checkpointer.interval = 2
+    for step in (2, 3, 4):
+        checkpointer.save(step)
+    assert [sorted(steps) for steps in seen] == [[], [2]]
 
 
 def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):

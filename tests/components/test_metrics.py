@@ -298,6 +298,38 @@ def test_gpu_step_keeps_titans_scalars(monkeypatch, caplog):
     assert sum("step:" in line for line in lines) == 1 and "done: 1/10000" in lines[-1]
     assert "mfu: " in lines[-1] and "memory:  3.00GiB(3.8%)" in lines[-1]
     assert sum("retries" in line for line in lines) == 1
+
+
+def test_each_log_step_has_its_own_peaks(monkeypatch):
+    """Also where each step is one, whose memory the host has allocated before it logs the step before."""
+
+    class GpuMonitor:
+        device_name, device_capacity_gib, peak = "NVIDIA H100 80GB HBM3", 80.0, 0.0
+
+        def get_peak_stats(self):
+            return metrics.titan.DeviceMemStats(self.peak, 2.0, self.peak, 4.0, 0, 0)
+
+        def reset_peak_stats(self):
+            self.peak = 1.0  # what stays between steps
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(metrics.titan, "build_device_memory_monitor", GpuMonitor)
+    built = metrics.build_momoe_metrics_processor(JobConfig(), dims())
+    built.logger, built.num_flops_per_token = Recorder(), 1e9
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(metrics.torch, "device", lambda name: cpu)
+    monkeypatch.setattr(metrics, "to_host", lambda numbers: numbers.tolist)
+    numbers = metrics.StepNumbers(*(torch.tensor(value) for value in (2.0, 3.0, 0.5, 700)))
+    for step in (1, 2, 3):
+        built.should_log(step)
+        built.data_loading_times.append(0.1)
+        built.device_memory_monitor.peak = 10.0 * step
+        built.finish_log()
+        built.start_log(step, numbers, lr=0.1)
+    built.finish_log()
+    for name in ("memory/max_active(GiB)", "memory/worst_rank_active(GiB)", "memory/worst_rank_reserved(GiB)"):
+        assert [built.logger.steps[step][name] for step in (1, 2, 3)] == [10, 20, 30], name
+    want_entropy(False)
     assert metrics.logger.filters == []
     built.ntokens_since_last_log = 64
     built.log_validation(1.5, 2)

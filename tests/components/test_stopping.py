@@ -24,6 +24,7 @@ def _stop_in_a_microbatch() -> None:
             run=SimpleNamespace(stop=stop, has_trained=False, stopped_by=0),
             job_config=SimpleNamespace(training=SimpleNamespace(steps=5)),
             checkpointer=SimpleNamespace(save_now=saved.append),
+            finish_log=lambda: None,
             step=0,
         )
         while Trainer.should_continue_training(trainer):
@@ -33,6 +34,20 @@ def _stop_in_a_microbatch() -> None:
                     os.kill(os.getpid(), signal.SIGTERM)
                 done.append((trainer.step, microbatch))
     assert done[-1] == (2, 2) and saved == [2] and trainer.run.stopped_by == signal.SIGTERM
+
+
+def test_the_last_step_is_logged_before_anything_else_takes_time():
+    """A checkpoint after a signal, and TorchTitan's sleep after the last step."""
+    for steps, signum, expected in ((1, 0, ["log"]), (5, signal.SIGINT, ["log", "save"])):
+        done = []
+        trainer = SimpleNamespace(
+            run=SimpleNamespace(stop=SimpleNamespace(agree=lambda signum=signum: signum), has_trained=True),
+            job_config=SimpleNamespace(training=SimpleNamespace(steps=steps)),
+            checkpointer=SimpleNamespace(save_now=lambda step, done=done: done.append("save")),
+            finish_log=lambda done=done: done.append("log"),
+            step=1,
+        )
+        assert not Trainer.should_continue_training(trainer) and done == expected
 
 
 def test_the_highest_signal_of_any_rank_is_heard(tmp_path):
