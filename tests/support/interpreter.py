@@ -3,10 +3,11 @@
 A kernel's call of another `@triton.jit` function, `tl.sum` for one, replaces all of `triton.language` again, though it
 stays replaced until the kernel's last program ends. What numpy calls a type is found through a table that is built for
 each question. And sums and products of int32 are computed in int64 too, for an assertion that is off. Results are the
-same to the bit. In a version of Triton that has other parts nothing is changed.
+same to the bit (tests/tools/test_interpreter.py). In a version of Triton that has other parts nothing is changed.
 """
 
 import dataclasses
+import functools
 
 from triton import language as tl
 from triton.runtime import interpreter
@@ -26,7 +27,7 @@ class _ReplacedOnce:
             modules = frozenset(m.__name__ for m in (tl, tl.core) if any(value is m for value in values))
             self.modules_of[fn] = modules
         if modules and modules <= self.replaced:
-            return None  # a function that a kernel calls; it does not put anything back
+            return interpreter._LangPatchScope()  # nothing to put back
         scope = self.replace(fn)
         if not self.replaced:
             scope.restore = self._restores(scope.restore)
@@ -42,6 +43,7 @@ class _ReplacedOnce:
 
 
 def _np_dtype(of, known: dict):
+    @functools.wraps(of)
     def np_dtype(type):
         scalar = type.scalar.name
         if scalar not in known:

@@ -77,6 +77,15 @@ class Case:
     spare_rows: int | None  # num_rows beyond the used slots; None leaves num_rows to the op
 
 
+def ragged(num_tokens: int, shape: tuple[int, int, int, int], dtype: str, kind: str, save_percent: float = 0) -> Case:
+    """Tokens of 0 to K experts, tensors as they are made, all gradients."""
+    return Case(
+        **{"shape": shape, "dtype": dtype, "kind": kind, "autocast": False, "num_tokens": num_tokens, "seed": 0},
+        **{"mask": "ragged", "x_is": "plain", "dout_is": "plain", "strided_routing": False, "ids_int32": False},
+        **{"scores": "float32", "save_percent": save_percent, "needs": (True,) * 4, "spare_rows": None},
+    )
+
+
 def cases(
     shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[str], kinds: Sequence[str], max_tokens: int
 ) -> st.SearchStrategy[Case]:

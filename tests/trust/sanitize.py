@@ -32,11 +32,7 @@ TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 def experts(shape: tuple[int, ...], dtype: str, kind: str = "plain", percents: tuple[int, ...] = (0, 37, 100)) -> None:
     """The op on a ragged mask, forward and backward, with z kept and not, and without gradients."""
     tokens, *sizes = shape
-    case = cases.Case(
-        **{"shape": tuple(sizes), "dtype": dtype, "kind": kind, "autocast": False, "num_tokens": tokens, "seed": 0},
-        **{"mask": "ragged", "x_is": "plain", "dout_is": "plain", "strided_routing": False, "ids_int32": False},
-        **{"scores": "float32", "save_percent": 0, "needs": (True,) * 4, "spare_rows": None},
-    )
+    case = cases.ragged(tokens, tuple(sizes), dtype, kind)
     inputs = cases.make_inputs(case, "cuda")
     leaves = {name: t.requires_grad_() for name, t in inputs.leaves.items()}
     tensors, options = cases.arguments(case, leaves)
