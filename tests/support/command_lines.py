@@ -4,15 +4,17 @@ The reader of the command line (tyro) looks for the source of each class anew in
 TorchTitan puts together when it reads a job there is none, and the whole file is parsed again for each of its fields.
 """
 
-from tyro import _docstrings
+try:
+    from tyro._docstrings import _ClassTokenization
+except ImportError:  # another version
+    _ClassTokenization = None
 
 
 def read_sources_once() -> None:
     """Make it so for this process."""
-    tokens_of = getattr(_docstrings, "_ClassTokenization", None)
-    if tokens_of is None or not hasattr(tokens_of, "make"):
-        return  # in another version
-    make, known = tokens_of.make, {}
+    if _ClassTokenization is None or not hasattr(_ClassTokenization, "make"):
+        return
+    make, known = _ClassTokenization.make, {}
 
     def once(cls):
         if cls not in known:
@@ -22,7 +24,7 @@ def read_sources_once() -> None:
                 known[cls] = None, e
         found, error = known[cls]
         if error is not None:
-            raise error
+            raise error.with_traceback(None)  # or it would grow by each raise
         return found
 
-    tokens_of.make = staticmethod(once)
+    _ClassTokenization.make = staticmethod(once)

@@ -23,7 +23,7 @@ from hypothesis import seed as seeded
 from momoe_titan.kernels import gemms
 from tests.trust import cases as fuzz
 
-# D, F, E, K, dtype and kind: 40 in all, of which each compiles kernels anew
+# D, F, E, K, dtype and kind: each of them compiles kernels anew
 HOPPER = [
     *[((64, 64, 4, 2), "bfloat16", "plain"), ((128, 192, 7, 3), "float16", "plain")],
     *[((320, 64, 5, 1), "bfloat16", "plain"), ((192, 448, 8, 8), "float16", "plain")],
