@@ -119,8 +119,8 @@ def main() -> None:
             rows.append(measure(kind, block, dtype, f"a block of {name}", device))
         rows.append(measure("reduce-scatter", ends, "float32", f"embedding and output of {name}", device))
         rows.append(measure("all-to-all", TOKENS * width, "bfloat16", f"tokens of {name}", device))
-    for numel in (1, 1e4):  # of routers' counts, and of their histograms
-        rows.append(measure("all-reduce", max(numel, dist.get_world_size() ** 2), "float32", "counts", device))
+    for what, numel in (("a number", 1), ("counts", 1e4)):  # such as a loss, and the histograms of routers
+        rows.append(measure("all-reduce", max(numel, dist.get_world_size() ** 2), "float32", what, device))
     if dist.get_rank() == 0:
         for row in rows:
             print(f"{row['collective']:15} {row['of']:32} {row['dtype']:9} {row['MB']:9.3f} MB", end=" ")

@@ -40,13 +40,6 @@ def about(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())["about"]
 
 
-def source(*names: str) -> str:
-    """The line under a table: which hardware, when, and where the rows and the command are."""
-    first = about(names[0])
-    files = ", ".join(f"`{name}.json`" for name in names)
-    return f"{first['hardware']}, {first['date']}; {files}."
-
-
 def label(row: Row) -> str:
     """How a chart or a column names an implementation."""
     name = NAMES[str(row["implementation"])]
@@ -64,6 +57,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of markdown: the first column to the left, the others to the right."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *([text(cell) for cell in row] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def with_source(of_rows: str, name: str) -> str:
+    """A table of one measurement, and the line under it: which hardware, when, and where its rows and command are."""
+    first = about(name)
+    return f"{of_rows}\n{first['hardware']}, {first['date']}; `{name}.json`.\n"
 
 
 def pivot(rows: list[Row], index: str, columns: Sequence[str], value: str, name: Callable[[Row], str] = label) -> str:
@@ -100,7 +99,7 @@ def _layer(value: str) -> str:
 
 def layer_both() -> str:
     """Forward and backward, all shapes."""
-    return _layer("both") + "\n" + source("layer_h100") + "\n"
+    return with_source(_layer("both"), "layer_h100")
 
 
 def layer_forward() -> str:
@@ -201,7 +200,7 @@ def decode() -> str:
     tokens = ("1", "4", "16", "64")
     rows = [row for row in rows_of("decode_h100") if row["implementation"] == "momoe_titan"]
     name = lambda row: str(row["T"])  # noqa: E731
-    return pivot(rows, "shape", tokens, "share", name) + "\n" + source("decode_h100") + "\n"
+    return with_source(pivot(rows, "shape", tokens, "share", name), "decode_h100")
 
 
 def decode_time() -> str:
@@ -220,7 +219,7 @@ def _modes(name: str, value: str) -> str:
 
 
 def memory_500m_speed() -> str:
-    return _modes("memory_500m_h100", "tokens_per_s") + "\n" + source("memory_500m_h100") + "\n"
+    return with_source(_modes("memory_500m_h100", "tokens_per_s"), "memory_500m_h100")
 
 
 def memory_500m_peak() -> str:
@@ -236,7 +235,7 @@ def memory_500m_moe() -> str:
 
 
 def memory_1_4b_speed() -> str:
-    return _modes("memory_1.4b_h100", "tokens_per_s") + "\n" + source("memory_1.4b_h100") + "\n"
+    return with_source(_modes("memory_1.4b_h100", "tokens_per_s"), "memory_1.4b_h100")
 
 
 def memory_1_4b_peak() -> str:
@@ -254,7 +253,7 @@ def memory_1_4b_moe() -> str:
 def _plain(name: str, **header: str) -> str:
     """All rows of a measurement as they are; `header` names the columns and their units."""
     body = ([label(r) if k == "implementation" else r.get(k) for k in header] for r in rows_of(name))
-    return table(list(header.values()), body) + "\n" + source(name) + "\n"
+    return with_source(table(list(header.values()), body), name)
 
 
 def compile_500m() -> str:
@@ -332,13 +331,8 @@ def parallel_two() -> str:
 
 
 def fsdp() -> str:
-    header = {
-        "model": "model",
-        "run": "run",
-        "ms": "step, ms",
-        "tokens_per_s": "tokens/s per GPU",
-        "of_one": "of one GPU, %",
-    }
+    header = {"model": "model", "run": "run", "ms": "step, ms", "tokens_per_s": "tokens/s per GPU"}
+    header |= {"of_one": "of one GPU, %"}
     return _plain("fsdp_2xh200", **header, collectives="collectives, ms", exposed="exposed, ms", copies="copies, ms")
 
 
@@ -382,7 +376,7 @@ def step_time() -> str:
         measured, predicted = float(str(row["tokens_per_s"])), float(str(row["predicted"]))
         error = round(100 * (predicted / measured - 1), 1)
         rows.append([row["gpu"], row["run"], label(row), row["tokens_per_s"], row["predicted"], error])
-    return f"{table(header, rows)}\n{source('step_time')}\n"
+    return with_source(table(header, rows), "step_time")
 
 
 def layers_30b() -> str:
@@ -433,7 +427,7 @@ def _balance(name: str, arms: dict[str, str], **columns: str) -> str:
     """The arms of one measurement in the order of `arms`."""
     rows = [row for arm in arms for row in rows_of(name) if row["arm"] == arm]
     body = ([arms[str(row["arm"])], *(_digits(column, row[column]) for column in columns)] for row in rows)
-    return table(["rule", *columns.values()], body) + "\n" + source(name) + "\n"
+    return with_source(table(["rule", *columns.values()], body), name)
 
 
 VIOLATIONS = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
@@ -473,7 +467,7 @@ def balance_1_4b_long() -> str:
         for row in rows_of("balance_1.4b_long")
         if "floor" in row
     )
-    return table(header, body) + "\n" + source("balance_1.4b_long") + "\n"
+    return with_source(table(header, body), "balance_1.4b_long")
 
 
 def balance_lr() -> str:
@@ -490,7 +484,7 @@ def balance_lr() -> str:
         ]
         for row in rows
     )
-    return table(header, body) + "\n" + source("balance_lr_h200") + "\n"
+    return with_source(table(header, body), "balance_lr_h200")
 
 
 def balance_time() -> str:
@@ -526,16 +520,12 @@ def balance_floor() -> str:
     body = (
         [row["seed"], *(f"{v:.2f}" for name, floor in values for v in (row[name], row["floor"][floor]))] for row in rows
     )
-    return table(header, body) + "\n" + source("balance_500m_1200") + "\n"
+    return with_source(table(header, body), "balance_500m_1200")
 
 
 def balance_cost() -> str:
-    header = {
-        "model": "model",
-        "tokens": "scores",
-        "margins_us": "margins, µs a layer",
-        "routing_us": "routing, µs a layer",
-    }
+    header = {"model": "model", "tokens": "scores"}
+    header |= {"margins_us": "margins, µs a layer", "routing_us": "routing, µs a layer"}
     whole = {"step_ms": "step without the rule, ms", "rule_ms": "the rule adds, ms"}
     return _plain("balance_cost_h200", **header, hooks_ms="hooks, ms a step", **whole)
 
@@ -548,21 +538,9 @@ def balance_ep() -> str:
 
 def data_training() -> str:
     """Training on new batches beside training on one batch."""
-    header = {
-        "ranks": "GPUs",
-        "batches": "batches",
-        "tokens_per_s": "tokens/s per GPU",
-        "percent": "% of one batch's speed",
-    }
-    header |= {"swing": "swing, %", "waiting": "waiting for data, %"}
-    rows = rows_of("data_training_h200")
-    keys = ("batches", "ranks", "tokens_per_s", "percent", "swing", "waiting")
-    return (
-        table([header[key] for key in keys], ([row[key] for key in keys] for row in rows))
-        + "\n"
-        + source("data_training_h200")
-        + "\n"
-    )
+    header = {"batches": "batches", "ranks": "GPUs", "tokens_per_s": "tokens/s per GPU"}
+    header |= {"percent": "% of one batch's speed", "swing": "swing, %", "waiting": "waiting for data, %"}
+    return _plain("data_training_h200", **header)
 
 
 def data_loader() -> str:
@@ -619,20 +597,22 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
-    + (
-        balance_average,
-        balance_ep,
-        balance_1_4b_long,
-        balance_lr,
-        balance_time,
-        balance_steep,
-        data_training,
-        data_loader,
-    )
+    + (balance_average, balance_ep, balance_1_4b_long, balance_lr, balance_time, balance_steep)
+    + (data_training, data_loader)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, batch_30b, loss_runs)
-    + (precision_losses,)
-    + (step_breakdown, cuda_graph, first_step, rms_norm, link, fsdp, tp_pp, token_transfers, expert_parallel)
+    + (
+        precision_losses,
+        step_breakdown,
+        cuda_graph,
+        first_step,
+        rms_norm,
+        link,
+        fsdp,
+        tp_pp,
+        token_transfers,
+        expert_parallel,
+    )
 }
 
 
