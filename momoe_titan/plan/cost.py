@@ -17,6 +17,8 @@ from torch.distributed.distributed_c10d import (
 )
 from torch.utils.flop_counter import flop_registry
 
+from momoe_titan.kernels.activations import is_gated
+from momoe_titan.kernels.op import Needs
 from momoe_titan.model.parallel import dispatch, gathered  # noqa: F401 - registers the ops below
 
 ops = torch.ops
@@ -167,13 +169,19 @@ class StepCost:
         work.count += 1
 
     def _experts(self, func, args, micro: bool, forward: bool) -> None:
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        # The dispatcher leaves out arguments at the end that have their default.
+        given: dict[str, Any] = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
         _, ffn, d_model = given["w2"].shape
         unit = 2 * (given.get("usual_rows") or given["num_rows"]) * d_model * ffn
         width = f"{ffn} float32" if given["w2"].dtype == torch.float32 else f"{ffn}"
-        self._add(micro, f"experts {'forward' if forward else 'backward'} {width}", (3 if forward else 6) * unit)
-        if not forward:
-            self._add(micro, f"experts again {width}", 2 * unit)
+        up = 2 if is_gated(given.get("activation", "swiglu")) else 1  # units of a product with w1
+        if forward:
+            self._add(micro, f"experts forward {width}", (up + 1) * unit)
+            return
+        needs = Needs(*given["needs"])
+        up_grad = up * needs.w1 if given.get("gate") is None else needs.w1 + needs.gate
+        self._add(micro, f"experts backward {width}", (1 + needs.w2 + up * needs.x + up_grad) * unit)
+        self._add(micro, f"experts again {width}", up * unit)
 
     def _collective(self, packet, args, out, micro: bool) -> None:
         name, index, times = _COLLECTIVES[packet]

@@ -133,6 +133,34 @@ def test_work_of_ops(dtype, suffix):
     assert c.work[False, "optimizer"] == Work(num_bytes=2 * d * d * 4, count=1)
 
 
+@pytest.mark.parametrize(
+    "activation, two, frozen, products",
+    [
+        ("swiglu", True, "", (3, 6, 2)),
+        ("relu2", False, "", (2, 4, 1)),
+        ("relu2", False, "w1 w2", (2, 2, 1)),
+        ("swiglu", False, "w1 w2", (3, 3, 2)),
+        ("swiglu", True, "w1", (3, 5, 2)),
+        ("swiglu", False, "x w2", (3, 3, 2)),
+    ],
+)
+def test_experts_without_a_gate_or_frozen_have_fewer_products(activation, two, frozen, products):
+    c = StepCost(8)
+    t, d, f, e, k = 256, 128, 64, 4, 2
+    with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None, c) as trace:
+        trace.phase = "forward"
+        up, gate = torch.empty(e, d, f), torch.empty(e, d, f, requires_grad=True)
+        whole = torch.empty(e, d, 2 * f if activation == "swiglu" else f)
+        x, w2, scores = torch.empty(t, d), torch.empty(e, f, d), torch.rand(t, k, requires_grad=True)
+        for name, tensor in {"x": x, "w1": up if two else whole, "w2": w2}.items():
+            tensor.requires_grad_(name not in frozen)
+        ids, w1 = torch.empty(t, k, dtype=torch.int64), (up, gate) if two else whole
+        out, _ = momoe_mlp(x, w1, w2, ids, scores, activation=activation)
+        out.backward(torch.empty_like(out))
+    flops = [w.flops / (2 * t * k * d * f) for (_, kind), w in c.work.items() if kind.startswith("experts")]
+    assert flops == list(products)
+
+
 def _collectives_are_named_by_what_they_do() -> None:
     dist.init_process_group("fake", rank=0, world_size=4)
     name = dist.group.WORLD.group_name
