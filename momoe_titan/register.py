@@ -25,7 +25,7 @@ from torchtitan.protocols.train_spec import TrainSpec
 from momoe_titan.adapters.torchtitan import CONVERTED, MomoeConverter
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
 from momoe_titan.components.checkpoint import allow_missing_balance_state
-from momoe_titan.components.loss import build_loss, scale_router_losses
+from momoe_titan.components.loss import Loss, build_loss, scale_router_losses
 from momoe_titan.components.lr_schedule import build_momoe_lr_schedulers
 from momoe_titan.components.metrics import build_momoe_metrics_processor
 from momoe_titan.components.optimizer import build_momoe_optimizers
@@ -41,7 +41,6 @@ from momoe_titan.model import (
     flavors,
     parallelize_momoe_llama,
 )
-from momoe_titan.model.moe import BalancedMoE
 from momoe_titan.model.parallel.activation_checkpoint import apply_activation_checkpointing
 from momoe_titan.model.parallel.fsdp import reduce_by_sums
 from momoe_titan.model.parallel.pipeline import pipeline_momoe_llama
@@ -76,7 +75,7 @@ def get_train_spec() -> TrainSpec:
 
 
 def convertible(spec: TrainSpec) -> TrainSpec:
-    """A train spec of TorchTitan's that gives a converted model our optimizer hooks, metrics and plan.
+    """A train spec of TorchTitan's that gives a converted model our optimizer hooks, loss, metrics and plan.
 
     A job without the converter gets what the spec said.
     """
@@ -86,6 +85,7 @@ def convertible(spec: TrainSpec) -> TrainSpec:
         parallelize_fn=functools.partial(_parallelize, spec.parallelize_fn),
         pipelining_fn=pipeline_momoe_llama if spec.pipelining_fn is pipeline_llm else spec.pipelining_fn,
         build_optimizers_fn=functools.partial(_build_optimizers, spec.build_optimizers_fn),
+        build_loss_fn=functools.partial(_build_loss, spec.build_loss_fn),
         build_metrics_processor_fn=functools.partial(_build_metrics_processor, metrics),
     )
 
@@ -116,9 +116,14 @@ def _build_optimizers(
     parallel_dims: ParallelDims,
     ft_manager: FTManager | None = None,
 ) -> OptimizersContainer:
-    converted = any(isinstance(module, BalancedMoE) for part in model_parts for module in part.modules())
-    build = build_momoe_optimizers if converted else of_spec
+    # All ranks need the same hooks, which sum over ranks: those with a pipeline stage without MoE layers, too.
+    build = build_momoe_optimizers if any(hasattr(part, CONVERTED) for part in model_parts) else of_spec
     return build(model_parts, optimizer_config, parallel_dims, ft_manager)
+
+
+def _build_loss(of_spec: Callable[..., Loss], job_config: JobConfig, **kwargs: Any) -> Loss:
+    """With the gradient of a mean under every parallelism, as `scale_router_losses` expects it."""
+    return (build_loss if converts(job_config) else of_spec)(job_config, **kwargs)
 
 
 def _build_metrics_processor(

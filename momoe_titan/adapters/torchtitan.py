@@ -35,7 +35,8 @@ from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import count_experts, record_counts
 from momoe_titan.save_percent import AUTO, check_num_layers, parse_save_percent
 
-CONVERTED = "_converted_by_momoe_titan"  # attribute of a job's configuration: a `ConvertedModel`
+# attribute of a job's configuration, and of the model and its pipeline stages: a `ConvertedModel`
+CONVERTED = "_converted_by_momoe_titan"
 
 
 @dataclasses.dataclass
@@ -276,7 +277,7 @@ class MomoeConverter:
         for (layer_id, block), percent in zip(layers.items(), percents, strict=True):
             rate = 0.0 if layer_id in section.load_balance_off_layers else settings.load_balance_rate
             block.moe = ConvertedMoE(block.moe, settings, percent, rate)
-        vars(self.job_config)[CONVERTED] = settings
+        vars(self.job_config)[CONVERTED] = vars(model)[CONVERTED] = settings
         logger.info(f"Our experts and routers in {len(layers)} MoE layers, by the model converter 'momoe'")
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:

@@ -267,6 +267,30 @@ def test_quantile_balancing_evens_out_the_load():
     assert loads[1] <= 2 * 4 * LENGTH * layer.router.top_k / layer.num_experts
 
 
+def test_a_pipeline_stage_without_moe_layers_has_the_hooks_of_the_others():
+    """They sum over all ranks, which would wait for it."""
+    config = config_of("deepseek_v3")
+    stage = build("deepseek_v3", converted=True, config=config)
+    stage.layers = nn.ModuleDict({"0": stage.layers["0"]})
+    assert not moe_layers(stage)
+    assert hasattr(balanced(stage, config), "non_finite_guard")
+    assert not hasattr(balanced(build("deepseek_v3"), config), "non_finite_guard")
+
+
+def test_a_pipeline_trains_on_the_gradient_of_the_mean():
+    """TorchTitan's has that of the sum, beside which the routers' losses would count for nothing."""
+    dims = OneProcess(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=2, ep=1, etp=1, world_size=2)
+    config = config_of("qwen3", "--training.local_batch_size=4")
+    gradients = []
+    for converters in (["momoe"], []):
+        config.model.converters = converters
+        logits = torch.randn(4, LENGTH, VOCAB, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        loss = get_train_spec("qwen3").build_loss_fn(config, parallel_dims=dims)
+        loss(logits, tokens()[:, 1:]).backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(gradients[0], gradients[1] / (4 * LENGTH))
+
+
 def test_another_converter_leaves_the_router_alone():
     """A converter that swaps every linear layer, as Float8's does."""
     model = build("deepseek_v3", converted=True)
