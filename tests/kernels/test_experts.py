@@ -26,6 +26,7 @@ LAYOUTS = {
     "interleaved": ("interleaved_gate_up", "in_out", "in_out"),
     "interleaved, out_in": ("interleaved_up_gate", "out_in", "in_out"),
     "experts last": ("up_gate", "experts_last", "experts_last"),
+    "experts apart": ("up_gate", "apart", "in_out"),
 }
 
 
@@ -65,6 +66,9 @@ class Layer:
                 self.tensors["w1"] = w1
             else:
                 self.tensors |= {"up": stored(w1[:, :, :F], w1_is), "gate": stored(w1[:, :, F:], w1_is)}
+        elif w1_is == "apart":  # one leaf with more rows than the op sees of an expert
+            self.parts = lambda w: w[:, :D]
+            self.tensors["w1"] = torch.cat([w1, w1[:, :8]], dim=1)
         else:
             self.tensors["w1"] = stored(w1, w1_is)
         self.tensors["w2"] = stored(randn(E, F, D, scale=F**-0.5), w2_is)

@@ -267,6 +267,7 @@ KINDS = {
     "two tensors": dict(layout="two tensors"),
     "two tensors, out_in": dict(layout="two tensors, out_in"),
     "halves of one tensor": dict(layout="halves of one tensor"),
+    "experts apart": dict(layout="experts apart"),
     "interleaved": dict(layout="interleaved"),
     "interleaved, out_in": dict(layout="interleaved, out_in"),
     "gpt-oss": dict(layout="interleaved", activation="clamped_swiglu", biases=True),

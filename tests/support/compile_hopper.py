@@ -3,11 +3,13 @@
 With the argument "others", those of other experts than SwiGLU in the layout of this package.
 
 Prints one JSON object per compiled kernel: name, case, registers, bytes of stack (spills), bytes of
-shared memory. Run in a process without TRITON_INTERPRET.
+shared memory, and how often its code names `w_rows` (once: it does not read it). Run in a process without
+TRITON_INTERPRET.
 """
 
 import functools
 import json
+import re
 import sys
 
 import torch
@@ -99,7 +101,7 @@ def main():
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             row = {"kernel": self.fn.__name__, **launched, "shared": compiled.metadata.shared}
-            row |= resources(compiled.asm["cubin"])
+            row |= resources(compiled.asm["cubin"]) | {"w_rows": len(re.findall(r"%w_rows\b", compiled.asm["ttgir"]))}
             print(json.dumps(row), flush=True)
         return compiled
 

@@ -55,7 +55,8 @@ def up_proj_kernel(
         alone if gate_w_desc is not None; the routing (token_R, tiles, offsets); counts, max_polls: `ProgramSync`.
     Out: act (R, F) if ACT. z (rows, 2F) from row z_first to row z_end, unless z_up_desc is None. Without ACT only the
         tiles that reach first_row are computed.
-    Roles: `producer` (`GatheredRows`, cp.async; `ExpertWeights`, TMA); two `storing_consumer`s with `UpEpilogue`.
+    Roles: `producer` (`GatheredRows`, cp.async; `GatedWeights` or `ExpertWeights`, TMA); two `storing_consumer`s with
+        `UpEpilogue` or `OtherUpEpilogue`.
     A stage: lhs 128 rows x 64 of D, rhs 64 of D x (128 columns of up | the same 128 of gate).
     Timeline of a tile: D / 64 steps; SwiGLU in registers; act goes out at once, z under the products of the next
         tile. Without z (a version of its own) act goes out under the next tile.
@@ -66,23 +67,19 @@ def up_proj_kernel(
     first_tile = gl.to_tensor(0) if ACT else first_live_tile(tiles_ptr, offsets_ptr, num_tiles, first_row)
     HALVES: gl.constexpr = FORM == "halves"
     lhs = GatheredRows(x_ptr, x_stride, token_ptr)
-    up_col, gate_col = gl.to_tensor(0), gl.to_tensor(F)
-    if GATE_FIRST:
-        up_col, gate_col = gate_col, up_col
+    zero = gl.to_tensor(0)
     if HALVES:
         tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(F, BN // 2), D, 128, COLS_AT_A_TIME)
         if gate_w_desc is not None:
-            zero = gl.to_tensor(0)
             rhs = GatedWeights(w_desc, gate_w_desc, gl.to_tensor(w_rows), zero, zero, W_IS_NK)
-        elif W_IS_NK or GATE_FIRST:
-            rhs = GatedWeights(w_desc, w_desc, gl.to_tensor(w_rows), up_col, gate_col, W_IS_NK)
+        elif GATE_FIRST:
+            rhs = GatedWeights(w_desc, w_desc, gl.to_tensor(w_rows), gl.to_tensor(F), zero, W_IS_NK)
         else:
-            rhs = ExpertWeights(w_desc, D, gl.to_tensor(0), F, False, True)
+            rhs = GatedWeights(w_desc, w_desc, gl.to_tensor(w_rows), zero, gl.to_tensor(F), W_IS_NK)
     else:
         width = 2 * F if FORM == "interleaved" else F
         tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, first_tile, gl.cdiv(width, BN), D, 256, COLS_AT_A_TIME)
-        zero = gl.to_tensor(0)
-        rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), zero, zero, W_IS_NK, False)
+        rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), zero, W_IS_NK)
     Z: gl.constexpr = z_up_desc is not None
     if Z:
         up_desc, gate_desc = z_up_desc, z_gate_desc
@@ -134,9 +131,9 @@ def rows_kernel(
     else:
         saved, rest = ContiguousRows(in_desc, gl.to_tensor(0)), ContiguousRows(rest_desc, first)
         lhs = TwoBufferRows(saved, rest, num_saved)
-    rhs = ExpertWeights(w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
+    rhs = ExpertWeights(w_desc, w_rows, first_col, W_IS_NK)
     if second_w_desc is not None:
-        second = ExpertWeights(second_w_desc, w_rows, first_col, gl.to_tensor(0), W_IS_NK, False)
+        second = ExpertWeights(second_w_desc, w_rows, first_col, W_IS_NK)
         rhs = SplitWeights(rhs, second, width // 2)
     epilogue = PlainEpilogue(out_desc, TRANSPOSED=False, STEPS_APART=2)
     gl.warp_specialize(
@@ -183,54 +180,26 @@ def down_proj_backward_kernel(
     num_tiles = gl.load(num_tiles_ptr)
     tiles = RowTiles(tiles_ptr, offsets_ptr, num_tiles, gl.to_tensor(0), gl.cdiv(F, BN), D, 256, COLS_AT_A_TIME)
     lhs = GatheredRows(dout_ptr, dout_stride, token_ptr)
-    rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), gl.to_tensor(0), gl.to_tensor(0), W_IS_NK, False)
+    rhs = ExpertWeights(w_desc, gl.to_tensor(w_rows), gl.to_tensor(0), W_IS_NK)
     z = TwoBufferZ(z_saved_desc, z_rest_desc, num_saved, z_first, FORM == "interleaved")
     saved, rest = (dz_saved_up_desc, dz_saved_gate_desc), (dz_rest_up_desc, dz_rest_gate_desc)
     gl.warp_specialize(
         [
             (
                 down_backward_consumer,
-                (
-                    ring,
-                    tiles,
-                    score_ptr,
-                    saved,
-                    rest,
-                    num_saved,
-                    dz_first,
-                    act_desc,
-                    dscore_ptr,
-                    FORM,
-                    ACTIVATION,
-                    GATE_FIRST,
-                    SCORED,
-                    0,
-                ),  # fmt: skip
+                (ring, tiles, score_ptr, saved, rest, num_saved, dz_first, act_desc, dscore_ptr,
+                 FORM, ACTIVATION, GATE_FIRST, SCORED, 0),
             ),
             (
                 down_backward_consumer,
-                (
-                    ring,
-                    tiles,
-                    score_ptr,
-                    saved,
-                    rest,
-                    num_saved,
-                    dz_first,
-                    act_desc,
-                    dscore_ptr,
-                    FORM,
-                    ACTIVATION,
-                    GATE_FIRST,
-                    SCORED,
-                    1,
-                ),  # fmt: skip
+                (ring, tiles, score_ptr, saved, rest, num_saved, dz_first, act_desc, dscore_ptr,
+                 FORM, ACTIVATION, GATE_FIRST, SCORED, 1),
             ),
             (producer_with_z, (ring, tiles, lhs, rhs, z)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 @gluon.jit(

@@ -134,39 +134,28 @@ class TwoBufferRows:
 class ExpertWeights:
     """rhs from the experts' weights, stacked along the rows of a 2-d descriptor.
 
-    One block of 256 columns from first_col + tile.col. If GATED, two blocks of 128: up, and gate, which starts
-    gate_col further right.
+    One block of 256 columns from first_col + tile.col.
     """
 
     desc: tma.tensor_descriptor
-    rows: gl.tensor  # descriptor rows of one expert
+    rows: gl.tensor  # descriptor rows from one expert to the next
     first_col: gl.tensor
-    gate_col: gl.tensor
     IS_NK: gl.constexpr
-    GATED: gl.constexpr
     BYTES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, desc, rows, first_col, gate_col, IS_NK, GATED):
+    def __init__(self, desc, rows, first_col, IS_NK):
         self.desc = desc
         self.rows = rows
         self.first_col = first_col
-        self.gate_col = gate_col
         self.IS_NK = gl.constexpr(IS_NK)
-        self.GATED = gl.constexpr(GATED)
         self.BYTES = gl.constexpr(2 * 256 * 64)
 
     @gluon.jit
     def load(self, tile, k, ready, buffer):
         row = tile.expert * self.rows
         col = self.first_col + tile.col
-        if self.GATED:
-            width: gl.constexpr = BN // 2
-            tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer.slice(0, width, 1))
-            tma.async_copy_global_to_shared(
-                self.desc, [row + k, self.gate_col + col], ready, buffer.slice(width, width, 1)
-            )
-        elif self.IS_NK:
+        if self.IS_NK:
             tma.async_copy_global_to_shared(self.desc, [row + col, k], ready, buffer)
         else:
             tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer)
