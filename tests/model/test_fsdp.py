@@ -1,11 +1,14 @@
 """Two processes on gloo train as one does: FSDP2 and DDP."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from momoe_titan.model.parallel.fsdp import _experts_placement
+from momoe_titan.model.parallel import fsdp
+from momoe_titan.model.parallel.fsdp import _experts_placement, _set_collectives
 from momoe_titan.moe.balancing import bias_delta
 from tests.support import commands
 from tests.support.shared import made_once
@@ -70,7 +73,34 @@ def test_experts_are_divided_along_the_second_dimension_on_more_ranks(ranks, exp
     place = _experts_placement(block, ranks, expert_ranks)
     weights = block.moe.experts.w1, block.moe.experts.w2, block.attention.wq.weight
     assert (None if place is None else tuple(place(weight).dim for weight in weights)) == along
-    assert ("ranks leaves" in caplog.text) == warns
+    _experts_placement(block, ranks, expert_ranks)  # of the next layer
+    assert caplog.text.count("ranks leaves") == warns
+
+
+NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "kind, policy, ranks, says",
+    [
+        ("pp", NARROW, [0, 1], "pipeline parallelism"),
+        ("ep", NARROW, [0, 1], "expert parallelism"),
+        ("", MixedPrecisionPolicy(torch.float32, torch.float32), [0, 1], "mixed_precision_param"),
+        ("", NARROW, [0, 2], "several hosts"),
+        ("", NARROW, [0, 1], "no GPUs"),
+    ],
+)
+def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monkeypatch, caplog):
+    mesh = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="of CPUs"))
+    dims = SimpleNamespace(pp_enabled=kind == "pp", ep_enabled=kind == "ep", get_mesh=lambda name: mesh)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.setattr(fsdp, "connect", lambda group: None)
+    _set_collectives([], dims, policy, copies=False)
+    assert not caplog.text
+    _set_collectives([], dims, policy, copies=True)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("momoe.fsdp_copies has no effect") and says in record.getMessage()
 
 
 def test_fsdp_is_the_single_process_run(one, two):

@@ -5,7 +5,7 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.config.machine import Machine
 from momoe_titan.config.model_args import ModelArgs
-from momoe_titan.config.section import OUR_BACKENDS
+from momoe_titan.config.section import OUR_BACKENDS, Momoe
 
 
 def check_expert_parallel(args: ModelArgs, job_config: JobConfig, machine: Machine) -> None:
@@ -41,6 +41,9 @@ def _check_model(args: ModelArgs, job_config: JobConfig) -> None:
         raise ValueError(
             f"parallelism.expert_tensor_parallel_degree is {etp}, must be 1 or parallelism.tensor_parallel_degree, {tp}"
         )
+    dispatch = getattr(job_config, "momoe", Momoe()).expert_dispatch
+    if args.backend not in OUR_BACKENDS and dispatch != Momoe.expert_dispatch:
+        logger.warning(f"momoe.expert_dispatch has no effect with momoe.backend = {args.backend!r}")
     if args.backend not in OUR_BACKENDS and tp > 1:
         raise ValueError(
             f"parallelism.expert_parallel_degree is {ep}, must be 1 for momoe.backend = "
@@ -108,7 +111,7 @@ def _check_ranks(args: ModelArgs, job_config: JobConfig, machine: Machine) -> No
     copies, num_experts = fsdp * tp // (ep * etp), args.moe_args.num_experts
     widths = {"dim": args.dim, "moe_hidden_dim": args.moe_hidden_dim}
     if copies * ep > num_experts and any(width % copies for width in widths.values()):
-        # TorchTitan then shards the experts' second dimension, which FSDP cannot do unevenly.
+        # FSDP then shards the experts' second dimension, which it cannot do unevenly.
         raise ValueError(
             f"parallelism.expert_parallel_degree is {ep}, which leaves {copies} ranks to share "
             f"{num_experts // ep} experts: {copies} must divide all of {widths}"

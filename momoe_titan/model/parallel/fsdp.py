@@ -1,5 +1,6 @@
 """FSDP and HSDP applied to a model: what is gathered together, when, and along which dimension weights are divided."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -78,12 +79,7 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     disable_fsdp_gradient_division(model)
     if parallel_dims.ep_enabled:
         _prefetch([group for group in groups if group])
-    if not parallel_dims.pp_enabled:  # where FSDP adds up microbatches in the wider dtype before it reduces them
-        copies = getattr(job_config, "momoe", Momoe()).fsdp_copies and not parallel_dims.ep_enabled
-        _exchange_within_host(groups, parallel_dims.get_mesh("fsdp"), config, copies)
-        if parallel_dims.ep_enabled:
-            experts = [group[1:] for group in groups[1:-1] if group[1:]]
-            _exchange_within_host(experts, parallel_dims.get_mesh("efsdp"), config, copies=False)
+    _set_collectives(groups, parallel_dims, config["mp_policy"], getattr(job_config, "momoe", Momoe()).fsdp_copies)
     if mesh.device_type == "cpu":
         reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
@@ -111,12 +107,17 @@ def _experts_placement(block: Any, ranks: int, expert_ranks: int = 1) -> Callabl
         return None
     weights = set(experts.parameters())
     if any(weight.shape[1] % ranks or _is_divided(weight, 1) for weight in weights):
-        logger.warning(
+        _warn_once(  # not for each layer
             f"FSDP over {ranks} ranks leaves {ranks - num_experts} of them without any of the {num_experts} "
             "experts, and the others with that much more: set parallelism.expert_parallel_degree, or replicate (HSDP)"
         )
         return None
     return lambda parameter: Shard(1) if parameter in weights else Shard(0)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _is_divided(weight: nn.Parameter, dim: int) -> bool:
@@ -138,30 +139,54 @@ def _prefetch(groups: Sequence[Sequence[nn.Module]]) -> None:
         cast(FSDPModule, outer).set_modules_to_backward_prefetch(cast(Any, following))
 
 
+def _set_collectives(
+    groups: Sequence[Sequence[nn.Module]], parallel_dims: ParallelDims, policy: MixedPrecisionPolicy, copies: bool
+) -> None:
+    """Give each group collectives of ours where they are faster; say where `momoe.fsdp_copies` cannot be had.
+
+    Args:
+        groups: the modules of each group of weights; behind a block its experts, if they are a group of their own.
+        copies: what `momoe.fsdp_copies` says.
+    """
+    for kind, enabled in (("pipeline", parallel_dims.pp_enabled), ("expert", parallel_dims.ep_enabled)):
+        if copies and enabled:
+            logger.warning(f"momoe.fsdp_copies has no effect: there is {kind} parallelism")
+            copies = False
+    if parallel_dims.pp_enabled:  # FSDP adds up microbatches in the wider dtype before it reduces them
+        return
+    _exchange_within_host(groups, parallel_dims.get_mesh("fsdp"), policy, copies)
+    if parallel_dims.ep_enabled:
+        experts = [group[1:] for group in groups[1:-1] if group[1:]]
+        _exchange_within_host(experts, parallel_dims.get_mesh("efsdp"), policy, copies=False)
+
+
+def _reason_for_nccl(mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> str | None:
+    """Why FSDP's own reduction is to be used, or None."""
+    narrow, ranks = policy.param_dtype, dist.get_process_group_ranks(mesh.get_group())
+    hosts = {rank // int(os.environ.get("LOCAL_WORLD_SIZE", RANKS_OF_A_HOST)) for rank in ranks}
+    if narrow is None or narrow.itemsize >= 4 or policy.reduce_dtype != torch.float32:
+        return "training.mixed_precision_param is not narrower than training.mixed_precision_reduce, float32"
+    # Between hosts NCCL's rings carry less than an all-to-all.
+    return "FSDP's ranks are on several hosts" if len(hosts) > 1 else None
+
+
 def _exchange_within_host(
-    groups: Sequence[Sequence[nn.Module]], mesh: DeviceMesh, config: dict[str, Any], copies: bool
+    groups: Sequence[Sequence[nn.Module]], mesh: DeviceMesh, policy: MixedPrecisionPolicy, copies: bool
 ) -> None:
     """Have the ranks of a host exchange gradients in the dtype they have and sum them in float32; and copy by their
     copy engines, where GPUs can read each other's memory.
-
-    Between hosts NCCL's rings carry less than an all-to-all.
 
     Args:
         groups: the modules of each group of weights.
         mesh: the ranks that FSDP divides their weights among.
         copies: whether copy engines may be used.
     """
-    policy: MixedPrecisionPolicy = config["mp_policy"]
-    narrow, group = policy.param_dtype, mesh.get_group()
-    ranks = dist.get_process_group_ranks(group)
-    hosts = {rank // int(os.environ.get("LOCAL_WORLD_SIZE", RANKS_OF_A_HOST)) for rank in ranks}
-    if narrow is None or narrow.itemsize >= 4 or policy.reduce_dtype != torch.float32 or len(hosts) > 1:
+    narrow, reason = policy.param_dtype, _reason_for_nccl(mesh, policy)
+    if narrow is None or reason is not None:
+        if copies:
+            logger.warning(f"momoe.fsdp_copies has no effect: {reason}")
         return
-    peers = None
-    if copies and len(ranks) > 1:
-        connect(group)
-        if peers_of(group.group_name) is not None:
-            peers = PeerAllGather(group), PeerReduceScatter(group, narrow)
+    peers = _peer_collectives(mesh.get_group(), narrow) if copies else None
     for modules in filter(None, groups):
         num_bytes = sum(p.numel() * narrow.itemsize for module in modules for p in module.parameters())
         fsdp: Any = modules[0]  # one speaks for its group
@@ -170,6 +195,14 @@ def _exchange_within_host(
             fsdp.set_custom_reduce_scatter(peers[1])
         else:
             fsdp.set_custom_reduce_scatter(NarrowReduceScatter(narrow))
+
+
+def _peer_collectives(group: dist.ProcessGroup, narrow: torch.dtype) -> tuple[PeerAllGather, PeerReduceScatter] | None:
+    connect(group)
+    if peers_of(group.group_name) is None:
+        logger.warning("momoe.fsdp_copies has no effect: FSDP's ranks are no GPUs that can read each other's memory")
+        return None
+    return PeerAllGather(group), PeerReduceScatter(group, narrow)
 
 
 def reduce_by_sums(model: nn.Module) -> None:

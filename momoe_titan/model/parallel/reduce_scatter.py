@@ -1,6 +1,5 @@
 """A reduce-scatter for FSDP that sends gradients in the dtype in which they were computed, and adds in float32."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,15 +22,12 @@ class NarrowReduceScatter:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._num_inputs: int | None = None  # elements of an input whose output was not yet asked for
+        self._input_is_next = True
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP asks for the input of a reduction and then for its output, both float32."""
-        if self._num_inputs is None:
-            self._num_inputs = math.prod(size)
-            return torch.empty(*size, dtype=self.dtype, device=device)
-        self._num_inputs = None
-        return torch.empty(*size, dtype=dtype, device=device)
+        is_input, self._input_is_next = self._input_is_next, not self._input_is_next
+        return torch.empty(*size, dtype=self.dtype if is_input else dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
