@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Put small faults into the package, one at a time, and say which of them the fast tests do not see.
+# Put small faults into the package, one at a time, and say which of them the tests that concern them do not see.
 #
 #   scripts/mutation.sh [ROOM...]     rooms: moe components data config memory model/parallel kernels; all by default
 #
-# COUNT faults of each room (50), SECONDS_AT_MOST for all (7200), PROCESSES (2), SEED (0)
+# COUNT faults of each room (50), SECONDS_AT_MOST for all (7200), PROCESSES (2), SEED (0). Started again, it goes on
+# with the sample that it finds in mutation/.
 # VENV, PYTHON: see install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,9 @@ python="${VENV:-.venv}/bin/python"
 rooms=()
 if [ $# -gt 0 ]; then rooms=(--rooms "$@"); fi
 mkdir -p mutation
-"$python" -W ignore -m tests.trust.mutate sample "${rooms[@]}" --count "${COUNT:-50}" --seed "${SEED:-0}" \
-  --out mutation/mutants.json
+if [ ! -f mutation/mutants.json ]; then
+  "$python" -W ignore -m tests.trust.mutate sample "${rooms[@]}" --count "${COUNT:-50}" --seed "${SEED:-0}" \
+    --out mutation/mutants.json
+fi
 exec "$python" -m tests.trust.mutate run mutation/mutants.json --processes "${PROCESSES:-2}" \
   --seconds "${SECONDS_AT_MOST:-7200}" --out mutation

@@ -52,3 +52,10 @@ def test_every_requirement_has_an_upper_end():
     extras = project["optional-dependencies"].values()
     required = [name for names in (project["dependencies"], *extras) for name in names]
     assert [name for name in required if not re.search(r"<|==|^momoe_titan\[", name)] == []
+
+
+def test_modules_and_tests_that_faults_are_put_into_are_there():
+    rooms = tomllib.loads((ROOT / "tests/trust/concerns.toml").read_text())
+    modules = {module for room in rooms.values() for module in room}
+    tests = {test for room in rooms.values() for named in room.values() for test in named}
+    assert sorted(name for name in modules | tests if not (ROOT / name).exists()) == []

@@ -1,7 +1,8 @@
 """Mutation testing of a seeded sample: small faults are put into the package, and the fast tests have to see them.
 
     python -m tests.trust.mutate sample --rooms moe data --count 50 --out mutants.json
-    python -m tests.trust.mutate run mutants.json --processes 2 --seconds 3600
+    python -m tests.trust.mutate run mutants.json --processes 2 --seconds 3600 --out results   # goes on where it was
+    python -m tests.trust.mutate tell results
 
 scripts/mutation.sh does both. cosmic-ray makes the faults (other operators, comparisons, numbers, constants; loops that
 do not run); to these come statements that are left out and names that are swapped (max for min, int32 for int64). Half
@@ -18,6 +19,7 @@ import ast
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -27,41 +29,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "momoe_titan"
-# room: (folders or files, tests behind the one that is named as the file is)
-ROOMS: dict[str, tuple[list[str], list[str]]] = {
-    "moe": (["moe"], ["tests/moe", "tests/model/test_moe.py"]),
-    "components": (["components"], ["tests/components", "tests/model/test_fsdp.py"]),
-    "data": (["data"], ["tests/data"]),
-    "config": (["config", "save_percent.py"], ["tests/config", "tests/test_cli.py", "tests/model/test_model.py"]),
-    "memory": (["memory"], ["tests/memory", "tests/plan/test_plan.py"]),
-    "model/parallel": (
-        ["model/parallel"],
-        [
-            "tests/model/test_activation_checkpoint.py",
-            "tests/model/test_fsdp.py",
-            "tests/model/test_expert_parallel.py",
-        ],
-    ),
-    "kernels": (
-        [f"kernels/{name}.py" for name in ("op", "gemms", "experts", "grouped", "launch", "grouping", "reference")]
-        + [
-            f"kernels/{name}.py"
-            for name in ("memory_schedule", "routing", "router", "quantile", "combine", "multi_tensor")
-        ],
-        [f"tests/kernels/test_{name}.py" for name in ("fuzz", "experts", "op", "memory_schedule", "routing", "router")],
-    ),
-}
+CONCERNS: dict[str, dict[str, list[str]]] = tomllib.loads(
+    (Path(__file__).parent / "concerns.toml").read_text()
+)  # room: {start of a module's path: its tests}
 SWAPS = {  # in the source, with what stands around a name
     **{"max(": "min(", "min(": "max(", ".amax(": ".amin(", "any(": "all(", "all(": "any(", "sorted(": "list("},
     **{"ReduceOp.SUM": "ReduceOp.MAX", "ReduceOp.MAX": "ReduceOp.SUM", "ReduceOp.AVG": "ReduceOp.SUM"},
     **{".sum(": ".mean(", ".mean(": ".sum(", "int64": "int32", "float32": "bfloat16", "reverse=True": "reverse=False"},
 }
-BROKEN = "tests fail without a fault"
+COPIED = "momoe_titan", "tests", "benchmarks", "docs", "train_configs", "scripts", "pyproject.toml", "README.md"
 QUIET = ("logger", "warnings", "print", "log", "_log", "say", "parser")  # what they say is not tested word by word
 
 
@@ -151,6 +133,14 @@ def candidates(path: Path) -> list[tuple[int, int, str, object]]:
     return found
 
 
+def edit(path: str, made: str) -> dict:
+    """What is written over what, at which character."""
+    old = Path(path).read_text()
+    start = len(os.path.commonprefix([old, made]))
+    end = min(len(os.path.commonprefix([old[start:][::-1], made[start:][::-1]])), min(len(old), len(made)) - start)
+    return {"at": start, "old": old[start : len(old) - end], "new": made[start : len(made) - end]}
+
+
 def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
     """`count` faults of each room."""
     of_rooms = []
@@ -158,7 +148,7 @@ def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
         chosen: list[dict] = []
         of_rooms.append(chosen)
         draw = random.Random(f"{seed} {room}")
-        wanted = [str(PACKAGE / name) for name in ROOMS[room][0]]
+        wanted = [str(ROOT / name) for name in CONCERNS[room]]
         listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
         paths = [p for name in listed.stdout.split() if (p := str(ROOT / name)).startswith(tuple(wanted))]
         every = [(when, path, line, name, made) for path in paths for when, line, name, made in candidates(Path(path))]
@@ -178,24 +168,37 @@ def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
             with contextlib.suppress(SyntaxError):
                 compile(made, path, "exec")
                 file = Path(path).relative_to(ROOT).as_posix()
-                chosen.append({"room": room, "file": file, "line": line, "fault": name, "source": made})
+                chosen.append({"room": room, "file": file, "line": line, "fault": name, **edit(path, made)})
     # in turn, so that a run that ends early has some of each room
-    return [mutant for mutants in itertools.zip_longest(*of_rooms) for mutant in mutants if mutant]
+    every = [mutant for mutants in itertools.zip_longest(*of_rooms) for mutant in mutants if mutant]
+    return [{"id": number, **mutant} for number, mutant in enumerate(every)]
 
 
-def tests_of(mutant: dict, quick: bool) -> list[str]:
-    """The test files to run, the one of the same name first, and alone if quick."""
-    stem = Path(mutant["file"]).stem
-    everything = []
-    for name in ROOMS[mutant["room"]][1]:
-        path = Path(name)
-        everything += sorted(path.rglob("test_*.py")) if path.is_dir() else [path] if path.exists() else []
-    named = sorted(Path("tests").rglob(f"test_{stem}.py"))
-    return [str(path) for path in dict.fromkeys(named if quick else [*named, *everything])]
+def tests_of(mutant: dict) -> list[str]:
+    """The test files that concern its module, as concerns.toml says."""
+    modules = CONCERNS[mutant["room"]]
+    longest = max((start for start in modules if mutant["file"].startswith(start)), key=len)
+    return modules[longest]
 
 
-def run_tests(files: list[str], limit: float) -> str:
-    """ "killed", "survived" or "late": what the tests of a forked process say."""
+class FirstFailure:
+    """A plugin of pytest that writes down which test failed first."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not os.path.exists(self.path):
+            Path(self.path).write_text(report.nodeid)
+
+    def pytest_collectreport(self, report):
+        if report.failed and not os.path.exists(self.path):
+            Path(self.path).write_text(report.nodeid)
+
+
+def run_tests(tests: list[str], but: list[str], limit: float) -> tuple[str, str]:
+    """What the tests of a forked process say: "killed", "survived" or "late"; and which test has failed."""
+    scratch = tempfile.mkdtemp(dir=".")
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -204,38 +207,55 @@ def run_tests(files: list[str], limit: float) -> str:
             os.dup2(null, stream)
         import pytest
 
-        quiet = [
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "--no-header",
-            "--basetemp",
-            tempfile.mkdtemp(dir="."),
-            "-m",
-            "not slow",
-        ]
+        options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--basetemp", f"{scratch}/tests"]
+        without = [f"--deselect={test}" for test in but]
         status = 1
         with contextlib.suppress(BaseException):
-            status = pytest.main([*quiet, *files])
+            plugin = FirstFailure(os.path.abspath(f"{scratch}/failed"))
+            status = pytest.main([*options, "-m", "not slow", *without, *tests], plugins=[plugin])
         os._exit(int(status))
-    end = time.monotonic() + limit
-    while time.monotonic() < end:
+    end, verdict = time.monotonic() + limit, "late"
+    while verdict == "late" and time.monotonic() < end:
+        time.sleep(0.05)
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)  # what the tests have left behind
-            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
-        time.sleep(0.05)
+            # 5: no test is left; others than 0 and 1: pytest could not even begin
+            verdict = "survived" if os.waitstatus_to_exitcode(status) in (0, 5) else "killed"
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "late"
+        os.killpg(child, signal.SIGKILL)  # what the tests have left behind
+    if verdict == "late":
+        os.waitpid(child, 0)
+    failed = Path(scratch) / "failed"
+    by = failed.read_text() if failed.exists() else ""
+    shutil.rmtree(scratch, ignore_errors=True)
+    return verdict, by
 
 
-def work(mutants: list[dict], results: Path, deadline: float, limit: float, quick: bool) -> None:
-    """Run these faults in the copy of the repository that this process is in."""
+@contextlib.contextmanager
+def put_in(mutant: dict, count: Iterator[int]) -> Iterator[None]:
+    """The fault stands in this copy of the repository meanwhile."""
+    path = Path(mutant["file"])
+    whole = path.read_text()
+    at, old = mutant["at"], mutant["old"]
+
+    def write(text: str) -> None:
+        path.write_text(text)
+        second = 1_000_000_000 + next(count)  # Python takes a compiled file for another by the second and the size
+        os.utime(path, (second, second))
+
+    write(whole[:at] + mutant["new"] + whole[at + len(old) :])
+    yield
+    write(whole)
+
+
+def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float, limit: float) -> None:
+    """Run faults, each when its turn comes, in the copy of the repository that this process is in.
+
+    A test that has failed runs again without the fault. One that fails then too says nothing and is left out.
+    """
     sys.path.insert(0, os.getcwd())
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "momoe_titan")]:
+        del sys.modules[name]  # of the repository, not of this copy
     os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     import torch
@@ -243,92 +263,87 @@ def work(mutants: list[dict], results: Path, deadline: float, limit: float, quic
     import torchtitan.train  # noqa: F401  - the forks find it imported
 
     torch.set_num_threads(1)
-    passes: dict[tuple[str, ...], bool] = {}  # test files: whether they pass without a fault
-    for mutant in mutants:
-        if time.monotonic() > deadline:
+    passes: dict[str, bool] = {}  # test that failed with a fault: whether it passes without
+    count = itertools.count()
+    while time.monotonic() < deadline:
+        with turn.get_lock():
+            number, turn.value = turn.value, turn.value + 1
+        if number >= len(mutants):
             break
-        files = tests_of(mutant, quick)
-        if not files:
-            continue
-        if tuple(files) not in passes:
-            passes[tuple(files)] = run_tests(files, limit) == "survived"
-        if not passes[tuple(files)]:
-            with open(results, "a") as file:
-                row = {key: mutant[key] for key in ("room", "file", "line", "fault", "id")}
-                file.write(json.dumps({**row, "verdict": BROKEN, "seconds": 0}) + "\n")
-            continue
-        path = Path(mutant["file"])
-        whole = path.read_text()
-        begin = time.monotonic()
-        path.write_text(mutant["source"])
-        verdict = run_tests(files, min(limit, max(20.0, deadline - begin + 20)))
-        path.write_text(whole)
-        if verdict == "late" and time.monotonic() - begin < limit:
-            break  # no time left: says nothing about this one
-        row = {key: mutant[key] for key in ("room", "file", "line", "fault", "id")}
+        mutant, begin, broken = mutants[number], time.monotonic(), []
+        at, old = mutant["at"], mutant["old"]
+        if Path(mutant["file"]).read_text()[at : at + len(old)] != old:
+            continue  # the file has changed since the sample was drawn
+        while True:
+            with put_in(mutant, count):
+                verdict, by = run_tests(tests_of(mutant), broken, limit)
+            if verdict != "killed" or not by:
+                break
+            if by not in passes:
+                passes[by] = run_tests([by], [], limit)[0] == "survived"
+            if passes[by] or by in broken:
+                break
+            broken.append(by)
+        row = {key: mutant[key] for key in ("room", "file", "line", "fault", "id", "old", "new")}
+        row |= {"verdict": verdict, "by": by, "seconds": round(time.monotonic() - begin, 1)}
         with open(results, "a") as file:
-            file.write(json.dumps({**row, "verdict": verdict, "seconds": round(time.monotonic() - begin, 1)}) + "\n")
+            file.write(json.dumps({**row, **({"broken": broken} if broken else {})}) + "\n")
 
 
-def run(mutants: list[dict], processes: int, seconds: float, limit: float, quick: bool, out: Path) -> list[dict]:
-    """What came of each fault whose turn came, in `seconds`. The results stand in `out` as they come."""
+def results_in(out: Path) -> list[dict]:
+    lines = [line for file in sorted(out.glob("results*.jsonl")) for line in file.read_text().splitlines()]
+    return sorted((json.loads(line) for line in lines), key=lambda row: row["id"])
+
+
+def run(mutants: list[dict], processes: int, seconds: float, limit: float, out: Path) -> None:
+    """Run faults of which `out` has no result yet, until `seconds` are over. Each result is written as it comes."""
     deadline = time.monotonic() + seconds
-    for number, mutant in enumerate(mutants):
-        mutant["id"] = number
     scratch = Path(tempfile.mkdtemp())
+    turn = multiprocessing.Value("i", 0)
     children = []
     for i in range(processes):
         copy = scratch / str(i)
         copy.mkdir()
-        for name in (
-            "momoe_titan",
-            "tests",
-            "benchmarks",
-            "docs",
-            "train_configs",
-            "scripts",
-            "pyproject.toml",
-            "README.md",
-        ):
-            of, to = ROOT / name, copy / name
-            shutil.copytree(of, to, ignore=shutil.ignore_patterns("__pycache__")) if of.is_dir() else shutil.copy(
-                of, to
-            )
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copy / name)
         child = os.fork()
         if child == 0:
             os.chdir(copy)
-            work(mutants[i::processes], out / f"results-{i}.jsonl", deadline, limit, quick)
+            results = out / f"results-{os.uname().nodename}-{os.getpid()}.jsonl"
+            work(mutants, turn, results, deadline, limit)
             os._exit(0)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
     shutil.rmtree(scratch, ignore_errors=True)
-    return [json.loads(line) for file in sorted(out.glob("results-*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def told(rows: list[dict], mutants: list[dict]) -> str:
-    """A table of all rooms, and the diff of each fault that survived."""
-    lines = ["| room | faults | seen | score |", "| --- | ---: | ---: | ---: |"]
-    for room in ROOMS:
-        some = [row for row in rows if row["room"] == room and row["verdict"] != BROKEN]
-        if some:
-            seen = sum(row["verdict"] != "survived" for row in some)  # an endless loop is seen too
-            lines.append(f"| {room} | {len(some)} | {seen} | {100 * seen / len(some):.0f}% |")
+def told(rows: list[dict]) -> str:
+    """A table of all rooms, and each fault that survived."""
+    lines = ["| room | faults | seen | of these by time | score |", "| --- | ---: | ---: | ---: | ---: |"]
+    for room in CONCERNS:
+        verdicts = [row["verdict"] for row in rows if row["room"] == room]
+        if verdicts:
+            seen = len(verdicts) - verdicts.count("survived")  # an endless loop is seen too
+            share = f"{100 * seen / len(verdicts):.0f}%"
+            lines.append(f"| {room} | {len(verdicts)} | {seen} | {verdicts.count('late')} | {share} |")
     for row in rows:
         if row["verdict"] == "survived":
-            lines.append(f"\n{row['file']}:{row['line']} {row['fault']}")
-            old = (ROOT / row["file"]).read_text().splitlines()
-            new = mutants[row["id"]]["source"].splitlines()
-            at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-            lines += [f"  - {old[at].strip()}", f"  + {new[at].strip()}"]
-    return "\n".join(lines)
+            lines.append(f"\n{row['id']}: {row['file']}:{row['line']} {row['fault']}")
+            source = (ROOT / row["file"]).read_text().splitlines()
+            lines += [f"    {source[row['line'] - 1].strip()}", f"    {row['old']!r} -> {row['new']!r}"]
+    broken = sorted({test for row in rows for test in row.get("broken", ())})
+    return "\n".join(lines + [f"\nfails without a fault too: {test}" for test in broken])
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("sample", help="draw faults")
-    drawing.add_argument("--rooms", nargs="+", default=list(ROOMS), choices=ROOMS)
+    drawing.add_argument("--rooms", nargs="+", default=list(CONCERNS), choices=CONCERNS)
     drawing.add_argument("--count", type=int, default=50, help="of each room")
     drawing.add_argument("--seed", type=int, default=0)
     drawing.add_argument("--out", type=Path, required=True)
@@ -337,18 +352,29 @@ def main(argv: list[str]) -> int:
     running.add_argument("--processes", type=int, default=2)
     running.add_argument("--seconds", type=float, default=7200, help="no fault begins later than that")
     running.add_argument("--limit", type=float, default=600, help="seconds for the tests of one fault")
-    running.add_argument("--quick", action="store_true", help="run only the test file of the same name")
+    running.add_argument("--first", type=int, default=0, help="number of the first fault to run")
+    running.add_argument("--end", type=int, default=1_000_000, help="number of the first fault behind those to run")
+    running.add_argument("--files", nargs="+", default=["momoe_titan"], help="only faults whose files begin so")
     running.add_argument("--out", type=Path, default=Path("mutation"), help="folder of the results")
+    telling = commands.add_parser("tell", help="the scores of the results in a folder")
+    telling.add_argument("out", type=Path)
     args = parser.parse_args(argv)
     if args.command == "sample":
         faults = sample(args.rooms, args.count, args.seed)
-        args.out.write_text(json.dumps(faults))
+        args.out.write_text("[\n" + ",\n".join(map(json.dumps, faults)) + "\n]\n")
         print(f"{len(faults)} faults of {len(args.rooms)} rooms: {args.out}")
         return 0
-    faults = json.loads(args.mutants.read_text())
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = run(faults, args.processes, args.seconds, args.limit, args.quick, args.out.absolute())
-    print(told(rows, faults))
+    if args.command == "run":
+        done = {row["id"] for row in results_in(args.out)}
+        faults = [
+            fault
+            for fault in json.loads(args.mutants.read_text())
+            if args.first <= fault["id"] < args.end and fault["id"] not in done
+            if fault["file"].startswith(tuple(args.files))
+        ]
+        run(faults, args.processes, args.seconds, args.limit, args.out.absolute())
+    print(told(results_in(args.out)))
     return 0
 
 
