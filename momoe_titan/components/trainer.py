@@ -25,6 +25,7 @@ from momoe_titan.components.console_log import ConsoleFilter, quiet_before_start
 from momoe_titan.components.cuda_graph import StepFromGraph
 from momoe_titan.components.hugging_face import check_hf_weights, keep_published_routing
 from momoe_titan.components.loss import LossInModel
+from momoe_titan.components.pipeline_step import PipelineStep
 from momoe_titan.components.resumed_settings import keep_balance_rule
 from momoe_titan.components.stopping import SIGNALS, StoppedError, StopRequest
 from momoe_titan.components.summary import Totals, data_line, next_commands, results, resume_line
@@ -129,7 +130,7 @@ class Run:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, LossInModel, titan.Trainer):
+class Trainer(BatchesToDevice, TrainingStep, StepFromGraph, PipelineStep, LossInModel, titan.Trainer):
     """TorchTitan's, for a job that has been checked. Stops between two steps, and says at its end what came out."""
 
     checkpointer: CheckpointManager

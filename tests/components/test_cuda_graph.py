@@ -49,7 +49,7 @@ def fake_capture(graph, pool=None, capture_error_mode=None):
 class Job:
     """Trains two weights on batches; counts how often the host ran the body."""
 
-    def __init__(self, monkeypatch, fails=False):
+    def __init__(self, monkeypatch, fails=False, stages=()):
         monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", fake_capture)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -57,7 +57,7 @@ class Job:
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: next(reserved))
         self.model = nn.Linear(3, 2)
         self.fails, self.on_host = fails, 0
-        self.step = CapturedStep(self.body, [self.model])
+        self.step = CapturedStep(self.body, [self.model], stages=stages)
 
     def body(self, inputs, labels, num_tokens):
         self.on_host += 1
@@ -153,6 +153,72 @@ def test_goes_on_without_a_graph_that_cannot_be_captured(monkeypatch, caplog):
     assert "operation not permitted" in line and "more" not in line
 
 
+def test_a_pipeline_sets_itself_up_again_after_a_validation(monkeypatch):
+    """The step after it runs on the host with all its microbatches; then the graphs go on, with buffers still there."""
+
+    def received(stage):
+        stage.args_recv_info = {0: (SimpleNamespace(),), 1: (SimpleNamespace(buffer=torch.ones(2)),)}
+        stage.grad_recv_info = {0: (SimpleNamespace(buffer=None), SimpleNamespace(buffer=torch.ones(3)))}
+        return [stage.args_recv_info[1][0].buffer, stage.grad_recv_info[0][1].buffer]
+
+    stage = SimpleNamespace()
+    kept = received(stage)
+    job = Job(monkeypatch, stages=[stage])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+
+    def step(call):
+        gradients = [job.run(10 * call + i)[1] for i in range(2)]
+        job.optimizer_step([sum(of_weight) for of_weight in zip(*gradients, strict=True)])
+
+    for call in range(2):
+        step(call)
+    job.step.make_room()  # before any graph
+    for call in range(CALLS_BEFORE_CAPTURE):
+        step(call)
+    assert len(job.step._graphs) == 2
+    before = job.on_host
+    job.step.make_room()
+    received(stage)
+    for call in range(3):
+        step(call)
+        assert job.on_host == before + 2
+    assert len(job.step._graphs) == 2
+    for graph in job.step._graphs.values():
+        assert all(a is b for a, b in zip(graph.received, kept, strict=True))
+
+
+def test_a_pipeline_whose_capture_fails_cannot_go_on(monkeypatch):
+    job = Job(monkeypatch, fails=True, stages=[SimpleNamespace(args_recv_info={}, grad_recv_info={})])
+    for call in range(CALLS_BEFORE_CAPTURE):
+        job.optimizer_step(job.run(call)[1])
+    with pytest.raises(RuntimeError) as failure:
+        job.run(0)
+    assert "momoe.cuda_graphs = false" in "".join(failure.value.__notes__)
+
+
+@pytest.mark.parametrize("scarce", [(False, False), (True, False), (False, True)])
+def test_all_ranks_release_their_graphs_or_none(monkeypatch, scarce):
+    """One that captured anew while others replay might wait for them."""
+    sent = []
+    monkeypatch.setattr(cuda_graph.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda_graph.dist, "get_world_size", lambda: 2)
+    for other in scarce[::-1]:
+
+        def maximum(tensor, op, other=other):
+            sent.append(float(tensor))
+            tensor.fill_(max(float(tensor), float(other)))
+
+        monkeypatch.setattr(cuda_graph.dist, "all_reduce", maximum)
+        job = Job(monkeypatch)
+        for call in range(CALLS_BEFORE_CAPTURE + 1):
+            job.optimizer_step(job.run(call)[1])
+        free = 0 if scarce[len(sent)] else 2**40
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**40))
+        job.step.make_room()
+        assert bool(job.step._graphs) is not any(scarce)
+    assert sent == [float(mine) for mine in scarce]
+
+
 @pytest.mark.parametrize(
     "section, field, value, says",
     [
@@ -178,17 +244,35 @@ def test_says_why_not(section, field, value, says):
     "kinds, says",
     [
         ({"fsdp": True, "dp_replicate": True}, None),
-        ({"fsdp": False, "dp_replicate": True}, "only those with FSDP"),
-        ({"fsdp": False, "tp": True}, "only those with FSDP"),
+        ({"fsdp": False, "dp_replicate": True}, "DDP"),
+        ({"fsdp": False, "tp": True}, None),
+        ({"fsdp": False, "pp": True}, None),
         ({"ep": True}, None),
-        ({"tp": True}, "tensor parallelism"),
+        ({"tp": True}, "two of"),
         ({"cp": True}, "context parallelism"),
-        ({"pp": True}, "pipeline parallelism"),
+        ({"pp": True}, "two of"),
+        ({"fsdp": False, "pp": True, "tp": True}, "two of"),
     ],
 )
 def test_says_which_parallelism_has_none(kinds, says):
     reason = reason_against(job_with_graphs(), several_ranks(**kinds), [nn.Linear(1, 1)])
     assert reason is None if says is None else says in reason
+
+
+@pytest.mark.parametrize(
+    "name, value, captured",
+    [
+        ("pipeline_parallel_schedule", "GPipe", True),
+        ("pipeline_parallel_schedule", "Interleaved1F1B", True),
+        ("pipeline_parallel_schedule", "ZBVZeroBubble", False),
+        ("pipeline_parallel_schedule_csv", "schedule.csv", False),
+    ],
+)
+def test_says_which_schedules_have_none(name, value, captured):
+    config, dims = job_with_graphs(), several_ranks(fsdp=False, pp=True)
+    setattr(config.parallelism, name, value)
+    reason = reason_against(config, dims, [nn.Linear(1, 1)])
+    assert reason is None if captured else "schedule" in reason
 
 
 def test_a_layer_that_sends_to_chosen_ranks_has_none():
@@ -214,6 +298,10 @@ EP = ["--parallelism.expert_parallel_degree", "2"]
         ([*EP, "--activation_checkpoint.mode", "full"], 2, False),  # wraps blocks that are not compiled
         (["--activation_checkpoint.mode", "full"], 2, True),
         ([*DDP, "2", "--parallelism.data_parallel_shard_degree", "1"], 2, False),
+        (["--parallelism.tensor_parallel_degree", "2"], 2, True),
+        (["--parallelism.tensor_parallel_degree", "2"], 4, False),
+        (["--parallelism.pipeline_parallel_degree", "2"], 2, True),
+        (["--parallelism.context_parallel_degree", "2"], 2, False),
     ],
 )
 def test_a_plan_knows_whether_steps_run_from_graphs(options, ranks, captured):

@@ -15,12 +15,15 @@ from momoe_titan.moe.expert_stats import recording_paused
 def pipeline_momoe_llama(model: nn.Module, *args: Any) -> tuple[_PipelineSchedule, list[nn.Module], bool, bool]:
     """TorchTitan's `pipeline_llm`: the same arguments, the same results."""
     pipeline = pipeline_llm(model, *args)
-    schedule = pipeline[0]
-    # A schedule of several stages per rank has `_stages`, one of a single stage `_stage`.
-    stages = getattr(schedule, "_stages", None) or [getattr(schedule, "_stage")]  # noqa: B009
-    for stage in stages:
+    for stage in stages_of(pipeline[0]):
         _leave_probes_uncounted(stage)
     return pipeline
+
+
+def stages_of(schedule: _PipelineSchedule) -> list[PipelineStage]:
+    """The stages of a schedule that this rank has."""
+    # A schedule of several stages per rank has `_stages`, one of a single stage `_stage`.
+    return getattr(schedule, "_stages", None) or [getattr(schedule, "_stage")]  # noqa: B009
 
 
 def _leave_probes_uncounted(stage: PipelineStage) -> None:
