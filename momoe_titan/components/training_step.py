@@ -1,7 +1,7 @@
 """A training step of TorchTitan's trainer that reads every gradient twice, for its norm and for the update."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from momoe_titan.components.metrics import StepNumbers
 from momoe_titan.components.non_finite import NonFiniteGuard
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import AUTOCAST, Momoe
+from momoe_titan.model.experts import MomoeExperts
 
 Batch = tuple[dict[str, Tensor], Tensor]
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
@@ -43,8 +44,9 @@ class TrainingStep:
     gradient: our AdamW scales each gradient while it reads it. For other optimizers the gradients are scaled in place.
 
     Attributes:
-        weights: the copies that the modules compute with, from `set_up_precision` on. None under FSDP, under autocast,
-            and where `training.mixed_precision_param` is `training.dtype`.
+        weights: the copies that the modules compute with, from `set_up_precision` on; under FSDP those of experts that
+            it leaves out. None where there is none: under autocast, and where `training.mixed_precision_param` is
+            `training.dtype`.
     """
 
     job_config: JobConfig
@@ -62,14 +64,20 @@ class TrainingStep:
     weights: ComputeWeights | None = None
 
     def set_up_precision(self) -> None:
-        """Decide how a job without FSDP computes in `training.mixed_precision_param`, and say so.
+        """Decide how what FSDP has no part in computes in `training.mixed_precision_param`, and say so.
 
         To be called on every rank, when model, optimizers and validator are built.
         """
         config, dims = self.job_config, self.parallel_dims
-        if dims.fsdp_enabled or config.model.name != MODEL_NAME:
+        if config.model.name != MODEL_NAME:
             return
         wanted, own = config.training.mixed_precision_param, config.training.dtype
+        if dims.fsdp_enabled:
+            modules = [module for part in self.model_parts for module in part.modules()]
+            left_out = [m for m in modules if isinstance(m, MomoeExperts) and m.compute_dtype is not None]
+            if left_out and wanted != own:
+                self._compute_with(self._narrow_weights(left_out, TORCH_DTYPE_MAP[wanted]))
+            return
         if (reason := reason_for_autocast(config, dims)) is not None:
             if wanted != own and (dims.tp_enabled or dims.pp_enabled):
                 logger.warning(
@@ -79,18 +87,22 @@ class TrainingStep:
             elif wanted != own:
                 logger.info(f"Precision: autocast to {wanted}, {own} weights and residuals ({reason})")
             return
-        self.maybe_enable_amp = contextlib.nullcontext()
+        weights = None
         if wanted != own:
-            self.maybe_enable_amp = self.weights = self._narrow_weights(TORCH_DTYPE_MAP[wanted])
+            weights = self._narrow_weights(self.model_parts, TORCH_DTYPE_MAP[wanted])
             logger.info(f"Precision: {wanted} weights and residuals as under FSDP, {own} master weights and moments")
+        self._compute_with(weights)
+
+    def _compute_with(self, weights: ComputeWeights | None) -> None:
+        self.weights, self.maybe_enable_amp = weights, weights or contextlib.nullcontext()
         if (validator := getattr(self, "validator", None)) is not None:
             validator.maybe_enable_amp = self.maybe_enable_amp
 
-    def _narrow_weights(self, dtype: torch.dtype) -> ComputeWeights:
+    def _narrow_weights(self, modules: Sequence[nn.Module], dtype: torch.dtype) -> ComputeWeights:
         ours = [optimizer for optimizer in self.optimizers if isinstance(optimizer, AdamW)]
         once = self.gradient_accumulation_steps == 1 and not self.parallel_dims.pp_enabled
         narrow = once and len(ours) == len(self.optimizers)  # torch's optimizers want gradients in the weights' dtype
-        weights = ComputeWeights(self.model_parts, dtype, sums_in_parameters_dtype=not narrow)
+        weights = ComputeWeights(modules, dtype, sums_in_parameters_dtype=not narrow)
         for optimizer in ours:
             optimizer.copies = weights.copies
         return weights

@@ -52,7 +52,10 @@ class MomoeExperts(SavingExperts):
             that a shard of the last dimension has the same columns of both, as tensor parallelism
             needs them.
         w2: (E, F, D).
+        compute_dtype: what weights are cast to that are not of this dtype, for experts that FSDP leaves out; or None.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class MomoeExperts(SavingExperts):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
+        if self.compute_dtype is not None:
+            w1, w2 = w1.to(self.compute_dtype), w2.to(self.compute_dtype)
         save_percent, on_saved = self.what_is_saved()
         return momoe_mlp(
             x_TD,

@@ -31,6 +31,7 @@ DEFAULTS = {
     "num_experts": 6,
     "starve": False,
     "dispatch": "all_ranks",
+    "keeps": False,
     "room": 0,
     "save": "",
 }
@@ -45,6 +46,8 @@ TWO = {
     "full": {"mode": "full"},
     "selective": {"mode": "selective"},
     "bfloat16": {"param_dtype": "bfloat16"},
+    "left out": {"keeps": True},
+    "left out, bfloat16": {"param_dtype": "bfloat16", "keeps": True},
     "many experts": {"param_dtype": "bfloat16", "num_experts": 520},
     "many experts chosen": {"param_dtype": "bfloat16", "num_experts": 520, **CHOSEN},
     "compiled": {"compile": True, "mode": "full"},
@@ -59,7 +62,7 @@ TWO = {
 }
 FOUR = {
     "fsdp": {"num_experts": 8},
-    "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2, **CHOSEN},
+    "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2, **CHOSEN, "keeps": True},
     "one expert each": {"num_experts": 4, "ep": 4},
     "starved": {"num_experts": 8, "ep": 4, "starve": True},
     "starved chosen": {"num_experts": 8, "ep": 4, "starve": True, **CHOSEN},
@@ -174,6 +177,15 @@ def test_compiled(two, name):
 
 def test_bfloat16_mixed_precision(two):
     torch.testing.assert_close(two["bfloat16"]["losses"], one()["losses"], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name, like", [("left out", "ep"), ("left out, bfloat16", "bfloat16")])
+def test_experts_that_fsdp_leaves_out(two, name, like):
+    """Each rank has its own, which FSDP would neither gather nor reduce."""
+    assert_same_run(two[name], two[like])
+    for kind in ("grads", "weights"):
+        for parameter, want in two[like][kind].items():
+            assert torch.equal(two[name][kind][parameter], want), parameter
 
 
 @pytest.mark.parametrize("name", ["many experts", "many experts chosen"])

@@ -2,7 +2,7 @@
 
 The processes are forks of the test's own, because importing torch takes longer than training does.
 A run has replicate, shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
-num_experts, dispatch (momoe.expert_dispatch), starve (the last of `ep` ranks gets no token), room
+num_experts, dispatch (momoe.expert_dispatch), keeps (FSDP keeps gathered weights for the backward), starve (the last of `ep` ranks gets no token), room
 (memory for so many times the z that a rank saves in a layer at its fair share of tokens; 0: no budget)
 and save (folder of a checkpoint to write). Every rank trains on its part of the same batches. The
 results go to FOLDER/PROCESSES.pt.
@@ -95,6 +95,8 @@ def run(settings) -> dict:
     dims.build_mesh()
     config = job_config()
     config.training.mixed_precision_param = settings["param_dtype"]
+    if settings["keeps"]:
+        config.parallelism.fsdp_reshard_after_forward = "never"
     config.activation_checkpoint.mode = settings["mode"]
     config.activation_checkpoint.selective_ac_option = "op"
     config.compile.enable, config.compile.backend = settings["compile"], "aot_eager"

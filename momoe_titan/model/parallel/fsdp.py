@@ -18,6 +18,7 @@ from torchtitan.models.llama3.infra.parallelize import disable_fsdp_gradient_div
 from torchtitan.tools.logging import logger
 
 from momoe_titan.config.section import Momoe
+from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.model.model import MomoeLlama, blocks_of
 from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
 from momoe_titan.model.parallel.peer_memory import connect, peers_of
@@ -32,7 +33,7 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     """Shard the weights over the ranks of FSDP, in each replica of HSDP.
 
     A group of weights, which one collective gathers, is a block, the embedding, or the last norm with the output layer;
-    with expert parallelism also the experts of a layer. What `parallelism.fsdp_reshard_after_forward` says is
+    with expert parallelism also the experts of a layer, unless `leaves_experts` says that FSDP has no part in them. What `parallelism.fsdp_reshard_after_forward` says is
     TorchTitan's: "default" keeps gathered weights for the backward only in a pipeline, and those of the last group.
     Weights are divided along their first dimension, the experts' along the second where there are more ranks than
     experts. Gradients are summed over ranks, not divided. Within a host, they are sent as narrow as they were computed
@@ -64,15 +65,18 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     groups, ranks = [first], parallel_dims.get_mesh("fsdp").size()
     for block in blocks_of(model):
         group: list[nn.Module] = [block]
-        placement = None
-        if block.moe_enabled and parallel_dims.ep_enabled:
+        placement, left = None, set()
+        if block.moe_enabled and leaves_experts(block.moe.experts, parallel_dims, job_config):
+            left = set(block.moe.experts.parameters())
+            block.moe.experts.compute_dtype = config["mp_policy"].param_dtype
+        elif block.moe_enabled and parallel_dims.ep_enabled:
             experts_mesh = parallel_dims.get_mesh([*replicate, "efsdp"])
             of_experts = _experts_placement(block, parallel_dims.get_mesh("efsdp").size(), parallel_dims.ep)
             fully_shard(block.moe.experts, **{**config, "mesh": experts_mesh}, shard_placement_fn=of_experts)
             group.append(block.moe.experts)
         elif block.moe_enabled:
             placement = _experts_placement(block, ranks)
-        fully_shard(block, **config, shard_placement_fn=placement)
+        fully_shard(block, **config, shard_placement_fn=placement, ignored_params=left)
         groups.append(group)
     groups.append(last)
     fully_shard(model, **config)
@@ -83,6 +87,18 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     if mesh.device_type == "cpu":
         reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
+
+
+def leaves_experts(experts: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> bool:
+    """Whether FSDP leaves a layer's experts to expert parallelism: each rank has its own, nothing to gather or reduce.
+
+    So it is where expert parallelism has all ranks of FSDP, and FSDP would keep the narrow weights between forward and
+    backward. It would copy weights and gradients only to cast them; `ComputeWeights` has the optimizer do that.
+    """
+    owned = parallel_dims.ep_enabled and parallel_dims.get_mesh("efsdp").size() == 1
+    keeps = job_config.parallelism.fsdp_reshard_after_forward == "never"
+    shares = parallel_dims.dp_replicate_enabled or parallel_dims.pp_enabled or job_config.training.enable_cpu_offload
+    return owned and keeps and not shares and isinstance(experts, MomoeExperts)
 
 
 def _ends(model: MomoeLlama) -> tuple[list[nn.Module], list[nn.Module]]:
