@@ -128,11 +128,20 @@ BFLOAT16 = {
     "tp, bfloat16": mesh(tp=2) | NARROW,
     "pp, interleaved, bfloat16": mesh(pp=2) | INTERLEAVED | NARROW | VALIDATED,
 }
+KEPT = {"parallelism.fsdp_reshard_after_forward": "never"}  # by which FSDP leaves the experts out
+NARROW_EXPERTS = mesh(shard=2, ep=2) | NARROW | EIGHT_EXPERTS
+EXPERTS_ALONE = {
+    "ep": NARROW_EXPERTS,
+    "ep, left out": NARROW_EXPERTS | KEPT | VALIDATED,
+    "ep, accumulated": NARROW_EXPERTS | ACCUMULATED,
+    "ep, left out, accumulated": NARROW_EXPERTS | ACCUMULATED | KEPT,
+}
 RUNS = [  # (processes, name, settings), one after another
     *((1, *run) for run in ONE_PROCESS.items()),
     (1, "saved by one until step 1", mesh() | SAVED | {"stop": 1}),
     *((2, *run) for run in TWO_PROCESSES.items()),
     *((2, *run) for run in BFLOAT16.items()),
+    *((2, *run) for run in EXPERTS_ALONE.items()),
     (2, "resumed by tp until step 2", mesh(tp=2) | SAVED | {"stop": 2}),
     *((4, *run) for run in FOUR_PROCESSES.items()),
     (1, "resumed by one", mesh() | SAVED),
@@ -152,7 +161,7 @@ def results(tmp_path_factory) -> dict:
     return {name: torch.load(folder / f"{i}.pt") for i, (_, name, _) in enumerate(RUNS)}
 
 
-@pytest.mark.parametrize("name", [name for _, name, _ in RUNS if name != "one" and name not in BFLOAT16])
+@pytest.mark.parametrize("name", [name for _, name, _ in RUNS if name not in ("one", *BFLOAT16, *EXPERTS_ALONE)])
 def test_trains_as_one_process_does(results, name):
     *_, variant = name.rpartition(", ")
     run, one = results[name], results.get(f"one, {variant}", results["one"])
@@ -187,6 +196,17 @@ def test_bfloat16_without_fsdp_is_that_of_fsdp(results, name):
             assert mine[step][field] == pytest.approx(fsdp[step][field], rel=close)
     first = "loss_metrics/global_avg_loss"
     assert mine[0][first] != pytest.approx(exact[0][first], rel=3e-5)
+
+
+@pytest.mark.parametrize("name", ["ep", "ep, accumulated"])
+def test_experts_that_fsdp_leaves_out_train_as_its_own(results, name):
+    """They compute with narrow copies, and their gradients are added up in float32 over microbatches."""
+    fsdp, left_out = results[name], results[name.replace("ep", "ep, left out")]
+    for mine, want in zip(left_out["logged"], fsdp["logged"], strict=True):
+        assert {k: v for k, v in mine.items() if k in want} == want
+    assert left_out["bias"] == fsdp["bias"] and left_out["grads"].keys() == fsdp["grads"].keys()
+    for key, grad in fsdp["grads"].items():
+        assert torch.equal(left_out["grads"][key].float(), grad), key
 
 
 def test_documents_change_the_loss(results):
