@@ -66,22 +66,26 @@ def combine(
     scores_TK: torch.Tensor | None,
     out_TD: torch.Tensor,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first: int = 0,
 ) -> None:
     """out_TD = sum over slots of rows_RD[row_TK], times the scores if given; float32 inside.
 
     Args:
         rows_RD, out_TD: rows contiguous; may be column slices of wider tensors.
         biases: ids_TK and a bias (E, D) of each expert that is added to its rows, maybe a column slice too.
+        first: the token that is row 0 of out_TD, which may have fewer rows than there are tokens.
     """
     ids_TK, bias_ED = biases or (routing.row_TK, rows_RD)
     num_tokens, d_model = out_TD.shape
+    row_TK, ids_TK = routing.row_TK[first:], ids_TK[first:]
+    scores_TK = None if scores_TK is None else scores_TK[first:]
     block_d = min(next_power_of_2(d_model), _BLOCK_D)
     block_t = _ELEMENTS // block_d
     launch(
         _combine_kernel,
         (cdiv(num_tokens, block_t) * cdiv(d_model, block_d),),
         rows_RD,
-        routing.row_TK,
+        row_TK,
         scores_TK if scores_TK is not None else rows_RD,
         out_TD,
         ids_TK,
@@ -91,7 +95,7 @@ def combine(
         rows_RD.stride(0),
         out_TD.stride(0),
         bias_ED.stride(0),
-        K=routing.row_TK.shape[1],
+        K=row_TK.shape[1],
         WEIGHTED=scores_TK is not None,
         BIASED=biases is not None,
         BLOCK_T=block_t,
