@@ -266,7 +266,6 @@ class MomoeConverter:
         """Replace the MoE layers of a whole model, before any parallelism is applied."""
         layers = moe_layers(model)
         settings = model_settings(self.job_config, layers)
-        _check_layers(layers, settings)
         section: Any = getattr(self.job_config, "momoe", Momoe())
         given = parse_save_percent(section.save_percent, "momoe.save_percent")
         percents = [0.0] if given == AUTO else given  # "auto" is chosen when the layers are parallelised
@@ -329,12 +328,3 @@ def model_settings(job_config: JobConfig, layers: dict[int, Any]) -> ConvertedMo
         router_z_loss_weight=section.router_z_loss_weight,
         check_ids=section.check_ids,
     )
-
-
-def _check_layers(layers: dict[int, Any], settings: ConvertedModel) -> None:
-    router = next(iter(layers.values())).moe.router
-    if settings.load_balance_rate and settings.load_balance_rule == QUANTILE and router.num_expert_groups is not None:
-        raise ValueError(
-            f"momoe.load_balance_rule is {QUANTILE!r}, must be 'sign' or 'proportional' for a model that routes in "
-            f"groups (num_expert_groups = {router.num_expert_groups})"
-        )

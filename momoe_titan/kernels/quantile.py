@@ -10,6 +10,9 @@ A histogram has NUM_BINS counters, the first half for chosen experts. Bins are a
 numbers are: SUB_BINS of equal width between one power of two and the next, from MIN_EXPONENT on.
 Their width is thus relative to the margin, and the same bins serve sigmoid scores, softmax scores
 over any number of experts, a first rough correction and a last fine one.
+
+Where a token takes its experts from few groups, an expert has to pass two cutoffs: its own among the experts of the
+taken groups, and its group's among the groups (see `group_margins`).
 """
 
 import torch
@@ -106,15 +109,19 @@ def _count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func):
     )
 
 
-def _count_margins_ref(logits_TE, bias_E, ids_TK, histogram_EB, score_func):
+def _count_margins_ref(logits_TE, bias_E, ids_TK, histogram_EB, score_func, num_groups=1, num_limited_groups=1):
     largest = torch.finfo(torch.float32).max
     logits_TE = logits_TE.clamp(-largest, largest)
     choice_TE = (logits_TE.sigmoid() if score_func == "sigmoid" else logits_TE.softmax(dim=1)) + bias_E
     chosen_TE = torch.zeros_like(choice_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
-    last_T1 = choice_TE.masked_fill(~chosen_TE, float("inf")).amin(dim=1, keepdim=True)
-    first_left_T1 = choice_TE.masked_fill(chosen_TE, float("-inf")).amax(dim=1, keepdim=True)
-    cutoff_T1 = 0.5 * (last_T1 + first_left_T1)
-    margin_TE = torch.where(chosen_TE, choice_TE - cutoff_T1, cutoff_T1 - choice_TE).clamp(min=0)
+    if num_groups > num_limited_groups:
+        rise_TE = group_margins(choice_TE, ids_TK.shape[1], num_groups, num_limited_groups)
+        margin_TE = torch.where(chosen_TE, -rise_TE, rise_TE).clamp(min=0)
+    else:
+        last_T1 = choice_TE.masked_fill(~chosen_TE, float("inf")).amin(dim=1, keepdim=True)
+        first_left_T1 = choice_TE.masked_fill(chosen_TE, float("-inf")).amax(dim=1, keepdim=True)
+        cutoff_T1 = 0.5 * (last_T1 + first_left_T1)
+        margin_TE = torch.where(chosen_TE, choice_TE - cutoff_T1, cutoff_T1 - choice_TE).clamp(min=0)
     place_TE = ((margin_TE.view(torch.int32) >> _SHIFT.value) - _FIRST.value).clamp(0, _HALF.value - 1)
     index_TE = torch.where(chosen_TE, _HALF.value - 1 - place_TE, _HALF.value + place_TE).long()
     counted_T1 = ~choice_TE.isnan().any(dim=1, keepdim=True)
@@ -122,8 +129,61 @@ def _count_margins_ref(logits_TE, bias_E, ids_TK, histogram_EB, score_func):
     histogram_EB.t().scatter_add_(0, index_TE, ones_TE)
 
 
+def group_margins(choice_TE: Tensor, top_k: int, num_groups: int, num_limited_groups: int) -> Tensor:
+    """Each token's margin from each expert, where it takes its experts from few groups (`moe.router.route_in_groups`).
+
+    The larger one of two. The expert's own: how far it is below the cutoff among the experts that compete where its
+    group is taken, which are those of this group and of the best other ones. The cutoff lies halfway between the last
+    that would be chosen and the first that would not. And its group's: how far the group's score is below the cutoff
+    among the groups, halfway between the last that is taken and the first that is not. Hence a margin below zero
+    belongs to a chosen expert, as it does without groups, and biases at which every expert has its even share have
+    K/E quantiles of 0.
+
+    The group's margin is that of its score, whatever part of it the one expert is: all experts of a group that is
+    taken too seldom rise together. What each of them would need alone, which can be computed too, moves them too far:
+    the rule then does not settle where groups compete more than experts do.
+
+    Args:
+        choice_TE: score plus bias, float32.
+        top_k: K, at most the experts of the taken groups.
+        num_groups: a divisor of E, with at least two experts in a group.
+        num_limited_groups: how many groups are taken, fewer than num_groups.
+
+    Returns:
+        (T, E), in plain torch. Does not wait for the device.
+    """
+    lowest = float("-inf")
+    choice_TGe = choice_TE.unflatten(1, (num_groups, -1))
+    best_TGb = choice_TGe.topk(min(top_k + 1, choice_TGe.shape[2]), dim=2).values
+    scores_TG = best_TGb[:, :, :2].sum(dim=2)
+    sorted_TG, order_TG = scores_TG.sort(dim=1, descending=True, stable=True)
+    last, rest = num_limited_groups - 1, num_limited_groups
+    group_cutoff_T1 = 0.5 * (sorted_TG[:, last, None] + sorted_TG[:, rest, None])
+    # Who competes where a group is taken: it, and the groups that are taken in any case. Of a group that is taken that
+    # is all taken ones, which are those in any case and the last.
+    others_TX = best_TGb.gather(1, order_TG[:, :last, None].expand(-1, -1, best_TGb.shape[2])).flatten(1)
+    rivals_TGX = torch.cat([others_TX[:, None].expand(-1, num_groups, -1), best_TGb], dim=2)
+    missing = max(0, top_k + 1 - rivals_TGX.shape[2])
+    rivals_TGX = torch.nn.functional.pad(rivals_TGX, (0, missing), value=lowest)
+    two_TG2 = rivals_TGX.topk(top_k + 1, dim=2).values[:, :, -2:]
+    two_of_taken_T12 = two_TG2.gather(1, order_TG[:, last, None, None].expand(-1, -1, 2))
+    taken_TG = torch.zeros_like(scores_TG, dtype=torch.bool).scatter_(1, order_TG[:, :rest], True)
+    cutoff_TG = torch.where(taken_TG[:, :, None], two_of_taken_T12, two_TG2).mean(dim=2)
+    own_TGe = cutoff_TG[:, :, None] - choice_TGe
+    return torch.maximum(own_TGe, (group_cutoff_T1 - scores_TG)[:, :, None]).flatten(1)
+
+
 @on_its_device
-def count_margins(logits_TE: Tensor, bias_E: Tensor, ids_TK: Tensor, histogram_EB: Tensor, score_func: str) -> None:
+def count_margins(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    ids_TK: Tensor,
+    histogram_EB: Tensor,
+    score_func: str,
+    *,
+    num_groups: int = 1,
+    num_limited_groups: int = 1,
+) -> None:
     """Add each token's margin from each expert to the expert's histogram, in place.
 
     Tokens with a NaN are left out.
@@ -134,9 +194,13 @@ def count_margins(logits_TE: Tensor, bias_E: Tensor, ids_TK: Tensor, histogram_E
         ids_TK: int64, the chosen experts; K below E.
         histogram_EB: int32 (E, NUM_BINS).
         score_func: "sigmoid", "softmax" or "softmax_of_chosen", as in `route`.
+        num_groups, num_limited_groups: of experts, and how many of them a token takes (`group_margins`).
     """
-    count = _count_margins if runs_here(logits_TE) else _count_margins_ref
-    count(logits_TE, bias_E, ids_TK.contiguous(), histogram_EB, score_func)
+    of_choice = logits_TE, bias_E, ids_TK.contiguous(), histogram_EB, score_func
+    if num_groups > num_limited_groups or not runs_here(logits_TE):
+        _count_margins_ref(*of_choice, num_groups, num_limited_groups)
+    else:
+        _count_margins(*of_choice)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -123,13 +123,15 @@ class MomoeRouter(TokenChoiceTopKRouter):
             ids_TK, scores_TK = self._debug_force_load_balance_routing(scores_TE)
             return scale_scores(scores_TK, *how), ids_TK
         choice = logits_TE, expert_bias_E, self.top_k, self.score_func, *how
+        groups = self.num_expert_groups or 1, self.num_limited_groups or 1
         if self.num_expert_groups is not None:
-            scores_TK, ids_TK = route_in_groups(*choice, self.num_expert_groups, self.num_limited_groups or 1)
+            scores_TK, ids_TK = route_in_groups(*choice, *groups)
         else:
             scores_TK, ids_TK = route_tokens(*choice)
         if self.margins_EB is not None and expert_bias_E is not None and feeds_balancing(self):
             of_token = x_TD.detach(), logits_TE.detach(), expert_bias_E, ids_TK
-            accumulate_margins(self.margins_EB, self.input_sum_C, *of_token, self.score_func)
+            how_many = {"num_groups": groups[0], "num_limited_groups": groups[1]}
+            accumulate_margins(self.margins_EB, self.input_sum_C, *of_token, self.score_func, **how_many)
         if (self.aux_loss_weight or self.z_loss_weight) and feeds_balancing(self):
             scores_TK = self._add_losses(scores_TK, logits_TE, ids_TK, num_sequences)
         return scores_TK, ids_TK

@@ -106,6 +106,9 @@ def accumulate_margins(
     bias_E: torch.Tensor,
     ids_TK: torch.Tensor,
     score_func: str,
+    *,
+    num_groups: int = 1,
+    num_limited_groups: int = 1,
 ) -> None:
     """Count what quantile balancing needs of a forward, in place, except in a recomputation or while paused.
 
@@ -115,13 +118,16 @@ def accumulate_margins(
     """
     if _paused or not is_first_forward():
         return
-    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func)
+    groups = {"num_groups": num_groups, "num_limited_groups": num_limited_groups}
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, score_func, **groups)
     if input_sum_C is not None and x_TD is not None:
         add_tokens(x_TD[:: max(1, x_TD.shape[0] // MEAN_TOKENS)], input_sum_C)
 
 
 @accumulate_margins.register_fake
-def _(histogram_EB, input_sum_C, x_TD, logits_TE, bias_E, ids_TK, score_func) -> None:
+def _(
+    histogram_EB, input_sum_C, x_TD, logits_TE, bias_E, ids_TK, score_func, *, num_groups=1, num_limited_groups=1
+) -> None:
     return None
 
 

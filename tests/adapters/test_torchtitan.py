@@ -252,19 +252,22 @@ def test_checkpointed_blocks_have_the_same_gradients(mode):
         torch.testing.assert_close(same, wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
 
 
-def test_quantile_balancing_evens_out_the_load():
-    config = config_of("llama4", "--momoe.load_balance_rule=quantile")
-    model = build("llama4", converted=True, config=config)
+@pytest.mark.parametrize("name", ["llama4", "in groups"])
+def test_quantile_balancing_evens_out_the_load(name):
+    """Where a token chooses from few groups of experts, too."""
+    config = config_of(name, "--momoe.load_balance_rule=quantile", "--momoe.load_balance_average=1.0")
+    model = build(name, converted=True, config=config)
     optimizers = balanced(model, config)
     layer = moe_layers(model)[0]
     loads = []
-    for _ in range(2):
+    for _ in range(6):
         loss_of(model, tokens()).backward()
         loads.append(layer.tokens_per_expert.max().item())
         optimizers.zero_grad()
         optimizers.step()
-    assert loads[1] < loads[0]
-    assert loads[1] <= 2 * 4 * LENGTH * layer.router.top_k / layer.num_experts
+    share = 4 * LENGTH * layer.router.top_k / layer.num_experts
+    assert loads[0] > 1.3 * share
+    assert loads[-1] <= 1.15 * share + 1
 
 
 def test_a_pipeline_stage_without_moe_layers_has_the_hooks_of_the_others():
@@ -384,9 +387,6 @@ def test_jobs_that_cannot_work_are_refused_by_name(options, message):
 
 
 def test_models_that_cannot_be_converted_are_refused_by_name():
-    config = config_of("in groups", "--momoe.load_balance_rule=quantile")
-    with pytest.raises(ValueError, match="load_balance_rule is 'quantile', must be 'sign' or 'proportional'"):
-        build("in groups", converted=True, config=config)
     with pytest.raises(ValueError, match="load_balance_off_layers names \\[7\\], but the MoE layers are \\[0, 1\\]"):
         build("qwen3", converted=True, config=config_of("qwen3", "--momoe.load_balance_off_layers", "7"))
     dense = nn.Module()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from momoe_titan.kernels import quantile
-from momoe_titan.kernels.quantile import NUM_BINS, bin_edges, count_margins
-from momoe_titan.moe.router import route_tokens
+from momoe_titan.kernels.quantile import NUM_BINS, bin_edges, count_margins, group_margins
+from momoe_titan.moe.router import route_in_groups, route_tokens
 
 
 def case(num_tokens, num_experts, top_k, score_func, device="cpu", seed=0):
@@ -135,3 +135,55 @@ def test_sum_of_tokens(device, dtype, every):
     want[:-1] += x_SD.float().sum(dim=0)
     want[-1] += len(x_SD)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+GROUPS = {  # (E, K, groups, groups taken)
+    "four of eight": (32, 4, 8, 4),
+    "one": (16, 2, 4, 1),
+    "all but one": (24, 5, 3, 2),
+    "all experts of the groups": (8, 4, 4, 2),
+    "DeepSeek-V3": (256, 8, 8, 4),
+}
+
+
+def margin_by_definition(choice_E, expert, top_k, num_groups, num_taken):
+    """Of one token, in Python."""
+    groups = choice_E.view(num_groups, -1)
+    scores = [sum(sorted(group.tolist())[-2:]) for group in groups]
+    ranked = sorted(range(num_groups), key=lambda g: -scores[g])
+    own = expert // groups.shape[1]
+    of_groups = (scores[ranked[num_taken - 1]] + scores[ranked[num_taken]]) / 2 - scores[own]
+    others = [g for g in ranked if g != own][: num_taken - 1]
+    rivals = sorted((v for g in [own, *others] for v in groups[g].tolist()), reverse=True)
+    if top_k == len(rivals):  # all of them are chosen
+        return of_groups
+    return max(of_groups, (rivals[top_k - 1] + rivals[top_k]) / 2 - choice_E[expert].item())
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_margins_in_groups(name, device):
+    num_experts, *how = GROUPS[name]
+    logits_TE = torch.randn(20, num_experts, generator=torch.Generator().manual_seed(0)).to(device)
+    bias_E = 0.1 * torch.randn(num_experts, generator=torch.Generator().manual_seed(1)).to(device)
+    _, ids_TK = route_in_groups(logits_TE, bias_E, how[0], "sigmoid", False, 1.0, *how[1:])
+    choice_TE = logits_TE.sigmoid() + bias_E
+    found_TE = group_margins(choice_TE, *how).cpu()
+    chosen_TE = torch.zeros(20, num_experts, dtype=torch.bool).scatter_(1, ids_TK.cpu(), True)
+    assert torch.equal(found_TE < 0, chosen_TE)
+    for t, e in [(t, e) for t in range(20) for e in range(0, num_experts, max(1, num_experts // 16))]:
+        assert found_TE[t, e].item() == pytest.approx(margin_by_definition(choice_TE[t].cpu(), e, *how), abs=1e-5)
+
+    histogram_EB = empty_histogram(logits_TE)
+    groups = {"num_groups": how[1], "num_limited_groups": how[2]}
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, "sigmoid", **groups)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts)
+    assert torch.equal(histogram_EB[:, : NUM_BINS // 2].sum(dim=1), counts_E)
+    assert (histogram_EB.sum(dim=1) == 20).all()
+
+
+def test_all_groups_taken_is_as_no_groups():
+    logits_TE, bias_E, ids_TK = case(50, 12, 3, "sigmoid")
+    want, found = empty_histogram(logits_TE), empty_histogram(logits_TE)
+    count_margins(logits_TE, bias_E, ids_TK, want, "sigmoid")
+    count_margins(logits_TE, bias_E, ids_TK, found, "sigmoid", num_groups=4, num_limited_groups=4)
+    assert torch.equal(found, want)

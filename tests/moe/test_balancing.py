@@ -6,7 +6,7 @@ import torch
 from momoe_titan import MoE
 from momoe_titan.kernels.quantile import NUM_BINS, bin_edges, count_margins
 from momoe_titan.moe.balancing import bias_delta, quantile_delta
-from momoe_titan.moe.router import route_tokens
+from momoe_titan.moe.router import route_in_groups, route_tokens
 
 
 def margins_of(logits_TE, bias_E, top_k, score_func):
@@ -53,6 +53,64 @@ def test_two_experts_that_compete_do_not_overshoot():
     assert maxvio(ids_TK, 2) > 0.9
     bias_E += quantile_delta(histogram_EB[None].long(), bias_E[None], 1)[0]
     assert maxvio(margins_of(logits_TE, bias_E, 1, "sigmoid")[1], 2) < 0.02
+
+
+GROUPS = [(64, 8, 8, 4), (64, 4, 8, 1), (32, 4, 8, 2), (24, 4, 6, 2)]  # (E, K, groups, groups taken)
+
+
+def in_groups(logits_TE, bias_E, top_k, num_groups, num_taken):
+    return route_in_groups(logits_TE, bias_E, top_k, "sigmoid", True, 1.0, num_groups, num_taken)[1]
+
+
+def change_in_groups(logits_TE, bias_E, top_k, num_groups, num_taken):
+    ids_TK = in_groups(logits_TE, bias_E, top_k, num_groups, num_taken)
+    histogram_EB = torch.zeros(logits_TE.shape[1], NUM_BINS, dtype=torch.int32)
+    groups = {"num_groups": num_groups, "num_limited_groups": num_taken}
+    count_margins(logits_TE, bias_E, ids_TK, histogram_EB, "sigmoid", **groups)
+    return quantile_delta(histogram_EB[None].long(), bias_E[None], top_k)[0], ids_TK
+
+
+@pytest.mark.parametrize("how", GROUPS, ids=str)
+def test_few_steps_balance_experts_in_groups(how):
+    """Cutoffs that know nothing of the groups leave a MaxVio of a half; those of one expert alone swing (64, 4, 8, 1)."""
+    num_experts, *how = how
+    logits_TE = router_logits(1024, num_experts, 1.0, 1.0)
+    bias_E = torch.zeros(num_experts)
+    found = []
+    for _ in range(30):
+        delta_E, ids_TK = change_in_groups(logits_TE, bias_E, *how)
+        found.append(maxvio(ids_TK, num_experts))
+        bias_E += delta_E
+    assert found[0] > 0.8
+    assert max(found[-5:]) < 0.15
+
+
+def test_biases_in_groups_are_those_of_a_search():
+    """Expert after expert, by trying biases on the choice itself until all have their share: the rule stays there."""
+    num_experts, num_tokens, how, tried = 8, 64, (3, 4, 2), 17
+    torch.manual_seed(0)
+    logits_TE = router_logits(num_tokens, num_experts, 1.0, 1.0)
+    share = num_tokens * how[0] // num_experts
+    bias_E = torch.zeros(num_experts)
+    for _ in range(40):
+        counts_E = torch.bincount(in_groups(logits_TE, bias_E, *how).flatten(), minlength=num_experts)
+        if (counts_E - share).abs().max() <= 1:
+            break
+        for expert in range(num_experts):
+            low, high = -2.0, 2.0
+            for _ in range(2):
+                biases_NE = bias_E.repeat(tried, 1)
+                biases_NE[:, expert] = torch.linspace(low, high, tried)
+                many_RE = torch.cat([logits_TE] * tried), biases_NE.repeat_interleave(num_tokens, dim=0)
+                counts_N = (in_groups(*many_RE, *how) == expert).view(tried, -1).sum(dim=1)
+                enough = int((counts_N >= share).nonzero()[0])
+                low, high = biases_NE[max(0, enough - 1), expert].item(), biases_NE[enough, expert].item()
+            bias_E[expert] = high
+    assert (counts_E - share).abs().max() <= 1
+    bias_E -= bias_E.mean()
+    delta_E, _ = change_in_groups(logits_TE, bias_E, *how)
+    assert bias_E.abs().max() > 0.1
+    assert delta_E.abs().max() < 0.1 * bias_E.abs().max()
 
 
 def test_quantile_of_the_margins():
