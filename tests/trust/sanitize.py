@@ -11,11 +11,13 @@ Each allocation is CUDA's own, so that a byte past its end belongs to nobody.
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -139,7 +141,7 @@ GROUPS: dict[str, Callable[[], None]] = {  # of kernels, each in a process of it
     "portable-kinds": portable_kinds,
     "routing": functools.partial(tests, "router", "routing", "grouping"),
     "balancing": functools.partial(tests, "quantile", "entropy", "balance"),
-    "optimizer-and-loss": functools.partial(tests, "adamw", "cross_entropy"),
+    "optimizer-and-loss": functools.partial(tests, "adamw", "cross_entropy", "sum_parts"),
 }
 
 
@@ -158,6 +160,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
     parser.add_argument("--reports", default="sanitizer", help="folder for the reports")
     parser.add_argument("--seconds", type=float, default=3600, help="a process that takes longer is ended")
+    parser.add_argument("--processes", type=int, default=16, help="side by side")
     parser.add_argument("--child", choices=GROUPS)
     args = parser.parse_args(argv)
     if args.child:
@@ -170,22 +173,25 @@ def main(argv: list[str]) -> int:
     reports = Path(args.reports)
     reports.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    begin, running = time.monotonic(), {}
-    for tool in args.tools:
-        for group in args.groups:
-            if tool == "racecheck" and group.startswith("hopper"):
-                continue
+    begin, failed = time.monotonic(), 0
+    waiting = [(tool, group) for group in args.groups for tool in args.tools]
+    waiting = [(tool, group) for tool, group in waiting if tool != "racecheck" or not group.startswith("hopper")]
+    running: dict[tuple[str, str], subprocess.Popen] = {}
+    while running or waiting:
+        while waiting and len(running) < args.processes:
+            tool, group = waiting.pop(0)
             command = [sanitizer, "--log-file", str(reports / f"{tool}-{group}.txt"), "--tool", tool]
             child = [sys.executable, "-m", "tests.trust.sanitize", "--child", group]
             with open(reports / f"{tool}-{group}.log", "w") as log:
-                running[tool, group] = subprocess.Popen([*command, *child], env=environment, stdout=log, stderr=log)
-    failed = 0
-    while running:
+                running[tool, group] = subprocess.Popen(
+                    [*command, *child], env=environment, stdout=log, stderr=log, start_new_session=True
+                )
         for (tool, group), process in list(running.items()):
             late = time.monotonic() - begin > args.seconds
             if process.poll() is None and not late:
                 continue
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             del running[tool, group]
             report = reports / f"{tool}-{group}.txt"
             found = findings(tool, report.read_text() if report.exists() else "")
