@@ -41,6 +41,11 @@ class Experts:
         return [t for t in (self.w1, self.w2, self.gate) if t is not None]
 
     @property
+    def weights_of_z(self) -> list[Tensor]:
+        """One or two."""
+        return [self.w1] if self.gate is None else [self.w1, self.gate]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Weights and biases."""
         return [*self.weights, *(t for t in (self.bias1, self.bias2) if t is not None)]

@@ -5,7 +5,7 @@ touches a tensor.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from momoe_titan.kernels.launch import cdiv
 
@@ -22,7 +22,7 @@ DX_RANGE_FLOPS = 1.5e11  # dx, where each range reads rows that are twice as wid
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The sizes of one call of the op."""
+    """The sizes of one call of the op, and which weights get a gradient."""
 
     num_tokens: int  # T
     num_rows: int  # R
@@ -30,16 +30,27 @@ class LayerSizes:
     d_model: int  # D
     ffn: int  # F
     itemsize: int  # bytes of an element of x, the weights, and every buffer below
+    gated: bool = True  # whether z and w1 are 2F wide, not F
+    trains_w1: bool = True
+    trains_w2: bool = True
 
     def fair_share(self, tokens: int, rows: int) -> "LayerSizes":
         """Sizes of an even share, if these are `tokens` and `rows` times that share."""
-        return LayerSizes(
-            self.num_tokens // tokens, self.num_rows // rows, self.num_experts, self.d_model, self.ffn, self.itemsize
-        )
+        return replace(self, num_tokens=self.num_tokens // tokens, num_rows=self.num_rows // rows)
+
+    @property
+    def width(self) -> int:
+        """Z, columns of z."""
+        return self.ffn * (2 if self.gated else 1)
 
     @property
     def act_bytes(self) -> int:
         return self.num_rows * self.ffn * self.itemsize
+
+    @property
+    def z_bytes(self) -> int:
+        """Bytes of z or dz."""
+        return self.num_rows * self.width * self.itemsize
 
     @property
     def out_bytes(self) -> int:
@@ -47,9 +58,12 @@ class LayerSizes:
         return self.num_tokens * self.d_model * self.itemsize
 
     @property
-    def w2_bytes(self) -> int:
-        """Bytes of w2, which is half of w1."""
-        return self.num_experts * self.ffn * self.d_model * self.itemsize
+    def dw1_bytes(self) -> int:
+        return self.num_experts * self.d_model * self.width * self.itemsize if self.trains_w1 else 0
+
+    @property
+    def dw2_bytes(self) -> int:
+        return self.num_experts * self.ffn * self.d_model * self.itemsize if self.trains_w2 else 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ def dw2_comes_last(sizes: LayerSizes) -> bool:
     The backward's peak is then dz (twice the size of act), dw1, dx and the smaller of act and dw2; or act
     with all gradients, if that is more.
     """
-    return sizes.act_bytes < sizes.w2_bytes
+    return sizes.act_bytes < sizes.dw2_bytes
 
 
 def y_ranges(sizes: LayerSizes, traits: KernelTraits, inference: bool) -> Ranges:
@@ -105,8 +119,8 @@ def y_ranges(sizes: LayerSizes, traits: KernelTraits, inference: bool) -> Ranges
     There are enough ranges for act + y to stay below dz and all gradients. Further ranges, for z + act + y, are made
     only if each has much work, since they gain nothing at a low save_percent.
     """
-    act, dx, dw1, dw2 = sizes.act_bytes, sizes.out_bytes, 2 * sizes.w2_bytes, sizes.w2_bytes
-    ranges = column_ranges(sizes, traits, sizes.ffn, act + dx + dw1 + dw2, Y_RANGE_FLOPS)
+    act, dx, dw1, dw2 = sizes.act_bytes, sizes.out_bytes, sizes.dw1_bytes, sizes.dw2_bytes
+    ranges = column_ranges(sizes, traits, sizes.ffn, sizes.z_bytes - act + dx + dw1 + dw2, Y_RANGE_FLOPS)
     if inference:
         return ranges
     beside_z = dx + dw1 + min(act, dw2) - act  # dz is as large as z
@@ -114,8 +128,11 @@ def y_ranges(sizes: LayerSizes, traits: KernelTraits, inference: bool) -> Ranges
 
 
 def dx_ranges(sizes: LayerSizes, traits: KernelTraits) -> Ranges:
-    """Ranges of the columns of dx's rows: each fits into the memory that dw1, allocated next, needs anyway."""
-    return column_ranges(sizes, traits, 2 * sizes.ffn, 2 * sizes.w2_bytes, DX_RANGE_FLOPS)
+    """Ranges of the columns of dx's rows: each fits into memory that is needed anyway.
+
+    That is dw1, which is allocated next, or where w1 is frozen act, which the forward has beside z.
+    """
+    return column_ranges(sizes, traits, sizes.width, sizes.dw1_bytes or sizes.act_bytes, DX_RANGE_FLOPS)
 
 
 def column_ranges(sizes: LayerSizes, traits: KernelTraits, width: int, max_bytes: int, range_flops: float) -> Ranges:

@@ -16,10 +16,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from momoe_titan.kernels import biases, combine, decode, gpu
+from momoe_titan.kernels.activations import is_gated
 from momoe_titan.kernels.experts import Experts, validate_experts
 from momoe_titan.kernels.gemms import ZRows, select_gemms
 from momoe_titan.kernels.launch import on_its_device
 from momoe_titan.kernels.memory_schedule import LayerSizes, MemorySchedule, memory_schedule
+from momoe_titan.kernels.outlet import Sending, sending_by, stage_copy
 from momoe_titan.kernels.reference import torch_backward, torch_forward
 from momoe_titan.kernels.routing import (
     MAX_EXPERTS,
@@ -38,11 +40,12 @@ _REFERENCE_TILE_ROWS = 128
 _lib = torch.library.Library("momoe_titan", "DEF")
 _KIND = (  # see Experts
     "Tensor? gate=None, Tensor? bias1=None, Tensor? bias2=None, str activation='swiglu', str order='up_gate',"
-    " bool scores_on_input=False"
+    " bool scores_on_input=False, str outlet=''"
 )
+_NUM_KIND = 6  # of these, those that Experts takes
 _lib.define(
     "moe_forward(Tensor x, Tensor w1, Tensor w2, Tensor ids, Tensor scores, SymInt num_rows, float save_percent,"
-    f" bool inference, str backend, SymInt? usual_rows=None, {_KIND})"
+    f" bool inference, str backend, SymInt? usual_rows=None, bool trains_w1=True, bool trains_w2=True, {_KIND})"
     " -> (Tensor out, Tensor counts, Tensor z, Tensor routing)"
 )
 for _name, _z in (("moe_backward", "Tensor"), ("moe_backward_over_z", "Tensor(a!)")):  # the latter leaves no z
@@ -113,10 +116,16 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if gpu.planned() is None and t.data_ptr() % 16 else t
 
 
-def _schedule(gemms, x_TD: Tensor, experts: Experts, num_rows: int, inference: bool) -> MemorySchedule:
-    """What suits `num_rows`, the usual number of rows if more are allocated."""
+def _schedule(
+    gemms, x_TD: Tensor, experts: Experts, num_rows: int, inference: bool, *, trains_w1: bool = True,
+    trains_w2: bool = True,
+) -> MemorySchedule:  # fmt: skip
+    """What suits `num_rows`, the usual number of rows if more are allocated, and the weights that get a gradient."""
     num_experts, ffn, d_model = experts.w2.shape
-    sizes = LayerSizes(x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size())
+    gated = is_gated(experts.activation)
+    sizes = LayerSizes(
+        x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size(), gated, trains_w1, trains_w2
+    )
     if (planned := gpu.planned()) is not None:
         # More rows could mean more ranges, and an early dw2. Both take less memory, so the plan is never too low.
         sizes = sizes.fair_share(*planned.load)
@@ -133,24 +142,40 @@ def _aligned_experts(experts: Experts) -> Experts:
     return replace(experts, w1=w1, w2=w2, gate=gate)
 
 
-def _combined(gemm, rows, experts: Experts, routing, scores_TK, out_TD, ranges, *, ids_TK=None):
+def _combined(
+    gemm, rows, experts: Experts, routing, scores_TK, out_TD, ranges, *, ids_TK=None, sending: Sending | None = None
+):
     """out_TD = the combined rows of a GEMM, one range of columns after another: only one range of its rows exists.
 
     ids_TK: where the output bias is added.
+    sending: takes the rows of others before this rank's own are combined.
     """
     num_rows = rows.shape[0]
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
+    blocks = None if sending is None else sending.stage(out_TD)
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
         gemm(rows, experts, routing, y, begin)
         biases = None
         if ids_TK is not None and experts.bias2 is not None:
             biases = ids_TK, experts.bias2[:, begin:end]
-        combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
+        if blocks is None:
+            combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
+            continue
+        assert sending is not None
+        for first, _, place in blocks.sent:
+            combine.combine(y, routing, scores_TK, place[:, begin:end], biases, first)
+        if end == ranges[-1][1]:
+            sending.start()
+        first, last = blocks.kept
+        combine.combine(y, routing, scores_TK, out_TD[first:last, begin:end], biases, first)
 
 
-def _forward(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, usual_rows=None, *kind):
-    experts = Experts(w1, w2_EFD, *kind)
+def _forward(
+    x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend,
+    usual_rows=None, trains_w1=True, trains_w2=True, *kind,
+):  # fmt: skip
+    experts, sending = Experts(w1, w2_EFD, *kind[:_NUM_KIND]), sending_by(*kind[_NUM_KIND:])
     num_experts, ffn, _ = w2_EFD.shape
     usual_rows = num_rows if usual_rows is None else usual_rows
     num_tokens, num_chosen = ids_TK.shape
@@ -164,11 +189,13 @@ def _forward(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, infere
         routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
             out_TD, z_S2F = torch_forward(x_TD, experts, scores_TK, routing, num_saved)
+        _send_all(sending, out_TD)
         return out_TD, counts_E, z_S2F, packed.new_empty(0) if inference else packed
 
     x_TD, experts = _aligned(x_TD), _aligned_experts(experts)
     if inference and decode.supported(x_TD.dtype, *ids_TK.shape):
         out_TD, counts_E = decode.forward(x_TD, experts, ids_TK, scores_TK)
+        _send_all(sending, out_TD)
         return out_TD, counts_E, x_TD.new_empty(0, experts.width), ids_TK.new_empty(0, dtype=torch.int32)
     gemms = select_gemms(x_TD, experts)
     packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
@@ -177,10 +204,19 @@ def _forward(x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, infere
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, experts, routing, act_RF, z_SZ, saves_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
-    ranges = _schedule(gemms, x_TD, experts, usual_rows, inference).y_ranges
+    schedule = _schedule(gemms, x_TD, experts, usual_rows, inference, trains_w1=trains_w1, trains_w2=trains_w2)
     weights_TK = None if experts.scores_on_input else scores_TK
-    _combined(gemms.down_proj, act_RF, experts, routing, weights_TK, out_TD, ranges, ids_TK=ids_TK)
+    where = weights_TK, out_TD, schedule.y_ranges
+    _combined(gemms.down_proj, act_RF, experts, routing, *where, ids_TK=ids_TK, sending=sending)
     return out_TD, counts_E, z_SZ, packed.new_empty(0) if inference else packed
+
+
+def _send_all(sending: Sending | None, *results: Tensor) -> None:
+    """Send results that are there already."""
+    if sending is not None:
+        for rows in results:
+            stage_copy(sending, rows)
+        sending.start()
 
 
 def _backward(
@@ -199,15 +235,19 @@ def _backward(
     *kind,
     over_z=False,
 ):
-    experts, needs = Experts(w1, w2, *kind), Needs(*needs)
+    experts, needs = Experts(w1, w2, *kind[:_NUM_KIND]), Needs(*needs)
+    sending = sending_by(*kind[_NUM_KIND:])
     saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend, usual_rows)
     if backend == "triton":
-        return _triton_backward(dout_TD.contiguous(), saved, needs, over_z)
+        return _triton_backward(dout_TD.contiguous(), saved, needs, over_z, sending)
     grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing())
+    _send_all(sending, *(grads[name] for name in ("scores", "x") if getattr(needs, name)))
     return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in zip(_INPUTS, needs, strict=True))
 
 
-def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool) -> tuple[Tensor, ...]:
+def _triton_backward(
+    dout_TD: Tensor, saved: SavedForBackward, needs: Needs, over_z: bool, sending: Sending | None = None
+) -> tuple[Tensor, ...]:
     """The gradients of `Needs`, empty where not needed. What is deleted here, and when, decides the memory peak."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
     usual_rows = num_rows if saved.usual_rows is None else saved.usual_rows
@@ -215,7 +255,8 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
     num_saved = z_SZ.shape[0]
     dout_TD, x_TD, experts = _aligned(dout_TD), _aligned(saved.x_TD), _aligned_experts(saved.experts)
     gemms: Any = select_gemms(x_TD, experts)  # z and dz have the form that this family of kernels takes
-    schedule = _schedule(gemms, x_TD, experts, usual_rows, inference=False)
+    trains_w1 = needs.w1 or needs.gate
+    schedule = _schedule(gemms, x_TD, experts, usual_rows, False, trains_w1=trains_w1, trains_w2=needs.w2)
 
     all_saved = saved.save_percent == 100 and usual_rows == num_rows
     z, dz = gemms.z_and_dz(z_SZ, num_rows, over_z, some=saved.save_percent > 0 and not all_saved)
@@ -229,22 +270,25 @@ def _triton_backward(dout_TD: Tensor, saved: SavedForBackward, needs: Needs, ove
     dscore, bias_sums = gemms.down_proj_backward(dout_TD, kind, routing, z, dz, act_RF)
     dbias1, dbias2 = _bias_grads(experts, routing, dout_TD, dscore, bias_sums, needs)
     dscores_TK = _score_grad(dscore, routing, scores_TK, needs.scores)
+    if sending is not None and needs.scores:
+        stage_copy(sending, dscores_TK)
+        if not needs.x:
+            sending.start()
     del dscore, bias_sums
     if over_z and z is not dz:
         saved.free_z()
 
     dw2 = experts.w2.new_empty(0)
-    dw2_last = needs.w2 and schedule.dw2_last
-    if needs.w2 and not dw2_last:
+    if needs.w2 and not schedule.dw2_last:
         dw2 = torch.empty_like(experts.w2)
         gemms.down_weight_grad(act_RF, dout_TD, routing, dw2)
-    if not dw2_last:
+    if not schedule.dw2_last:
         del act_RF
     dx_TD = torch.empty_like(x_TD) if needs.x else x_TD.new_empty(0)
     if needs.x:
-        _combined(gemms.up_proj_backward, dz, experts, routing, None, dx_TD, schedule.dx_ranges)
+        _combined(gemms.up_proj_backward, dz, experts, routing, None, dx_TD, schedule.dx_ranges, sending=sending)
     dw1, dgate = _up_weight_grads(gemms, x_TD, dz, routing, experts, needs)
-    if dw2_last:
+    if schedule.dw2_last:
         del z, dz
         if over_z:
             saved.free_z()
@@ -309,9 +353,10 @@ IMPLEMENTATIONS = {
 
 @torch.library.register_fake("momoe_titan::moe_forward", lib=_lib)
 def _forward_fake(
-    x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend, usual_rows=None, *kind
-):
-    experts = Experts(w1, w2_EFD, *kind)
+    x_TD, w1, w2_EFD, ids_TK, scores_TK, num_rows, save_percent, inference, backend,
+    usual_rows=None, trains_w1=True, trains_w2=True, *kind,
+):  # fmt: skip
+    experts = Experts(w1, w2_EFD, *kind[:_NUM_KIND])
     num_tokens, num_chosen = ids_TK.shape
     num_experts = w2_EFD.shape[0]
     tile_rows = _tile_rows(x_TD, experts, backend)
@@ -336,13 +381,14 @@ def _backward_fake(dout, x, w1, w2, scores, z, packed, num_rows, save_percent, n
 def overwrites_z(*args: Any) -> bool:
     """Whether `moe_backward_over_z` of these arguments writes dz over z, on the "triton" backend."""
     _, x_TD, w1, w2, *_ = args
-    return select_gemms(x_TD, Experts(w1, w2, *args[12:])).traits.dz_over_z
+    return select_gemms(x_TD, Experts(w1, w2, *args[12 : 12 + _NUM_KIND])).traits.dz_over_z
 
 
 def _setup_context(ctx, inputs, output):
     x_TD, w1, w2, _, scores_TK, ctx.num_rows, ctx.save_percent, _, ctx.backend, *more = inputs
     _, counts_E, z_S2F, packed = output
     ctx.usual_rows, *more = more or [None]
+    more = more[2:]
     ctx.kind = more[3:]
     ctx.mark_non_differentiable(counts_E, z_S2F, packed)
     ctx.set_materialize_grads(False)  # else the backward would get a zero gradient as large as z
@@ -372,12 +418,13 @@ class _OnceDifferentiable(torch.autograd.Function):
         raise RuntimeError("momoe_mlp has no second derivative")
 
 
-_INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 10, "bias1": 11, "bias2": 12}  # places among the op's inputs
+_NUM_INPUTS = 19
+_INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 12, "bias1": 13, "bias2": 14}  # places among the op's inputs
 
 
 def _autograd_backward(ctx, dout_TD, *_):
     if dout_TD is None:
-        return (None,) * 16
+        return (None,) * _NUM_INPUTS
     x_TD, w1, w2, scores_TK, z_S2F, packed, *more = ctx.saved_tensors
     # The dispatcher leaves out arguments that have their default.
     needs = [place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place] for place in _INPUTS.values()]
@@ -391,7 +438,7 @@ def _autograd_backward(ctx, dout_TD, *_):
     if torch.is_grad_enabled():  # create_graph
         inputs = dout_TD, x_TD, w1, w2, scores_TK, *(t for t in more if t is not None)
         grads = _OnceDifferentiable.apply(len(inputs), *inputs, *grads)
-    result: list[Tensor | None] = [None] * 16
+    result: list[Tensor | None] = [None] * _NUM_INPUTS
     for place, grad, need in zip(_INPUTS.values(), grads, needs, strict=True):
         if need:
             result[place] = grad
@@ -525,6 +572,7 @@ def momoe_mlp(
     backend: str = "auto",
     check_ids: bool = False,
     on_saved: Callable[[Tensor], None] | None = None,
+    outlet: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Mixture of experts: ``out[t] = sum_k scores[t, k] * ((up * silu(gate)) @ w2[e] + bias2[e])``,
     with ``[up, gate] = x[t] @ w1[e] + bias1[e]`` and ``e = ids[t, k]``.
@@ -567,6 +615,8 @@ def momoe_mlp(
         on_saved: called with z (S, 2F) where rows of it are saved. Until the backward its memory may be freed,
             `z.untyped_storage().resize_(0)`: the backward then computes all of z again, with the same result. The
             last backward that needs z frees it.
+        outlet: the name of an outlet (see outlet.py) that takes rows of the result, and in the backward of the
+            gradients of x and scores, to other GPUs, and brings theirs. All three are under way then.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per
@@ -601,12 +651,15 @@ def momoe_mlp(
         not wants_grad,
         backend,
         usual_rows,
+        not wants_grad or _wants_grad(*experts.weights_of_z),
+        not wants_grad or _wants_grad(experts.w2),
         experts.gate,
         experts.bias1,
         experts.bias2,
         activation,
         order,
         scores_on_input,
+        outlet,
     )
     if on_saved is not None and z_SZ.shape[0]:
         on_saved(z_SZ)

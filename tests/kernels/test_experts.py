@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref, op
 from momoe_titan.kernels.activations import activate, activate_backward, is_gated
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.hopper.launch import Stacked
+from momoe_titan.kernels.memory_schedule import memory_schedule
 from tests.kernels.test_op import error
 
 # (T, D, F, E, K): small, because the interpreter is slow; odd widths, and 19 rows of an expert in tiles of 16
@@ -184,12 +185,35 @@ def test_rows_sorted_by_expert(weighted, backend, device):
 
 
 @pytest.mark.parametrize("frozen", [("w1", "w2", "bias1", "bias2"), ("w1",), ("x", "w2"), ("up",)])
-def test_frozen_experts(frozen, backend, device):
+def test_frozen_experts(frozen, backend, device, monkeypatch):
+    """The same gradients of the others; for a frozen weight none is computed, nor room left by the schedule."""
     layer = Layer(SHAPE, "two tensors" if "up" in frozen else "out_in", biases=True, device=device)
     want = layer.run(momoe_mlp, backend=backend, save_percent=50)
     wanted = tuple(name for name in layer.tensors if name not in frozen)
+    computed, planned = [], []
+    kind = type(gemms.select_gemms(layer.tensors["x"], layer.experts()))
+
+    def spied(name):
+        real = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args: computed.append((name, args[-1])) or real(*args))
+
+    def schedule(sizes, *args):
+        planned.append((sizes.trains_w1, sizes.trains_w2))
+        return memory_schedule(sizes, *args)
+
+    spied("up_weight_grad")
+    spied("down_weight_grad")
+    monkeypatch.setattr(op, "memory_schedule", schedule)
     got = layer.run(momoe_mlp, wanted=wanted, backend=backend, save_percent=50)
     assert all(torch.equal(got[name], want[name]) for name in got)
+    if backend == "triton":
+        trained = any(name in wanted for name in ("w1", "up", "gate")), "w2" in wanted
+        assert planned == [trained] * 2  # forward and backward
+        names = ("up_weight_grad", "down_weight_grad")
+        assert {name for name, _ in computed} == {name for name, needed in zip(names, trained, strict=True) if needed}
+        if "up" in frozen:
+            (outputs,) = (outputs for name, outputs in computed if name == "up_weight_grad")
+            assert outputs[0] is None and outputs[1] is not None
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

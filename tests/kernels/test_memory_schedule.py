@@ -79,3 +79,27 @@ def test_dw2_waits_where_act_is_smaller():
     sizes = LayerSizes(100, 1023, 8, 128, 64, itemsize=2)
     assert memory_schedule(sizes, HOPPER, False).dw2_last
     assert not memory_schedule(replace(sizes, num_rows=1024), HOPPER, False).dw2_last
+
+
+@pytest.mark.parametrize(
+    "trained, want",  # w1 and w2; ranges of y and of dx, 512 MiB each
+    [
+        ((True, True), (1, 1)),  # dw1 is as large
+        ((False, True), (1, 2)),  # act, 256 MiB, is what dx must not exceed
+        ((True, False), (1, 1)),
+        ((False, False), (2, 2)),
+    ],
+)
+def test_frozen_weights_leave_no_room(trained, want):
+    """Without weight gradients the rows of y and dx are a larger part of the peak, and come in more ranges."""
+    sizes = LayerSizes(16384, 131072, 64, 2048, 1024, itemsize=2, trains_w1=trained[0], trains_w2=trained[1])
+    schedule = memory_schedule(sizes, HOPPER, False)
+    assert (len(schedule.y_ranges), len(schedule.dx_ranges)) == want
+    assert memory_schedule(replace(sizes, num_rows=1024), HOPPER, False).dw2_last == trained[1]
+
+
+def test_without_a_gate_z_and_dw1_are_half_as_wide():
+    sizes = LayerSizes(1, 1000, 8, 128, 64, itemsize=2)
+    assert (sizes.z_bytes, sizes.dw1_bytes) == (2 * sizes.act_bytes, 2 * sizes.dw2_bytes)
+    sizes = replace(sizes, gated=False)
+    assert (sizes.z_bytes, sizes.dw1_bytes) == (sizes.act_bytes, sizes.dw2_bytes)

@@ -149,6 +149,25 @@ def test_dw2_waits_for_dz_where_act_is_smaller(save_percent, monkeypatch):
     assert layer_plan(save_percent, None, experts).peak(0, "backward") - last == dw2 - act > 0
 
 
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_frozen_experts_have_no_weight_gradient_in_the_plan(phase):
+    """The peaks of an MoE layer whose weights are frozen: z, and act, y or the rows of dx, in two ranges each."""
+    t, d, f, e, k = 16384, 2048, 1024, 64, 8
+    z, act, out, rows = t * k * 2 * f * 2, t * k * f * 2, t * d * 2, t * k * d * 2
+    with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
+        x = torch.empty(t, d, dtype=torch.bfloat16, requires_grad=True)
+        w1, w2 = (torch.empty(s, dtype=torch.bfloat16) for s in ((e, d, 2 * f), (e, f, d)))
+        ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+        before = alive(trace)
+        trace.begin_step()
+        trace.phase = "forward"
+        momoe_mlp(x, w1, w2, ids, scores, 100)[0].backward(torch.empty_like(x))
+    peak = max(m.base + sum(n for _, n in z) for (p, z), m in trace.moments.items() if p == phase) - before
+    # the backward has out, its gradient and dx
+    want = z + act + rows // 2 + out if phase == "forward" else z + rows // 2 + 3 * out
+    assert peak == pytest.approx(want, rel=0.02), (peak / 2**20, want / 2**20)
+
+
 @pytest.mark.parametrize("made_once", [0, 1, 3])
 def test_gradients_are_known_by_their_place_in_the_step_before(made_once):
     """Whatever the forward of the first step allocates that no later one does."""
