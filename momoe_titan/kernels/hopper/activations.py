@@ -65,7 +65,7 @@ def activation(up, gate, ACTIVATION: gl.constexpr, FAST: gl.constexpr):
 
 @gluon.jit
 def activation_by_up(up, gate, ACTIVATION: gl.constexpr, FAST: gl.constexpr):
-    """act, its derivative by up, and what `activation_by_gate` needs besides."""
+    """act, its derivative by up, and what `gate_slope` needs besides."""
     if ACTIVATION == "swiglu":
         part = sigmoid_of(gate, FAST)
         by_up = gate * part
@@ -96,9 +96,18 @@ def activation_by_up(up, gate, ACTIVATION: gl.constexpr, FAST: gl.constexpr):
 
 
 @gluon.jit
-def activation_by_gate(up, gate, by_up, part, ACTIVATION: gl.constexpr):
-    """Two factors of the derivative by gate, from what `activation_by_up` gave."""
-    factor = up
+def gate_factor(up, ACTIVATION: gl.constexpr):
+    """What `gate_slope` has to be multiplied with, for the derivative by gate."""
+    if ACTIVATION == "clamped_swiglu":
+        factor = gl.minimum(gl.maximum(up, -_LIMIT), _LIMIT) + 1.0
+    else:
+        factor = up
+    return factor
+
+
+@gluon.jit
+def gate_slope(gate, by_up, part, ACTIVATION: gl.constexpr):
+    """The derivative of the gate's own function, from what `activation_by_up` gave."""
     if ACTIVATION == "swiglu":
         slope = part + by_up * (1.0 - part)
     elif ACTIVATION == "geglu":
@@ -109,6 +118,5 @@ def activation_by_gate(up, gate, by_up, part, ACTIVATION: gl.constexpr):
         slope = gl.where(gate > 0, 1.0, 0.0)
     else:
         gl.static_assert(ACTIVATION == "clamped_swiglu")
-        factor = gl.minimum(gl.maximum(up, -_LIMIT), _LIMIT) + 1.0
         slope = gl.where(gate <= _LIMIT, part + gate * part * (1.0 - part) * _ALPHA, 0.0)
-    return factor, slope
+    return slope

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 
-from momoe_titan.kernels.hopper.activations import activation, activation_by_gate, activation_by_up, sigmoid_of
+from momoe_titan.kernels.hopper.activations import activation, activation_by_up, gate_factor, gate_slope, sigmoid_of
 from momoe_titan.kernels.hopper.layouts import (
     ACCUMULATOR,
     BK,
@@ -432,10 +432,11 @@ def _activation_backward_of_half(
     scaled = dact * score[:, None]
     up_half.store((scaled * by_up).to(dtype))
     if GATED:
-        factor, slope = activation_by_gate(up, gate, by_up, part, ACTIVATION)
+        dgate = scaled * gate_factor(up, ACTIVATION)  # first, which decides the order of instructions
+        slope = gate_slope(gate, by_up, part, ACTIVATION)
         if SCORED:
-            dscore += gl.sum(dact * factor * slope * raw_gate, axis=1)
-        gate_half.store((scaled * factor * slope).to(dtype))
+            dscore += gl.sum(dact * gate_factor(up, ACTIVATION) * slope * raw_gate, axis=1)
+        gate_half.store((dgate * slope).to(dtype))
     if WRITE_ACT:
         if not SCORED:
             act = act * score[:, None]
@@ -463,7 +464,7 @@ def _activation_backward_of_pairs(
         raw_up, raw_gate = up, gate
         up, gate = up * score[:, None], gate * score[:, None]
     act, by_up, part = activation_by_up(up, gate, ACTIVATION, FAST)
-    factor, slope = activation_by_gate(up, gate, by_up, part, ACTIVATION)
+    factor, slope = gate_factor(up, ACTIVATION), gate_slope(gate, by_up, part, ACTIVATION)
     if SCORED:
         sums = gl.sum(dact * (by_up * raw_up + factor * slope * raw_gate), axis=1)
     else:
