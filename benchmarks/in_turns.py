@@ -13,11 +13,14 @@ imported at the same time. What a run's own options may say beside those of the 
     --group NAME              of the jobs that are on the GPU at once; groups go one after another
     --warm, --steps, --rounds in place of those of all
     --layers N                another number of layers for the flavor
+    --memory_gib, --profiled  in place of those of all
 
     step_ms            of each round, by the host's clock, with the wait for the GPU at the end of the round
     backward_ms        of the same steps on the GPU: forward and backward of all microbatches
     optimizer_ms       the rest of a step on the GPU: gradient norm, optimizer, what follows it
     tokens_per_s, mfu  of the median round; mfu by TorchTitan's count, in which attention is not causal
+    busy_pct           with --profiled N: how much of the time the GPU works, by a profiler that sees it alone, in the
+                       last N - 1 of N more steps (the first one begins when the GPU has nothing to do)
 
 --memory_gib limits what PyTorch may reserve. A job that needs more is a row that says so, as is any that fails.
 """
@@ -31,6 +34,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -39,6 +43,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a file
+    sys.path.insert(0, str(ROOT))
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Plan:
         memory_gib: what PyTorch may reserve, or None.
         group: of the jobs that are on the GPU at once.
         layers: in place of the flavor's, or None.
+        profiled: steps after the last turn, under a profiler.
     """
 
     warm: int
@@ -60,6 +69,7 @@ class Plan:
     memory_gib: float | None = None
     group: str = ""
     layers: int | None = None
+    profiled: int = 0
 
 
 class HostEvent:
@@ -76,7 +86,11 @@ def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
     """The trainer `base`, which waits before every turn until it is told to go on, and says what the last one took."""
     import torch
 
+    from benchmarks.step_breakdown import busy_pct_of
+
     class Measured(base):
+        busy_pct: float | None = None
+
         def __init__(self, *args):
             super().__init__(*args)
             self.marks: list[list[Any]] = []  # of each step: its begin, the gradients' norm, its end
@@ -87,6 +101,8 @@ def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
             self._mark()
             if self.step >= plan.warm and (self.step - plan.warm) % plan.steps == 0:
                 self._hand_over()
+            if plan.profiled:
+                self._profile(self.step - plan.warm - plan.steps * plan.rounds)
 
         def _clip(self):
             self._mark()
@@ -124,6 +140,19 @@ def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
             link.recv()
             self.begin = time.perf_counter()
 
+        def _profile(self, steps):
+            if steps == 0:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.start()
+            elif steps == plan.profiled:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.profiler.stop()
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "trace.json"
+                    self.profiler.export_chrome_trace(str(path))
+                    type(self).busy_pct = busy_pct_of(path, steps)
+
     return Measured
 
 
@@ -150,16 +179,16 @@ def work(link: Connection, options: list[str], log: str, plan: Plan) -> None:
     if plan.memory_gib is not None:
         share = plan.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
-    error = None
+    error, measured = None, measured_trainer(trainer.Trainer, link, plan)
     try:
-        with mock.patch.object(trainer, "Trainer", measured_trainer(trainer.Trainer, link, plan)):
+        with mock.patch.object(trainer, "Trainer", measured):
             trainer.train(options)
     except torch.OutOfMemoryError as e:
         error = f"out of memory: {str(e).splitlines()[0]}"
     except BaseException as e:  # of any kind: another process tells of it
         traceback.print_exc()
         error = f"{type(e).__name__}: {e}"
-    link.send({"error": error})
+    link.send({"error": error, "busy_pct": measured.busy_pct})
     sys.stdout.flush()
     os._exit(0)
 
@@ -175,16 +204,20 @@ class Job:
     Attributes:
         rounds: what was measured in each.
         error: why the job ended early, or None.
+        busy_pct: of the steps under a profiler, or None.
     """
+
+    busy_pct: float | None = None
 
     def __init__(self, name: str, options: list[str], log: Path, plan: Plan):
         parser = argparse.ArgumentParser(allow_abbrev=False)
-        for field in ("warm", "steps", "rounds", "layers"):
+        for field in ("warm", "steps", "rounds", "layers", "profiled"):
             parser.add_argument(f"--{field}", type=int)
+        parser.add_argument("--memory_gib", type=float)
         parser.add_argument("--group")
         own, options = parser.parse_known_args(options)
         self.plan = replace(plan, **{field: value for field, value in vars(own).items() if value is not None})
-        options += ["--training.steps", str(self.plan.warm + self.plan.steps * self.plan.rounds)]
+        options += ["--training.steps", str(self.plan.warm + self.plan.steps * self.plan.rounds + self.plan.profiled)]
         context = multiprocessing.get_context("spawn")
         self.name, self.rounds, self.error = name, [], None
         self.link, other = context.Pipe()
@@ -225,6 +258,8 @@ class Job:
             "allocated_gib": round(last["allocated_gib"], 2),
             "reserved_gib": round(last["reserved_gib"], 2),
         }
+        if self.busy_pct is not None:
+            row["busy_pct"] = round(self.busy_pct, 2)
         return row if self.error is None else row | {"error": self.error}
 
 
@@ -248,7 +283,7 @@ def take_turns(jobs: list[Job]) -> None:
         for job in group:
             if job.error is None:
                 job.go()
-                job.hear()
+                job.busy_pct = job.hear().get("busy_pct")
             job.process.join(60)
             print(json.dumps(job.row()), flush=True)
 
@@ -291,13 +326,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each job")
     parser.add_argument("--one_by_one", action="store_true", help="one job on the GPU at a time")
     parser.add_argument("--memory_gib", type=float, help="that PyTorch may reserve, for a smaller GPU")
+    parser.add_argument("--profiled", type=int, default=0, help="steps of each job under a profiler, after its turns")
     parser.add_argument("--logs", type=Path, default=Path("."), help="folder for the console of each job")
     parser.add_argument("options", nargs="*", help="after --: of every job")
 
 
 def measured(runs: Mapping[str, list[str]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of these jobs, as the options say."""
-    plan = Plan(args.warm, args.steps, args.rounds, args.memory_gib)
+    plan = Plan(args.warm, args.steps, args.rounds, args.memory_gib, profiled=args.profiled)
     return measure(runs, plan, args.one_by_one, args.logs)
 
 

@@ -119,13 +119,23 @@ def exposed_ms(kernels: list[dict]) -> tuple[float, list[dict[str, Any]]]:
     return sum(row["exposed_ms"] for row in rows), rows
 
 
+def read_events(path: Path) -> list[dict]:
+    """What a Chrome trace says of stretches of time."""
+    return [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+
+
+def kernels_of(events: list[dict]) -> list[dict]:
+    """What ran on the GPU, sorted by its begin."""
+    on_gpu = ("kernel", "gpu_memcpy", "gpu_memset")
+    return sorted((e for e in events if e.get("cat") in on_gpu), key=lambda e: e["ts"])
+
+
 class Trace:
     """A Chrome trace of PyTorch's profiler. Times are microseconds."""
 
     def __init__(self, path: Path):
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
-        on_gpu = ("kernel", "gpu_memcpy", "gpu_memset")
-        self.kernels = sorted((e for e in events if e.get("cat") in on_gpu), key=lambda e: e["ts"])
+        events = read_events(path)
+        self.kernels = kernels_of(events)
         runtime = [e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")]
         self.launches = {e["args"]["correlation"]: e for e in runtime if "correlation" in e.get("args", {})}
         self.ops: dict[Any, list[dict]] = collections.defaultdict(list)  # by thread
@@ -181,6 +191,12 @@ def busy_pct(kernels: list[dict], of_optimizer: list[dict], steps: int) -> float
     begin, end = ends[len(ends) // steps - 1], ends[-1]
     spans = [(e["ts"], e["ts"] + e["dur"]) for e in kernels if e["ts"] >= begin and e["ts"] + e["dur"] <= end]
     return 100 * gaps_between(spans)[0] / (end - begin)
+
+
+def busy_pct_of(path: Path, steps: int) -> float | None:
+    """`busy_pct` of a trace that need not tell of the host."""
+    kernels = kernels_of(read_events(path))
+    return busy_pct(kernels, [e for e in kernels if part_of([e["name"]], "", -1, -1) == "optimizer"], steps)
 
 
 def breakdown(trace: Trace, steps: int, vocab_size: int, num_experts: int) -> dict[str, Any]:

@@ -68,10 +68,17 @@ def test_a_run_has_options_of_its_own(monkeypatch, tmp_path):
 
     context = SimpleNamespace(Process=Process, Pipe=lambda: (None, SimpleNamespace(close=lambda: None)))
     monkeypatch.setattr(in_turns.multiprocessing, "get_context", lambda kind: context)
-    Job("a", ["--x", "1", "--layers", "2", "--rounds", "5", "--group", "g"], tmp_path / "log", Plan(3, 4, 1))
+    own = ["--layers", "2", "--rounds", "5", "--group", "g", "--profiled", "6", "--memory_gib", "79.5"]
+    Job("a", ["--x", "1", *own], tmp_path / "log", Plan(3, 4, 1))
     ((options, plan, daemon),) = started
-    assert options == ["--x", "1", "--training.steps", "23"] and not daemon
-    assert plan == Plan(3, 4, 5, None, "g", 2)
+    assert options == ["--x", "1", "--training.steps", "29"] and not daemon
+    assert plan == Plan(3, 4, 5, 79.5, "g", 2, 6)
+
+
+def test_steps_under_a_profiler_come_after_the_turns(capsys):
+    profiled = job("a", [turn(0.0), turn(10), turn(10), {"error": None, "busy_pct": 97.531}], [])
+    take_turns([profiled])
+    assert json.loads(capsys.readouterr().out)["busy_pct"] == 97.53
 
 
 def test_a_job_that_fails_is_a_row_that_says_so():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.step_breakdown import Trace, breakdown, busy_pct, exposed_ms, gaps_between, part_of
+from benchmarks.step_breakdown import Trace, breakdown, busy_pct, busy_pct_of, exposed_ms, gaps_between, part_of
 
 
 def event(cat, name, ts, dur, tid=1, **args):
@@ -53,13 +53,15 @@ def test_knows_the_part_of_a_kernel(names, shapes, part):
     assert part_of(names, shapes, 100, 8) == part
 
 
-def test_busy_leaves_out_the_first_launch():
+def test_busy_leaves_out_the_first_launch(tmp_path):
     """Of three steps, 10 us of idle time in the last two; the first begins after 500."""
     model = [event("kernel", "gemm", ts, dur) for ts, dur in ((0, 1), (500, 20), (530, 20), (560, 25))]
     optimizer = [event("kernel", "_adamw_kernel", ts, 5) for ts in (520, 550, 585)]
     kernels = sorted([*model, *optimizer], key=lambda e: e["ts"])
     assert busy_pct(kernels, optimizer, 3) == pytest.approx(100 * 55 / 65)
     assert busy_pct(kernels, optimizer[:2], 3) is None and busy_pct(kernels, optimizer, 1) is None
+    (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": kernels[::-1]}))
+    assert busy_pct_of(tmp_path / "trace.json", 3) == busy_pct(kernels, optimizer, 3)
 
 
 def test_gaps_lie_between_what_is_covered():
