@@ -1,20 +1,23 @@
 """A training step of another package's model, with its own experts and with ours.
 
-    python benchmarks/adapters.py transformers qwen3-30b-a3b olmoe-1b-7b --out adapters.jsonl
+    python benchmarks/adapters.py transformers qwen3-30b-a3b olmoe-1b-7b --batch 1 4 --out adapters.jsonl
     python benchmarks/adapters.py torchtitan qwen3-30b-a3b deepseek-v2-lite --out adapters.jsonl
     python benchmarks/adapters.py transformers tiny --device cpu      # checks the script, not the speed
 
 Models have the layers of the published ones, but few of them, a small vocabulary and random weights in bfloat16. All
 variants of a model share its weights and take turns. The columns:
-    step ms    forward, backward and a step of AdamW; medians.
-    moe ms     forward and backward of one MoE layer alone, on random tokens; medians. transformers: of the experts.
+    step ms    forward, backward and a step of AdamW, by the host's clock; medians.
+    moe ms     forward and backward of one MoE layer alone, by the device's clock; medians. transformers: of the
+               experts, with the routing given.
     peak GiB   of PyTorch's allocator, over a step, weights and optimizer included.
     bound      how much faster than the model's own variant the step would be if all of its MoE layers took no time.
-transformers' models run eagerly, its default; TorchTitan's are compiled as its trainer compiles them.
+transformers' models run eagerly, its default; TorchTitan's are compiled as its trainer compiles them. `--sonicmoe`
+registers SonicMoE's layer with transformers, where its package is installed; it compiles for minutes first.
 """
 
 import argparse
 import contextlib
+import importlib
 import json
 import statistics
 import time
@@ -59,13 +62,29 @@ class Case:
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def moe(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def moe(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The output of one layer, and what has a gradient there."""
         raise NotImplementedError
 
 
+def sonicmoe_experts(self, hidden_states, top_k_index, top_k_weights):
+    """SonicMoE as transformers calls an experts module, for SwiGLU in transformers' own layout."""
+    functional = importlib.import_module("sonicmoe.functional")
+    swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
+    num_tokens, num_chosen = top_k_index.shape
+    tokens = torch.arange(num_tokens, device=hidden_states.device, dtype=torch.int32).repeat_interleave(num_chosen)
+    stream = torch.cuda.current_stream().cuda_stream if hidden_states.is_cuda else 0
+    return functional.moe_general_routing_inputs(
+        hidden_states, top_k_weights.flatten(), tokens, top_k_index.flatten().int(),
+        self.gate_up_proj.permute(1, 2, 0), None, self.down_proj.permute(1, 2, 0), None,
+        self.down_proj.shape[0], stream, swiglu, not torch.is_grad_enabled(), concat_layout=True,
+    )[0]  # fmt: skip
+
+
 class OfTransformers(Case):
-    def __init__(self, shape: str, layers: int, device: str, dtype: torch.dtype):
+    def __init__(self, shape: str, layers: int, device: str, dtype: torch.dtype, sonicmoe: bool = False):
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         from momoe_titan.adapters.transformers import save_percent
 
@@ -85,6 +104,7 @@ class OfTransformers(Case):
         self.model = model.train()
         self.experts = [module for module in model.modules() if hasattr(module, "_apply_gate")]
         self.num_moe_layers, self.chosen, self.num_experts = len(self.experts), chosen, experts
+        self.routing: tuple[torch.Tensor, torch.Tensor] | None = None
 
         def use(name: str) -> Callable[[], None]:
             return lambda: model.set_experts_implementation(name)
@@ -93,15 +113,21 @@ class OfTransformers(Case):
         for percent in PERCENTS:
             around = (lambda p: lambda: save_percent(p))(percent)
             self.variants.append(Variant(f"momoe {percent}", use("momoe"), around))
+        if sonicmoe:
+            ALL_EXPERTS_FUNCTIONS.register("sonicmoe", sonicmoe_experts)
+            self.variants.append(Variant("sonicmoe", use("sonicmoe")))
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=rows, labels=rows, use_cache=False).loss
 
-    def moe(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def moe(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         x_TD = x_BLD.flatten(0, 1)
-        logits_TE = torch.randn(x_TD.shape[0], self.num_experts, device=x_TD.device)
-        scores_TK, ids_TK = logits_TE.softmax(-1).topk(self.chosen)
-        return self.experts[0](x_TD, ids_TK, scores_TK.to(x_TD.dtype))
+        if self.routing is None or self.routing[0].shape[0] != x_TD.shape[0]:
+            logits_TE = torch.randn(x_TD.shape[0], self.num_experts, device=x_TD.device)
+            scores_TK, ids_TK = logits_TE.softmax(-1).topk(self.chosen)
+            self.routing = ids_TK, scores_TK.to(x_TD.dtype).requires_grad_()
+        experts, (ids_TK, scores_TK) = self.experts[0], self.routing
+        return experts(x_TD, ids_TK, scores_TK), [x_BLD, scores_TK, *experts.parameters()]
 
 
 class OfTorchTitan(Case):
@@ -166,8 +192,9 @@ class OfTorchTitan(Case):
         logits = self.model(rows)
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows.flatten())
 
-    def moe(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        return next(iter(self.blocks.values())).moe(x_BLD)
+    def moe(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        layer = next(iter(self.blocks.values())).moe
+        return layer(x_BLD), [x_BLD, *layer.parameters()]
 
 
 def timed(run: Callable[[], Any], device: str) -> float:
@@ -180,11 +207,27 @@ def timed(run: Callable[[], Any], device: str) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def timed_on_device(run: Callable[[], Any], device: str, calls: int = 3) -> float:
+    """Milliseconds of the device for one call, after a first one in which the host gets ahead of it."""
+    if device != "cuda":
+        return timed(run, device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
 def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """One row per variant; each is run `rounds` times, in turns with the others, after two runs that warm it up."""
     optimizer = torch.optim.AdamW(case.model.parameters(), lr=1e-5, fused=device == "cuda")
     dim = next(p for p in case.model.parameters() if p.dim() == 2).shape[1]
     dtype = next(case.model.parameters()).dtype
+    x_BLD, dout = (torch.randn(*rows.shape, dim, device=device, dtype=dtype) for _ in range(2))
+    x_BLD.requires_grad_()
 
     def step(variant: Variant) -> None:
         with variant.around():
@@ -193,10 +236,10 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
         optimizer.step()
         optimizer.zero_grad()
 
-    def moe(variant: Variant, x_BLD: torch.Tensor) -> None:
+    def moe(variant: Variant) -> None:
         with variant.around():
-            out = case.moe(x_BLD)
-        out.backward(torch.ones_like(out))
+            out, leaves = case.moe(x_BLD)
+        torch.autograd.grad(out, leaves, dout.view_as(out), allow_unused=True)
 
     times: dict[str, tuple[list[float], list[float]]] = {v.name: ([], []) for v in case.variants}
     peaks: dict[str, float] = {}
@@ -208,9 +251,7 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
             steps, moes = times[variant.name]
             in_step = timed(lambda v=variant: step(v), device)
             peaks[variant.name] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-            x_BLD = torch.randn(*rows.shape, dim, device=device, dtype=dtype, requires_grad=True)
-            in_moe = timed(lambda v=variant, x=x_BLD: moe(v, x), device)
-            case.model.zero_grad()
+            in_moe = timed_on_device(lambda v=variant: moe(v), device)
             if turn > 1:
                 steps.append(in_step)
                 moes.append(in_moe)
@@ -234,24 +275,30 @@ def main() -> None:
     parser.add_argument("package", choices=("transformers", "torchtitan"))
     parser.add_argument("shapes", nargs="+", choices=tuple(SHAPES))
     parser.add_argument("--layers", type=int, default=4, help="MoE layers of the model")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4], help="sequences of a step; one run for each")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each variant")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--sonicmoe", action="store_true", help="transformers: measure SonicMoE's layer too")
     parser.add_argument("--out", type=Path, help="file for one JSON line per variant")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    build = OfTransformers if options.package == "transformers" else OfTorchTitan
+    if options.sonicmoe and options.package != "transformers":
+        parser.error("--sonicmoe: SonicMoE is registered with transformers only")
     for shape in options.shapes:
         torch.manual_seed(0)
-        case = build(shape, options.layers, options.device, dtype)
-        rows = torch.randint(0, VOCAB, (options.batch, options.length), device=options.device)
-        for row in measure(case, rows, options.device, options.rounds):
+        if options.package == "transformers":
+            case = OfTransformers(shape, options.layers, options.device, dtype, options.sonicmoe)
+        else:
+            case = OfTorchTitan(shape, options.layers, options.device, dtype)
+        for batch in options.batch:
+            rows = torch.randint(0, VOCAB, (batch, options.length), device=options.device)
             sizes = {"package": options.package, "shape": shape, "layers": options.layers, "tokens": rows.numel()}
-            print(json.dumps(sizes | row), flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(sizes | row) + "\n")
+            for row in measure(case, rows, options.device, options.rounds):
+                print(json.dumps(sizes | row), flush=True)
+                if options.out:
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(sizes | row) + "\n")
         del case
         if options.device == "cuda":
             torch.cuda.empty_cache()
