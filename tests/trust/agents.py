@@ -1,7 +1,7 @@
 """Two agents of torchrun on one machine, as two machines would have them: the same losses as one agent gives.
 
     python -m tests.trust.agents --steps 20            # two GPUs, one for each agent
-    python -m tests.trust.agents --steps 20 --tiny     # CPUs, a small model, two processes for each agent
+    python -m tests.trust.agents --steps 20 --tiny --processes 2   # CPUs, a small model
 
 Parameters divided over all ranks (FSDP), over those of a machine and copied to the other (HSDP), and experts divided
 (EP). Then one agent is killed with its job and started again: torchrun begins again at the last checkpoint, and the
@@ -79,13 +79,14 @@ def free_port() -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true", help="a model small enough for CPUs, two processes an agent")
+    parser.add_argument("--tiny", action="store_true", help="a model small enough for CPUs")
+    parser.add_argument("--processes", type=int, default=1, help="of each agent")
     parser.add_argument("--only", nargs="+", default=["FSDP", "HSDP", "EP", "killed"])
     parser.add_argument("--seconds", type=float, default=600, help="what has not ended by then has failed")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(argv)
     out, begin = args.out or Path(tempfile.mkdtemp()), time.monotonic()
-    each = 2 if args.tiny else 1
+    each = args.processes
     if args.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     common = [f"--training.steps={args.steps}", *(jobs.TINY if args.tiny else ()), "--validation.no-enable"]
