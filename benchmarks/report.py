@@ -172,6 +172,16 @@ def layer_layouts() -> str:
     return table(header, ([r["shape"], names[r["layout"]], *of_row] for r, of_row in zip(rows, cells, strict=True)))
 
 
+def transformers_step() -> str:
+    """Models of transformers with their own experts and with ours."""
+    header = {
+        "shape": "layers of", "tokens": "tokens", "variant": "experts", "step_ms": "step, ms", "moe_ms": "experts, ms",
+        "moe_speedup": "experts, times faster", "step_speedup": "step, times faster", "bound": "step, at most",
+        "peak_gib": "peak, GiB",
+    }  # fmt: skip
+    return _plain("transformers_h200", **header)
+
+
 def layer_kinds() -> str:
     """Errors of other experts; the largest share of torch's own error over all of a kind's tensors."""
     keys = ("out", "x", "scores", "w1", "w2", "bias1", "bias2")
@@ -592,7 +602,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
-    + (layer_layouts, layer_kinds)
+    + (layer_layouts, layer_kinds, transformers_step)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
