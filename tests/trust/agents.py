@@ -76,6 +76,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
@@ -94,15 +99,19 @@ def main(argv: list[str]) -> int:
 
     def start(name: str, agents: int, options: list[str]) -> tuple:
         place = out / name.replace(" ", "-"), agents, 2 * each // agents, free_port(), [*common, *options]
-        running[name] = [Agent(place[0], number, *place[1:]) for number in range(agents)]
+        running[name] = [Agent(place[0], 0, *place[1:])]
+        while agents > 1 and not listens(place[3]) and running[name][0].process.poll() is None:
+            time.sleep(0.1)  # the first has the meeting point, so that the second can be killed
+        running[name] += [Agent(place[0], number, *place[1:]) for number in range(1, agents)]
         return place
 
+    if "killed" in args.only:
+        place = start("killed", 2, [*layouts(2 * each)["FSDP"], *CHECKPOINTS])
     for name, layout in layouts(2 * each).items():
         if name in args.only or (name == "FSDP" and "killed" in args.only):
             start(f"{name} by one", 1, list(layout))
             start(f"{name} by two", 2, list(layout))
     if "killed" in args.only:
-        place = start("killed", 2, [*layouts(2 * each)["FSDP"], *CHECKPOINTS])
         agents, saved = running["killed"], place[0] / "job/checkpoint/step-5/.metadata"
         while not saved.exists() and time.monotonic() - begin < args.seconds and agents[0].process.poll() is None:
             time.sleep(0.05)
