@@ -142,7 +142,9 @@ def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
 
         def _profile(self, steps):
             if steps == 0:
-                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                activities = torch.profiler.ProfilerActivity
+                seen = activities.CUDA if torch.cuda.is_available() else activities.CPU
+                self.profiler = torch.profiler.profile(activities=[seen])
                 self.profiler.start()
             elif steps == plan.profiled:
                 if torch.cuda.is_available():
