@@ -1,6 +1,6 @@
 """A plugin of pytest that runs the tests in a random order: none may depend on those before it.
 
-    ORDER_SEED=1 python -m pytest -p tests.trust.other_order
+ORDER_SEED=1 python -m pytest -p tests.trust.other_order
 """
 
 import os
