@@ -106,7 +106,7 @@ class AutoSavePercent:
             logger.info(f"save_percent = auto: {describe(self.choice)}, as {file} has it")
         else:
             # contexts and communication grow in the first steps
-            outside = max(memory.outside(), context_bytes(_world_size()))
+            outside = max(memory.outside(), context_bytes(_world_size())) + plan.staging
             room = _least(self.budget - outside)
             self.room = int(room / (1 + PLAN_ERROR))
             self.choice = self._imbalanced.fill(self.room)

@@ -77,6 +77,7 @@ class MemoryPlan:
         layer_growth: bytes that each layer saves beyond that, z aside, where it receives twice its tokens, and where it
             receives twice its slots; see `with_growth`.
         num_parameters: of the whole model.
+        staging: bytes of the buffers between GPUs, which are not PyTorch's; part of no other number.
         slack: bytes that the allocator reserves beyond `active`, the larger of save_percent 0 and 100.
         notes: what the numbers leave out.
         events: allocations in order, (block, bytes or 0 to free, which rows of z it holds or None): for
@@ -87,6 +88,7 @@ class MemoryPlan:
     moments: list[Moment]
     kept: dict[str, int]
     num_parameters: int
+    staging: int = 0
     slack: int = 0
     layer_kept: dict[str, int] = field(default_factory=dict)
     layer_growth: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--context_gib",
         type=float,
         help="memory outside of PyTorch's allocator: the CUDA context, and NCCL's buffers on several ranks "
-        "(default 0.6, 1.6 on several ranks: assumed)",
+        "(default 0.6, 1.6 on several ranks: assumed; and the buffers of momoe.fsdp_copies)",
     )
     parser.add_argument("--capability", default="9.0", help="compute capability of the GPU, which decides the kernels")
     parser.add_argument("--time", action="store_true", help="also predict the time of a step (docs/parallelism.md)")
@@ -127,7 +127,7 @@ def predict(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     cost = StepCost(args.node_size) if args.time else None
     plan = _plan(args, config, capability, cost)
     given = args.context_gib
-    context = context_bytes(args.world_size) if given is None else int(given * GIB)
+    context = context_bytes(args.world_size) + plan.staging if given is None else int(given * GIB)
     memory = gpu_memory_gib(args)
     budget = budget_bytes(config.momoe.memory_budget, int(memory * GIB))
     choice, reserved = largest_that_fits(plan, budget - context)
@@ -288,7 +288,7 @@ def _times(args: argparse.Namespace, config, cost, stages: int) -> dict[int, dic
     waves = max(1, training.local_batch_size // degrees.pipeline_parallel_microbatch_size)
     network = Network(args.nvlink, args.ib, args.node_size, args.overlap)
     gpu = replace(GPUS[args.gpu], launch=args.host_us)
-    timed, run = {}, Run(compiles_model(config), stages == 1 and would_capture(config, args.world_size))
+    timed, run = {}, Run(compiles_model(config), would_capture(config, args.world_size))
     for percent in SAVE_PERCENTS:
         t = step_time(cost, gpu, network, percent, repeats, (stages, waves), run)
         timed[percent] = {**t, "tokens_per_s_per_gpu": tokens * repeats / t["step"] / args.world_size}

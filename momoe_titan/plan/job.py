@@ -28,6 +28,8 @@ from momoe_titan.config.machine import Machine, checking_for
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.experts import SavingExperts
+from momoe_titan.model.model import MomoeLlama
+from momoe_titan.model.parallel.fsdp import staging_bytes
 from momoe_titan.model.parallel.gathered import job_gathers_tokens
 from momoe_titan.plan.cost import StepCost
 from momoe_titan.plan.on_gpu import EvenSizes, as_on_gpu
@@ -296,6 +298,7 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
         moments=moments,
         kept=kept,
         num_parameters=trainer.num_parameters,
+        staging=staging_bytes(model, dims, config) if isinstance(model, MomoeLlama) else 0,
         layer_kept={layer: layer_kept.get(layer, 0) for layer in layers},
         events=events,
     )

@@ -96,6 +96,7 @@ def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monke
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: ranks)
     monkeypatch.setattr(fsdp, "connect", lambda group: None)
+    caplog.set_level("INFO")
     _set_collectives([], dims, policy, copies=False)
     assert not caplog.text
     _set_collectives([], dims, policy, copies=True)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from momoe_titan.model.parallel import peer_collectives
 from momoe_titan.model.parallel.fsdp import reduce_by_sums
-from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
+from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter, buffers_bytes
 from tests.support.forks import in_gloo_forks
 
 RANKS = 3
@@ -149,6 +149,10 @@ def trains_with_these_buffers() -> None:
                 parameter.data.add_(parameter.grad, alpha=-0.01)
                 parameter.grad = None
         results.append(torch.stack(losses))
+        made = [of_size for rings in (gather._rings, scatter._rings) for of_size in rings._buffers.values()]
+        in_all = sum(memory.nbytes for of_size in made for memory, _ in of_size)
+        assert in_all == (5 * 2 * (36 + 6) if ours else 0)  # as many as are planned
+    assert buffers_bytes([84, 84]) == 5 * 2 * 2**20
     for result in results[1:]:
         assert torch.equal(result, results[0])
 

@@ -31,7 +31,7 @@ from momoe_titan.config.section import Momoe
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.allocator import block_bytes
-from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, budget_bytes
+from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, budget_bytes, context_bytes
 from momoe_titan.model import MomoeLlama, flavors
 from momoe_titan.plan import __main__ as command_line
 from momoe_titan.plan import job as plan_job
@@ -565,7 +565,7 @@ def test_growth_foresees_what_a_trace_with_more_rows_finds():
 
 @pytest.mark.slow
 def test_command_line_and_shards():
-    out = run("--world_size", "2", "--json", "--momoe.save_percent", "auto")
+    out = run("--world_size", "2", "--json", "--momoe.save_percent", "auto", "--momoe.fsdp_copies")
     assert out.returncode == 0, out.stderr
     p = json.loads(out.stdout)
     assert [row["save_percent"] for row in p["rows"]] == [0, 25, 50, 75, 100]
@@ -574,6 +574,10 @@ def test_command_line_and_shards():
     assert parameters / 2 <= sharded < parameters / 2 * 1.1  # padding, buffers
     assert all(row["total"] == row["max_reserved"] + p["context"] for row in p["rows"])
     assert p["fits"]["save_percent"] == [100.0] * 3
+    assert p["context"] == context_bytes(2) + p["plan"]["staging"]
+    block = p["num_parameters"] / 5 * 2  # of the four in bfloat16, embedding and output layer beside them
+    granules = 6 * 2 * 2**20  # of six groups, each in whole ones
+    assert 5 * block < p["plan"]["staging"] < 5 * (p["num_parameters"] * 2 + granules)
 
 
 @pytest.mark.slow

@@ -20,11 +20,11 @@ from torchtitan.tools.logging import logger
 from momoe_titan.config.section import Momoe
 from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.model.model import MomoeLlama, blocks_of
-from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter
+from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter, buffers_bytes
 from momoe_titan.model.parallel.peer_memory import connect, peers_of
 from momoe_titan.model.parallel.reduce_scatter import NarrowReduceScatter
 
-# Larger groups of weights are left to NCCL: the buffers for copies, five of a group, are kept and not planned.
+# Larger groups of weights are left to NCCL: the buffers for copies, five of a group, are kept.
 MOST_COPIED = 256 * 2**20  # bytes
 RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 
@@ -32,22 +32,20 @@ RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> None:
     """Shard the weights over the ranks of FSDP, in each replica of HSDP.
 
-    A group of weights, which one collective gathers, is a block, the embedding, or the last norm with the output layer;
-    with expert parallelism also the experts of a layer, unless `leaves_experts` says that FSDP has no part in them. What `parallelism.fsdp_reshard_after_forward` says is
-    TorchTitan's: "default" keeps gathered weights for the backward only in a pipeline, and those of the last group.
-    Weights are divided along their first dimension, the experts' along the second where there are more ranks than
-    experts. Gradients are summed over ranks, not divided. Within a host, they are sent as narrow as they were computed
-    where `training.mixed_precision_reduce` is wider, and summed in that; see also `peer_collectives`.
+    A group of weights, which one collective gathers, is a block, the embedding, or the last norm with the output
+    layer; with expert parallelism also the experts of a layer, unless `leaves_experts` says that FSDP has no part
+    in them. What `parallelism.fsdp_reshard_after_forward` says is TorchTitan's: "default" keeps gathered weights
+    for the backward only in a pipeline, and those of the last group. Weights are divided along their first
+    dimension, the experts' along the second where there are more ranks than experts. Gradients are summed over
+    ranks, not divided. Within a host, they are sent as narrow as they were computed where
+    `training.mixed_precision_reduce` is wider, and summed in that; see also `peer_collectives`.
     """
     training, reshard = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
     replicate = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     mesh = parallel_dims.get_mesh([*replicate, "fsdp"])
     config: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
-            reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
-        ),
+        "mp_policy": _precision(job_config),
         "reshard_after_forward": reshard == "always" or (reshard == "default" and not parallel_dims.pp_enabled),
     }
     if training.enable_cpu_offload:
@@ -87,6 +85,14 @@ def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobCo
     if mesh.device_type == "cpu":
         reduce_by_sums(model)
     logger.info(f"Applied {'HSDP' if replicate else 'FSDP'} to the model")
+
+
+def _precision(job_config: JobConfig) -> MixedPrecisionPolicy:
+    training = job_config.training
+    return MixedPrecisionPolicy(
+        param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param],
+        reduce_dtype=TORCH_DTYPE_MAP[training.mixed_precision_reduce],
+    )
 
 
 def leaves_experts(experts: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> bool:
@@ -166,7 +172,7 @@ def _set_collectives(
     """
     for kind, enabled in (("pipeline", parallel_dims.pp_enabled), ("expert", parallel_dims.ep_enabled)):
         if copies and enabled:
-            logger.warning(f"momoe.fsdp_copies has no effect: there is {kind} parallelism")
+            _say_why_not(f"there is {kind} parallelism")
             copies = False
     if parallel_dims.pp_enabled:  # FSDP adds up microbatches in the wider dtype before it reduces them
         return
@@ -200,13 +206,12 @@ def _exchange_within_host(
     narrow, reason = policy.param_dtype, _reason_for_nccl(mesh, policy)
     if narrow is None or reason is not None:
         if copies:
-            logger.warning(f"momoe.fsdp_copies has no effect: {reason}")
+            _say_why_not(reason)
         return
     peers = _peer_collectives(mesh.get_group(), narrow) if copies else None
     for modules in filter(None, groups):
-        num_bytes = sum(p.numel() * narrow.itemsize for module in modules for p in module.parameters())
         fsdp: Any = modules[0]  # one speaks for its group
-        if peers is not None and num_bytes <= MOST_COPIED:
+        if peers is not None and _num_bytes(modules, narrow) <= MOST_COPIED:
             fsdp.set_custom_all_gather(peers[0])
             fsdp.set_custom_reduce_scatter(peers[1])
         else:
@@ -216,9 +221,38 @@ def _exchange_within_host(
 def _peer_collectives(group: dist.ProcessGroup, narrow: torch.dtype) -> tuple[PeerAllGather, PeerReduceScatter] | None:
     connect(group)
     if peers_of(group.group_name) is None:
-        logger.warning("momoe.fsdp_copies has no effect: FSDP's ranks are no GPUs that can read each other's memory")
+        _say_why_not("FSDP's ranks are no GPUs that can read each other's memory")
         return None
     return PeerAllGather(group), PeerReduceScatter(group, narrow)
+
+
+def _say_why_not(reason: str | None) -> None:
+    logger.info(f"momoe.fsdp_copies has no effect: {reason}")
+
+
+def _num_bytes(modules: Sequence[nn.Module], dtype: torch.dtype) -> int:
+    """Of the weights of a group, gathered in this dtype."""
+    return sum(p.numel() * dtype.itemsize for module in modules for p in module.parameters())
+
+
+def staging_bytes(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> int:
+    """What the buffers of `momoe.fsdp_copies` take of a GPU beside PyTorch's memory, where GPUs can read each other's.
+
+    Args:
+        model: after `apply_fsdp`, or before it.
+    """
+    wanted = parallel_dims.fsdp_enabled and getattr(job_config, "momoe", Momoe()).fsdp_copies
+    if not wanted or parallel_dims.pp_enabled or parallel_dims.ep_enabled:
+        return 0
+    policy = _precision(job_config)
+    narrow = policy.param_dtype
+    if narrow is None or _reason_for_nccl(parallel_dims.get_mesh("fsdp"), policy) is not None:
+        return 0
+    first, last = _ends(model)
+    ends = [first + last] if model.model_args.tie_word_embeddings else [first, last]
+    groups = [*ends, *([block] for block in blocks_of(model))]
+    sizes = (_num_bytes(group, narrow) for group in groups if group)
+    return buffers_bytes(size for size in sizes if size <= MOST_COPIED)
 
 
 def reduce_by_sums(model: nn.Module) -> None:

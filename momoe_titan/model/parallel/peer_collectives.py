@@ -13,7 +13,7 @@ which may be of the same buffer, the ranks meet in transfers of the other kind, 
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from momoe_titan.kernels.sum_parts import sum_parts
+
+GATHER_BUFFERS, REDUCE_BUFFERS = 3, 2  # of each size
+_GRANULE = 2 * 2**20  # bytes; the driver gives whole ones
+
+
+def buffers_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of all buffers for groups of weights of these sizes, in bytes."""
+    return (GATHER_BUFFERS + REDUCE_BUFFERS) * sum(-(-size // _GRANULE) * _GRANULE for size in set(sizes))
 
 
 class _Rings:
@@ -57,7 +65,7 @@ class PeerAllGather:
     """An all-gather for FSDP. The ranks of `group` are GPUs of one host that can read each other."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self._rings = _Rings(group, 3)
+        self._rings = _Rings(group, GATHER_BUFFERS)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._rings.next(math.prod(size) * dtype.itemsize, dtype, device)
@@ -84,7 +92,7 @@ class PeerReduceScatter:
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype):
         self.dtype = dtype
-        self._rings = _Rings(group, 2)
+        self._rings = _Rings(group, REDUCE_BUFFERS)
         self._input_is_next = True
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
