@@ -22,6 +22,7 @@ from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
 from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.model.parallel.gathered import job_gathers_tokens
+from momoe_titan.model.parallel.peer_memory import one_sequence
 from momoe_titan.model.parallel.pipeline import stages_of
 from momoe_titan.moe.expert_stats import prepare_capture
 
@@ -234,7 +235,7 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: threads that load data may use the GPU's API meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with one_sequence(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 reserved = torch.cuda.memory_reserved()
                 loss = self.body(inputs, labels, num_tokens).detach()
         except RuntimeError as error:

@@ -82,6 +82,7 @@ class MomoeExperts(SavingExperts):
         scores_TK: torch.Tensor,
         num_rows: int | None = None,
         usual_rows: int | None = None,
+        outlet: str = "",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out_TD and the tokens per expert, int64 (E); see `momoe_mlp`."""
         w1, w2 = local_weight(self.w1), local_weight(self.w2)
@@ -100,6 +101,7 @@ class MomoeExperts(SavingExperts):
             backend=self.backend,
             check_ids=self.check_ids,
             on_saved=on_saved,
+            outlet=outlet,
         )
 
     @torch.no_grad()

@@ -188,22 +188,22 @@ class MomoeMoE(BalancedMoE):
 
     # The parts of a forward with a gatherer. The first and the last can be compiled.
 
-    def route_and_gather(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x_TD, and two tensors for `run_experts`, which are under way."""
+    def route_and_gather(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x_TD, and three tensors for `run_experts`, which are under way."""
         assert self.gatherer is not None
         x_tD = x_BLD.reshape(-1, x_BLD.shape[-1])
         x_TD = gather_rows(x_tD, self.tp_mesh)
         x_MD = self.gatherer.gather(x_TD)
         scores_tK, ids_tK = self.router(x_tD, self.expert_bias, x_BLD.shape[0])
         scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
-        choice_MC = self.gatherer.gather_choice(ids_TK, scores_TK)
+        choice = self.gatherer.gather_choice(ids_TK, scores_TK)
         record_counts(self, self.tokens_per_expert, self.gatherer.count_chosen(ids_TK))
-        return x_TD, x_MD, choice_MC
+        return x_TD, x_MD, *choice
 
-    def run_experts(self, x_MD: torch.Tensor, choice_MC: torch.Tensor) -> torch.Tensor:
+    def run_experts(self, x_MD: torch.Tensor, scores_MK: torch.Tensor, ids_MK: torch.Tensor) -> torch.Tensor:
         """This rank's experts for the tokens of all ranks; for `add_results`, under way to their ranks."""
         assert self.gatherer is not None
-        y_MD, _ = self.experts(*self.gatherer.receive(x_MD, choice_MC))
+        y_MD, _ = self.experts(*self.gatherer.receive(x_MD, scores_MK, ids_MK))
         return self.gatherer.send_home(y_MD)
 
     def add_results(self, y_MD: torch.Tensor, shared_TD: torch.Tensor | None) -> torch.Tensor:

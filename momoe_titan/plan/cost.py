@@ -37,6 +37,7 @@ _COLLECTIVES = {
     ops._c10d_functional.all_to_all_single: ("all-to-all", 0, 1),
     ops.momoe_titan.send_rows: ("all-to-all", 0, 1),
     ops.momoe_titan.gather_tokens: ("all-gather", None, 1),
+    ops.momoe_titan.gather_choice: ("all-gather", None, 1),
     ops.momoe_titan.send_blocks: ("all-to-all", 0, 1),
 }
 # What NCCL makes of a link within a node: seconds of a call beside its bytes, and the share of the link's bandwidth.

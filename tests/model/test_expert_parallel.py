@@ -32,6 +32,7 @@ DEFAULTS = {
     "starve": False,
     "dispatch": "all_ranks",
     "keeps": False,
+    "peers": False,
     "room": 0,
     "save": "",
 }
@@ -46,6 +47,10 @@ TWO = {
     "full": {"mode": "full"},
     "selective": {"mode": "selective"},
     "bfloat16": {"param_dtype": "bfloat16"},
+    "peers": {"peers": True, "save_percent": 50, "keeps": True},
+    "peers, recomputed": {"peers": True, "mode": "full"},
+    "peers, compiled": {"peers": True, "compile": True},
+    "peers, triton": {"peers": True, "backend": "triton", "save_percent": 50},
     "left out": {"keeps": True},
     "left out, bfloat16": {"param_dtype": "bfloat16", "keeps": True},
     "many experts": {"param_dtype": "bfloat16", "num_experts": 520},

@@ -2,12 +2,14 @@
 
 The processes are forks of the test's own, because importing torch takes longer than training does.
 A run has replicate, shard, ep (degrees), mode (activation checkpointing), compile, param_dtype, backend, save_percent,
-num_experts, dispatch (momoe.expert_dispatch), keeps (FSDP keeps gathered weights for the backward), starve (the last of `ep` ranks gets no token), room
+num_experts, dispatch (momoe.expert_dispatch), keeps (FSDP keeps gathered weights for the backward), peers
+(tokens travel as between GPUs that read each other's memory), starve (the last of `ep` ranks gets no token), room
 (memory for so many times the z that a rank saves in a layer at its fair share of tokens; 0: no budget)
 and save (folder of a checkpoint to write). Every rank trains on its part of the same batches. The
 results go to FOLDER/PROCESSES.pt.
 """
 
+import contextlib
 import functools
 import gc
 from pathlib import Path
@@ -27,6 +29,7 @@ from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment
 from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.parallel.dispatch import AsyncAllToAll
+from tests.support.fake_peers import FakePeers
 from tests.support.forks import in_gloo_forks
 from tests.support.tiny import (
     SEQ,
@@ -80,7 +83,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def run(settings) -> dict:
+def run(settings, peers: FakePeers) -> dict:
+    with peers.connected() if settings["peers"] else contextlib.nullcontext():
+        return _run(settings)
+
+
+def _run(settings) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     dims = ParallelDims(
         dp_replicate=settings["replicate"],
@@ -147,10 +155,10 @@ def run(settings) -> dict:
     return result
 
 
-def worker(runs: list[dict], out: str) -> None:
+def worker(runs: list[dict], out: str, peers: FakePeers) -> None:
     parallel_dims.device_type = "cpu"  # whoever imported it first
     torch._dynamo.reset()
-    results = [run(settings) for settings in runs]
+    results = [run(settings, peers) for settings in runs]
     if dist.get_rank() == 0:
         torch.save(results, out)
 
@@ -158,6 +166,10 @@ def worker(runs: list[dict], out: str) -> None:
 def train(folder: Path, runs: dict[int, list[dict]]) -> bool:
     """Whether all runs of these numbers of processes ended well."""
     return all(
-        in_gloo_forks(world, f"{folder}/store{world}", functools.partial(worker, its_runs, f"{folder}/{world}.pt"))
+        in_gloo_forks(
+            world,
+            f"{folder}/store{world}",
+            functools.partial(worker, its_runs, f"{folder}/{world}.pt", FakePeers(world)),
+        )
         for world, its_runs in runs.items()
     )

@@ -60,7 +60,8 @@ SAVED_OUTPUTS: dict[torch._ops.OpOverload, tuple[bool, ...]] = {
     ops.exchange_counts.default: (True,),
 }
 # The ops whose outputs mode "selective" with "op" saves besides.
-SELECTIVE_OPS = frozenset(LLAMA4_SAVED_OPS) | {ops.send_rows.default, ops.gather_tokens.default}
+_RECEIVED = {ops.send_rows.default, ops.gather_tokens.default, ops.gather_choice.default}
+SELECTIVE_OPS = frozenset(LLAMA4_SAVED_OPS) | _RECEIVED
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 

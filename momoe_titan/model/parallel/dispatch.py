@@ -169,14 +169,24 @@ class ReceivedChoice:
         scores_MK: float32.
         num_rows: how many (row, slot) pairs chose an expert of this rank, at most.
         usual_rows: how many do where experts are chosen evenly, if num_rows is far more than usual.
+        outlet: of `momoe_mlp`.
     """
 
     # Not a dataclass: in one, FSDP would round the scores to the dtype of the parameters.
-    def __init__(self, choice_MC: torch.Tensor, first_expert: int, num_rows: int, usual_rows: int | None = None):
-        self.scores_MK, ids_MK = choice_MC.chunk(2, dim=1)
-        self.ids_MK = ids_MK.detach().int() - first_expert
+    def __init__(
+        self,
+        scores_MK: torch.Tensor,
+        ids_MK: torch.Tensor,
+        first_expert: int,
+        num_rows: int,
+        usual_rows: int | None = None,
+        outlet: str = "",
+    ):
+        self.scores_MK = scores_MK
+        self.ids_MK = ids_MK.int() - first_expert
         self.num_rows = num_rows
         self.usual_rows = usual_rows
+        self.outlet = outlet
 
 
 class Exchange:
@@ -191,7 +201,9 @@ class Exchange:
 
     def receive(self) -> tuple[torch.Tensor, ReceivedChoice]:
         """x_MD and the choice of its rows, once they are there; to be called once."""
-        return self._x.wait(), ReceivedChoice(self._choice.wait(), **self._received)
+        x_MD = self._x.wait()
+        scores_MK, ids_MK = self._choice.wait().chunk(2, dim=1)
+        return x_MD, ReceivedChoice(scores_MK, ids_MK.detach(), **self._received)
 
     def combine(self, y_MD: torch.Tensor) -> torch.Tensor:
         """y_MD, a weighted sum over this rank's experts for each received row -> out_TD."""

@@ -38,14 +38,14 @@ class ExpertParallel(ParallelStyle):
 
     def _partition(self, _: str, module: nn.Module, mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
-            placements = [Shard(0), self.tp_placements[name]][: mesh.ndim]
+            placements = [Shard(0)] if mesh.ndim == 1 else [Shard(0), self.tp_placements[name]]
             sharded = distribute_tensor(parameter, mesh, placements)
             module.register_parameter(name, nn.Parameter(sharded))
 
     @staticmethod
     def _unpack(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
         x_MD, choice = inputs
-        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows, choice.usual_rows
+        return x_MD, choice.ids_MK, choice.scores_MK, choice.num_rows, choice.usual_rows, choice.outlet
 
 
 def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None:
@@ -60,12 +60,24 @@ def apply_expert_parallel(model: nn.Module, parallel_dims: ParallelDims) -> None
             continue
         moe = block.moe
         if isinstance(moe, MomoeMoE):
-            how = mesh.get_group(), moe.experts.num_experts, moe.experts.backend
             args: MomoeLlamaArgs = model.model_args  # pyright: ignore[reportAssignmentType] - of every model of ours
-            if gathers_tokens(args.expert_dispatch, mesh.size(), moe.router.top_k, moe.experts.num_experts):
-                moe.gatherer = TokenGatherer(*how)
-            else:
-                moe.dispatcher = Dispatcher(*how)
-            parallelize_module(moe.experts, experts_mesh, ExpertParallel(moe.experts_tp_placements))
+            spread_experts(moe, mesh, experts_mesh, args.expert_dispatch)
         else:
             parallelize_module(moe.experts, mesh, TitanExpertParallel())
+
+
+def spread_experts(moe: MomoeMoE, mesh: DeviceMesh, experts_mesh: DeviceMesh, dispatch: str) -> None:
+    """Give each rank its experts of one layer, and the layer what moves tokens between the ranks.
+
+    Args:
+        moe: the layer, with all experts.
+        mesh: the expert-parallel ranks.
+        experts_mesh: the same, or those and the ranks that split an expert's hidden dimension.
+        dispatch: `momoe.expert_dispatch`.
+    """
+    how = mesh.get_group(), moe.num_experts, moe.experts.backend
+    if gathers_tokens(dispatch, mesh.size(), moe.router.top_k, moe.num_experts):
+        moe.gatherer = TokenGatherer(*how)
+    else:
+        moe.dispatcher = Dispatcher(*how)
+    parallelize_module(moe.experts, experts_mesh, ExpertParallel(moe.experts_tp_placements))

@@ -4,18 +4,30 @@ NCCL's kernels need multiprocessors, and a persistent kernel has all of them: th
 nothing is gained by starting a transfer early. On two H200s with 50 MB each way, a forward of an MoE layer takes
 0.70 ms alone, 0.94 ms behind an all-gather by NCCL, and 0.98 ms beside it.
 
-A rank copies what others are to have into a staging buffer that they can read (symmetric memory, mapped over NVLink),
+A rank writes what others are to have into a staging buffer that they can read (symmetric memory, mapped over NVLink),
 meets them at a barrier, and reads theirs on a stream of its own.
 
-    current stream      copy to staging | barrier | kernels ......... | wait
-    side stream                                   | read the others'  |
+    current stream      write to staging | barrier | kernels ......... | wait
+    side stream                                    | read the others'  |
 
-The staging buffers are used in turn. A rank may write to one again when all others have read it. They have by the
-next barrier that follows their wait, which `_Ring.next` checks. A CUDA graph repeats the buffers that it was captured
-with, whatever ran before. Hence the first transfer of each layer begins with a barrier of its own.
+Why no rank reads a buffer before it is written: the barrier is behind the writes on the current stream of every rank,
+and the side stream waits for it. Barriers release what was written before them to all ranks, and acquire it.
+
+Why no rank writes to a buffer that another still reads. Buffers of a size are used in turn. The reads of a transfer are
+over on a rank where its current stream has waited for them. All ranks start and await the same transfers in the same
+order; so when this rank comes out of a barrier that is behind its own wait, the others have gone into it behind theirs,
+and have read. `_Ring.next` refuses a buffer whose last transfer was not awaited before the last barrier. The count is
+the host's, in the order in which it has started the work: that is the order on the device as long as everything runs
+once. A CUDA graph runs again, behind work that the host did not know of when it captured the graph, and what follows a
+replay cannot know which buffers that has used. Hence one barrier more, ahead of the first transfer: in a graph that of
+the whole graph (`one_sequence`), for a replay begins when all that was started before has ended on this rank's current
+stream, and so on every rank that comes to that barrier; anywhere else that of each layer.
 """
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +37,8 @@ from torch._C._distributed_c10d import _register_work, _SymmetricMemory
 from torch.distributed import ProcessGroup
 from torch.distributed._symmetric_memory import Work
 from torchtitan.tools.logging import logger
+
+from momoe_titan.kernels.outlet import OUTLETS, Blocks
 
 _BUFFERS = 4  # of each size; a layer has up to three transfers under way
 _peers: "dict[str, PeerCopies]" = {}  # by the group's name
@@ -37,10 +51,10 @@ class _Transfer(Work):
     def __init__(self, copies: "PeerCopies", *tensors: torch.Tensor):
         super().__init__()
         self.copies, self.tensors = copies, tensors
-        self.waited_after: int | None = None  # transfers that had been started by then
+        self.waited_after: int | None = None  # barriers that were passed by then
 
     def wait(self, *args: Any) -> bool:
-        self.waited_after = self.copies.started
+        self.waited_after = self.copies.barriers
         self.tensors = ()
         return super().wait(*args)
 
@@ -60,14 +74,34 @@ class _Ring:
     users: list[_Transfer | None] = field(default_factory=lambda: [None] * _BUFFERS)
     turn: int = 0
 
-    def next(self, separated: int) -> int:
-        """The buffer whose turn it is; transfers that were waited for before `separated` of them had been started are
-        over on all ranks."""
+    def next(self, barriers: int) -> int:
+        """The buffer whose turn it is. So many barriers were passed: transfers that were waited for before the last of
+        them are over on all ranks."""
         self.turn = (self.turn + 1) % _BUFFERS
         user = self.users[self.turn]
-        if user is not None and (user.waited_after is None or user.waited_after >= separated):
+        if user is not None and (user.waited_after is None or user.waited_after >= barriers):
             raise RuntimeError(f"more than {_BUFFERS - 1} transfers between GPUs are under way")
         return self.turn
+
+
+@dataclass
+class _Staged:
+    """What shares a staging buffer.
+
+    Attributes:
+        outs: tensors that are under way from now on.
+        ring, turn: the buffer.
+        arriving: rows of theirs, and where these are to be read.
+    """
+
+    outs: list[torch.Tensor]
+    ring: _Ring
+    turn: int
+    arriving: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return self.ring.buffers[self.turn]
 
 
 class PeerCopies:
@@ -75,13 +109,13 @@ class PeerCopies:
 
     Attributes:
         device: of this rank.
-        started: transfers so far.
+        barriers: that the current stream has passed so far, or will have.
     """
 
     def __init__(self, group: ProcessGroup):
         self.group_name, self.rank, self.ranks = group.group_name, group.rank(), group.size()
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.started = 0
+        self.device = _device()
+        self.barriers = 0
         self._rings: dict[int, _Ring] = {}
         self._handles: list[Any] = []
         self._memory: list[torch.Tensor] = []
@@ -90,56 +124,58 @@ class PeerCopies:
         """Raises RuntimeError where the GPUs cannot read each other's memory."""
         self._ring(16)
 
-    def gather(self, rows_TC: torch.Tensor, first: bool) -> torch.Tensor:
-        """Starts to gather the rows of all ranks, (P T, C). The layer's first transfer has to say so."""
-        num_tokens = rows_TC.shape[0]
-        gathered_MC = rows_TC.new_empty(self.ranks * num_tokens, *rows_TC.shape[1:])
-        blocks = gathered_MC.chunk(self.ranks)
-        staging = self._stage(rows_TC.nbytes, first)
-        _like(staging[self.rank], rows_TC).copy_(rows_TC)
-        self._read(gathered_MC, {p: (blocks[p], staging[p]) for p in self._others()})
-        blocks[self.rank].copy_(rows_TC)  # meanwhile
-        return gathered_MC
+    def gather(self, rows: Sequence[torch.Tensor], first: bool) -> list[torch.Tensor]:
+        """Starts to gather tensors from all ranks, (T, ...) -> (P T, ...). The layer's first transfer has to say so."""
+        outs = [t.new_empty(self.ranks * t.shape[0], *t.shape[1:]) for t in rows]
+        staged, offset = self._stage(outs, sum(t.nbytes for t in rows), first), 0
+        for tensor, out in zip(rows, outs, strict=True):
+            blocks, places = out.chunk(self.ranks), [_like(buffer[offset:], tensor) for buffer in staged.buffers]
+            places[self.rank].copy_(tensor)
+            staged.arriving += [(blocks[p], places[p]) for p in self._others()]
+            offset += tensor.nbytes
+        self._start([staged])
+        for tensor, out in zip(rows, outs, strict=True):  # meanwhile
+            out.chunk(self.ranks)[self.rank].copy_(tensor)
+        return outs
 
     def send_blocks(self, rows_MC: torch.Tensor) -> torch.Tensor:
         """Starts to send block p to rank p. The blocks of the others arrive in rows_MC, in place of those sent."""
-        blocks = rows_MC.chunk(self.ranks)
-        num_bytes = blocks[0].nbytes
-        staging = self._stage(num_bytes * (self.ranks - 1))
-        mine = staging[self.rank]
-        for p in self._others():
-            _like(mine[_place(p, self.rank) * num_bytes :], blocks[p]).copy_(blocks[p])
-        here = {p: staging[p][_place(self.rank, p) * num_bytes :] for p in self._others()}
-        return self._read(rows_MC, {p: (blocks[p], here[p]) for p in self._others()})
+        sending = BlocksToPeers(self)
+        for first, last, place in sending.stage(rows_MC).sent:
+            place.copy_(rows_MC[first:last])
+        sending.start()
+        return rows_MC
 
     def _others(self) -> list[int]:
         """The other ranks; each rank begins with another one."""
         return [(self.rank + step) % self.ranks for step in range(1, self.ranks)]
 
-    def _stage(self, num_bytes: int, after_barrier: bool = False) -> list[torch.Tensor]:
-        """The staging buffers of all ranks for the next transfer, of which this rank may write its own."""
+    def _stage(self, outs: list[torch.Tensor], num_bytes: int, first: bool = False) -> _Staged:
+        """The next staging buffers of this size, of which this rank may write its own."""
         ring = self._ring(num_bytes)
-        if after_barrier:
+        if first if _begun is None else self.group_name not in _begun:
             self._meet()
-        self._user = ring, ring.next(self.started + after_barrier)
-        self.started += 1
-        return ring.buffers[ring.turn]
+        if _begun is not None:
+            _begun.add(self.group_name)
+        return _Staged(outs, ring, ring.next(self.barriers))
 
-    def _read(self, out: torch.Tensor, blocks: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def _start(self, staged: list[_Staged]) -> None:
+        """Behind one barrier, read for each of these what the others have staged."""
         self._meet()
-        ring, turn = self._user
-        ring.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(ring.stream):
-            for block, staging in blocks.values():
-                block.copy_(_like(staging, block))
-            transfer = _Transfer(self, out)
-        ring.users[turn] = transfer
-        _register_work(out, transfer)
-        return out
+        for s in staged:
+            s.ring.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(s.ring.stream):
+                for rows, place in s.arriving:
+                    rows.copy_(place)
+                transfer = _Transfer(self, *s.outs)
+            s.ring.users[s.turn] = transfer
+            for out in s.outs:
+                _register_work(out, transfer)
 
     def _meet(self) -> None:
         """Have the current streams of all ranks come here before any goes on."""
         self._handles[0].barrier()
+        self.barriers += 1
 
     def _ring(self, num_bytes: int) -> _Ring:
         """The staging buffers of a size; all ranks come here the first time. Kept for CUDA graphs, which use them."""
@@ -154,6 +190,53 @@ class PeerCopies:
                 self._memory.append(mine)
             self._rings[num_bytes] = _Ring(buffers, torch.cuda.Stream())
         return self._rings[num_bytes]
+
+
+class BlocksToPeers:
+    """Results in P blocks of equally many rows, of which block p is for rank p: an `outlet.Sending`.
+
+    What comes from rank p arrives in block p, in place of what was for it.
+    """
+
+    def __init__(self, copies: PeerCopies):
+        self._copies, self._staged = copies, []
+
+    def stage(self, rows_MC: torch.Tensor) -> Blocks:
+        copies = self._copies
+        blocks, rank = rows_MC.chunk(copies.ranks), copies.rank
+        num_rows, num_bytes = blocks[0].shape[0], blocks[0].nbytes
+        staged, sent = copies._stage([rows_MC], num_bytes * (copies.ranks - 1)), []
+
+        def place(of: int, holder: int) -> torch.Tensor:
+            return _like(staged.buffers[holder][_place(of, holder) * num_bytes :], blocks[0])
+
+        for p in copies._others():
+            sent.append((p * num_rows, (p + 1) * num_rows, place(p, rank)))
+            staged.arriving.append((blocks[p], place(rank, p)))
+        self._staged.append(staged)
+        return Blocks((rank * num_rows, (rank + 1) * num_rows), sent)
+
+    def start(self) -> None:
+        self._copies._start(self._staged)
+
+
+_begun: set[str] | None = None  # the groups that have begun to exchange in the sequence
+
+
+@contextlib.contextmanager
+def one_sequence() -> Iterator[None]:
+    """Around a capture: all transfers in the block follow each other in this order each time that they run, and only
+    the first of a group begins with a barrier."""
+    global _begun
+    before, _begun = _begun, set()
+    try:
+        yield
+    finally:
+        _begun = before
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _place(rank: int, holder: int) -> int:
@@ -184,6 +267,7 @@ def connect(group: ProcessGroup) -> None:
     dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
     if works:
         _peers[group.group_name] = copies
+        OUTLETS[group.group_name] = functools.partial(BlocksToPeers, copies)
     else:
         logger.warning(
             "NCCL carries what these GPUs exchange, which takes longer than copies between them: they "

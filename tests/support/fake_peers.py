@@ -1,0 +1,104 @@
+"""GPUs of one host that read each other's memory, played by processes on gloo that share some.
+
+What a GPU reads on its side stream is read here as late as it may be: when it is waited for. A rank that wrote to a
+staging buffer too early would change what the others get.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _symmetric_memory as symmetric_memory
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from momoe_titan.kernels import outlet
+from momoe_titan.model.parallel import peer_memory
+
+BYTES = 1 << 20  # that a rank can share
+
+
+class SideStream(TorchDispatchMode):
+    """Keeps copies for later."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept: list[tuple[Any, tuple]] = []
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.kept.append((func, args))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _keep(work) -> None:
+    dist.distributed_c10d.Work.__init__(work)
+    stream: Any = _get_current_dispatch_mode()
+    work.kept, stream.kept = stream.kept, []
+
+
+class FakePeers:
+    """The memory that some processes share; to be made before they fork.
+
+    Attributes:
+        barriers: that this rank has passed.
+        late: seconds that this rank takes before it reads.
+    """
+
+    def __init__(self, ranks: int):
+        self.memory = torch.zeros(ranks, BYTES, dtype=torch.uint8).share_memory_()
+        self.used = self.barriers = 0
+        self.late = 0.0
+
+    def empty_strided_p2p(self, shape, stride, dtype, device, group_name) -> SimpleNamespace:
+        begin, self.used = self.used, self.used + (shape[0] + 63) // 64 * 64
+        assert self.used <= BYTES
+        return SimpleNamespace(begin=begin)
+
+    def rendezvous(self, mine: SimpleNamespace) -> SimpleNamespace:
+        def get_buffer(rank, shape, dtype):
+            return self.memory[rank, mine.begin : mine.begin + shape[0]]
+
+        return SimpleNamespace(get_buffer=get_buffer, barrier=self._barrier)
+
+    def _barrier(self) -> None:
+        self.barriers += 1
+        dist.barrier()
+
+    def _read(self, work, *_) -> bool:
+        time.sleep(self.late)
+        for func, args in work.kept:
+            func(*args)
+        work.kept = []
+        return True
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """The ranks of every group that is connected inside can read each other, all of them."""
+        self.used = self.barriers = 0
+        patched: list[Any] = [
+            mock.patch.object(peer_memory, "_on_one_host", lambda group: True),
+            mock.patch.object(peer_memory, "_device", lambda: torch.device("cpu")),
+            mock.patch.object(peer_memory, "_SymmetricMemory", self),
+            mock.patch.object(symmetric_memory.Work, "__init__", _keep),
+            mock.patch.object(symmetric_memory.Work, "wait", lambda work, *args: self._read(work)),
+            mock.patch.object(torch.cuda, "Stream", SideStream),
+            mock.patch.object(torch.cuda, "stream", lambda stream: stream),
+            mock.patch.object(torch.cuda, "current_stream", lambda: None),
+        ]
+        with contextlib.ExitStack() as stack:
+            for patch in patched:
+                stack.enter_context(patch)
+            try:
+                yield
+            finally:
+                for table in (peer_memory._peers, peer_memory._tried, outlet.OUTLETS):
+                    table.clear()
