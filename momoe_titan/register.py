@@ -22,7 +22,7 @@ from torchtitan.protocols import model_converter
 from torchtitan.protocols import train_spec as titan
 from torchtitan.protocols.train_spec import TrainSpec
 
-from momoe_titan.adapters.torchtitan import CONVERTED, MomoeConverter
+from momoe_titan.adapters.torchtitan import CONVERTED, MomoeConverter, apply_own_dispatch
 from momoe_titan.components.auto_save_percent import set_up_auto_save_percent
 from momoe_titan.components.checkpoint import allow_missing_balance_state
 from momoe_titan.components.loss import Loss, build_loss, scale_router_losses
@@ -97,6 +97,7 @@ def _parallelize(
         return of_spec(model, parallel_dims, job_config)
     set_up_auto_save_percent(model, job_config)
     scale_router_losses(model, job_config, parallel_dims)
+    parallel_dims = apply_own_dispatch(model, parallel_dims, job_config)
     config = job_config.activation_checkpoint
     # Ours does not run the experts again, whose results it does not keep either: TorchTitan's expert parallelism
     # multiplies them by scores, and its backward reads them.

@@ -22,14 +22,15 @@ from torchtitan.models.moe import MoEArgs
 from torchtitan.models.moe.moe import GroupedExperts, MoE
 from torchtitan.tools.logging import logger
 
-from momoe_titan.config.checks.converter import check_converter
+from momoe_titan.config.checks.converter import check_converter, dispatches
 from momoe_titan.config.section import Momoe
 from momoe_titan.kernels import momoe_grouped_mlp, momoe_mlp
 from momoe_titan.kernels.activations import LIMIT
 from momoe_titan.kernels.router import float32_product
 from momoe_titan.model.experts import SavingExperts
-from momoe_titan.model.moe import BalancedMoE
+from momoe_titan.model.moe import MomoeMoE
 from momoe_titan.model.parallel.collectives import local_weight
+from momoe_titan.model.parallel.expert import spread_experts
 from momoe_titan.model.router import MomoeRouter
 from momoe_titan.moe.balancing import QUANTILE
 from momoe_titan.moe.expert_stats import count_experts, record_counts
@@ -37,6 +38,8 @@ from momoe_titan.save_percent import AUTO, check_num_layers, parse_save_percent
 
 # attribute of a job's configuration, and of the model and its pipeline stages: a `ConvertedModel`
 CONVERTED = "_converted_by_momoe_titan"
+# what `model.parallel.expert.ExpertParallel` gives experts beside a choice, in its order
+OF_DISPATCH = ("num_rows", "usual_rows", "outlet")
 
 
 @dataclasses.dataclass
@@ -74,7 +77,12 @@ class ConvertedExperts(SavingExperts, GroupedExperts):
     Args:
         stock: whose parameters these experts take over.
         save_percent, backend, check_ids: of `momoe_mlp`.
+
+    Attributes:
+        scores_on_input: of `momoe_mlp`, for tokens; without effect on rows.
     """
+
+    scores_on_input = False
 
     def __init__(self, stock: _Experts, save_percent: float, backend: str, check_ids: bool):
         nn.Module.__init__(self)  # the base class would make parameters
@@ -94,26 +102,26 @@ class ConvertedExperts(SavingExperts, GroupedExperts):
         return (up.mT, gate.mT), down.mT, {}
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - takes what the base class takes, and more
-        self, x: torch.Tensor, *choice: torch.Tensor, **options: Any
+        self, x: torch.Tensor, *choice: Any
     ) -> Any:
         """Experts on tokens, or on rows as TorchTitan's expert parallelism hands them over.
 
         Args:
             x: (T, D) tokens, or (R, D) rows sorted by expert.
             *choice: the chosen experts (T, K) and their scores (T, K); or the number of rows of each expert (E), rows
-                beyond their sum being padding.
-            **options: of `momoe_mlp`.
+                beyond their sum being padding. Our expert parallelism adds `OF_DISPATCH` of `momoe_mlp` to the scores.
 
         Returns:
             Of tokens (out (T, D), tokens per expert (E)), of rows out (R, D); in the dtype of x.
         """
-        w1, w2, of_experts = self._weights()
+        w1, w2, options = self._weights()
         save_percent, on_saved = self.what_is_saved()
-        options |= of_experts | {"backend": self.backend, "on_saved": on_saved}
+        options |= {"backend": self.backend, "on_saved": on_saved}
         if len(choice) == 1:
             counts_E = choice[0].to(torch.int64)
             return momoe_grouped_mlp(x, w1, w2, counts_E, None, save_percent, **options).to(x.dtype)
-        ids_TK, scores_TK = choice
+        ids_TK, scores_TK, *of_dispatch = choice
+        options |= dict(zip(OF_DISPATCH, of_dispatch, strict=False)) | {"scores_on_input": self.scores_on_input}
         out_TD, counts_E = momoe_mlp(x, w1, w2, ids_TK, scores_TK, save_percent, check_ids=self.check_ids, **options)
         return out_TD.to(x.dtype), counts_E
 
@@ -177,10 +185,10 @@ def converted_router(stock: Any) -> MomoeRouter:
     return router
 
 
-class ConvertedMoE(BalancedMoE):
+class ConvertedMoE(MomoeMoE):
     """An MoE layer of TorchTitan with our experts and router, and with exact counts of tokens.
 
-    Differs from `BalancedMoE` in its state: the parameters and persistent buffers are those of the stock layer. A
+    Differs from `MomoeMoE` in its state: the parameters and persistent buffers are those of the stock layer. A
     layer without a bias in its state keeps balancing off.
 
     Args:
@@ -195,11 +203,12 @@ class ConvertedMoE(BalancedMoE):
         of_gpt_oss = isinstance(stock.experts, GptOssGroupedExperts)
         experts_class: Any = ConvertedGptOssExperts if of_gpt_oss else ConvertedExperts
         self.experts = experts_class(stock.experts, save_percent, settings.backend, settings.check_ids)
+        self.experts.scores_on_input = stock.score_before_experts
         self.router = converted_router(stock.router)
         self.reorderer = stock.reorderer
         self.shared_experts = stock.shared_experts
         self.score_before_experts = stock.score_before_experts
-        self.tp_mesh = None
+        self.tp_mesh = self.gatherer = self.dispatcher = None
         has_bias = stock.expert_bias is not None
         self.load_balance_coeff = rate if has_bias and rate else None
         self.load_balance_rule = settings.load_balance_rule
@@ -223,13 +232,13 @@ class ConvertedMoE(BalancedMoE):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> out (B, L, D)."""
-        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        ours = self.gatherer is not None or self.dispatcher is not None
+        if ours or not isinstance(next(self.experts.parameters(recurse=False)), DTensor):
+            return super().forward(x_BLD)
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])  # TorchTitan's expert parallelism
         scores_TK, ids_TK = self.router(x_TD, self.expert_bias, x_BLD.shape[0])
-        if isinstance(next(self.experts.parameters(recurse=False)), DTensor):  # by expert parallelism
-            counts_E = count_experts(ids_TK, self.num_experts)
-            out_TD = self._through_rows(x_TD, ids_TK, scores_TK, counts_E)
-        else:
-            out_TD, counts_E = self.experts(x_TD, ids_TK, scores_TK, scores_on_input=self.score_before_experts)
+        counts_E = count_experts(ids_TK, self.num_experts)
+        out_TD = self._through_rows(x_TD, ids_TK, scores_TK, counts_E)
         record_counts(self, self.tokens_per_expert, counts_E)
         if self.shared_experts is not None:
             out_TD = self.shared_experts(x_TD) + out_TD
@@ -249,6 +258,38 @@ class ConvertedMoE(BalancedMoE):
         if self.score_before_experts:
             return out_TKD.sum(dim=1)
         return torch.bmm(scores_TK[:, None], out_TKD.float())[:, 0].to(x_TD.dtype)
+
+
+class DenseDims(ParallelDims):
+    """Parallel dimensions without the expert parallelism of TorchTitan's layers; the ranks of each are as they were.
+
+    Args:
+        dims: of the job.
+    """
+
+    def __init__(self, dims: ParallelDims):
+        vars(self).update(vars(dims))
+
+    @property
+    def ep_enabled(self) -> bool:
+        return False
+
+
+def apply_own_dispatch(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> ParallelDims:
+    """Spread the experts of a converted model over its expert-parallel ranks, if the job names our dispatch.
+
+    Returns:
+        What TorchTitan's parallelization of the model is to be called with.
+    """
+    if not (parallel_dims.ep_enabled and dispatches(job_config)):
+        return parallel_dims
+    dispatch: str = job_config.momoe.expert_dispatch  # pyright: ignore[reportAttributeAccessIssue] - of the section
+    mesh = parallel_dims.get_mesh("ep")
+    for module in model.modules():
+        if isinstance(module, ConvertedMoE):
+            spread_experts(module, mesh, mesh, dispatch)
+    logger.info(f"Expert parallelism by momoe.expert_dispatch = {dispatch!r}")
+    return DenseDims(parallel_dims)
 
 
 class MomoeConverter:

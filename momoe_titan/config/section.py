@@ -238,7 +238,8 @@ class Momoe:
     that own its experts; the host waits in every MoE layer to learn how
     many come. "all_ranks": to all, without a wait, in parts compiled as
     a whole; more is sent, and a rank has room for all tokens at once.
-    "auto": "all_ranks" where it sends at most 1.3 times as much.
+    "auto": "all_ranks" where it sends at most 1.3 times as much. For a
+    model that the converter "momoe" has changed: TorchTitan's own.
     """
 
     check_ids: bool = False

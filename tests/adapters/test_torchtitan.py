@@ -337,9 +337,9 @@ def test_settings_reach_the_layers():
     assert all(layer.router.aux_loss_weight == 0.1 and layer.router.last_shares_E is not None for layer in layers)
 
 
-def two_ranks(name: str, **dims) -> None:
+def two_ranks(name: str, *options: str, **dims) -> None:
     """A rank of a job that the model's own `parallelize_fn` spreads: its gradients are those of one process."""
-    options = ["--training.mixed_precision_param=float32", "--momoe.save_percent=50"]
+    options = ["--training.mixed_precision_param=float32", "--momoe.save_percent=50", *options]
     options.append(f"--parallelism.expert_parallel_degree={dims.get('ep', 1)}")
     config = config_of(name, *options)
     sizes = dict(dp_replicate=1, dp_shard=2, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=2) | dims
@@ -348,6 +348,9 @@ def two_ranks(name: str, **dims) -> None:
     parallel_dims.build_mesh()
     single = build(name)
     model = build(name, parallel_dims, converted=True, config=config, parallelize=True)
+    own = config.momoe.expert_dispatch
+    for layer in moe_layers(model):
+        assert (layer.gatherer is not None, layer.dispatcher is not None) == (own == "all_ranks", own == "chosen_ranks")
     rank = dist.get_rank()
     loss_of(model, tokens()[2 * rank : 2 * rank + 2]).backward()
     loss_of(single, tokens()).backward()
@@ -369,6 +372,25 @@ def test_two_ranks_compute_what_one_does(name, dims, tmp_path):
     assert in_gloo_forks(2, tmp_path / "store", lambda: two_ranks(name, **dims))
 
 
+OWN_DISPATCH = [  # model, dispatch, and options beside it
+    ("qwen3", "chosen_ranks", "--activation_checkpoint.mode=full"),
+    ("deepseek_v3", "all_ranks", "--activation_checkpoint.mode=selective"),
+    ("llama4", "all_ranks"),
+    ("gpt_oss", "chosen_ranks"),
+    ("in groups", "all_ranks", "--momoe.load_balance_rule=quantile"),
+]
+
+
+def test_our_dispatch_computes_what_one_rank_does(tmp_path):
+    """All models in one pair of processes."""
+
+    def all_models() -> None:
+        for name, dispatch, *options in OWN_DISPATCH:
+            two_ranks(name, f"--momoe.expert_dispatch={dispatch}", *options, ep=2)
+
+    assert in_gloo_forks(2, tmp_path / "store", all_models)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -379,6 +401,15 @@ def test_two_ranks_compute_what_one_does(name, dims, tmp_path):
         (["--parallelism.expert_parallel_comm_backend=deepep"], "comm_backend is 'deepep', must be 'standard'"),
         (["--momoe.backend=torchtitan"], "momoe.backend is 'torchtitan', which leaves nothing"),
         (["--momoe.save_percent=auto", "--parallelism.expert_parallel_degree=2"], "'auto', which does not know"),
+        (
+            [
+                "--momoe.expert_dispatch=all_ranks",
+                "--parallelism.expert_parallel_degree=2",
+                "--activation_checkpoint.mode=full",
+                "--compile.enable",
+            ],
+            "momoe.expert_dispatch is 'all_ranks', must be 'auto' with torch.compile and activation_checkpoint.mode",
+        ),
     ],
 )
 def test_jobs_that_cannot_work_are_refused_by_name(options, message):

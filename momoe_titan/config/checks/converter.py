@@ -6,6 +6,7 @@ from typing import Any
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
+from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import MODEL_NAME
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
 from momoe_titan.save_percent import AUTO
@@ -15,12 +16,18 @@ CONVERTER = "momoe"
 READ = {
     "save_percent", "memory_budget", "backend", "load_balance_rate", "load_balance_rule", "load_balance_average",
     "load_balance_off_layers", "aux_loss_weight", "aux_loss_scope", "router_z_loss_weight", "check_ids",
+    "expert_dispatch",
 }  # fmt: skip
 
 
 def converts(job_config: JobConfig) -> bool:
     """Whether the job's model gets our experts from the converter."""
     return CONVERTER in job_config.model.converters
+
+
+def dispatches(job_config: JobConfig) -> bool:
+    """Whether expert parallelism of a converted model goes by our dispatch, and not by TorchTitan's."""
+    return getattr(job_config, "momoe", Momoe()).expert_dispatch != Momoe.expert_dispatch
 
 
 def check_converter(job_config: JobConfig) -> None:
@@ -56,12 +63,37 @@ def _check_section(job_config: JobConfig) -> None:
         return
     if section.backend == STOCK_BACKEND:
         raise ValueError(f"momoe.backend is {STOCK_BACKEND!r}, which leaves nothing for the converter {CONVERTER!r}")
-    if section.save_percent == AUTO and job_config.parallelism.expert_parallel_degree > 1:
-        raise ValueError(
-            f"momoe.save_percent is {AUTO!r}, which does not know TorchTitan's own expert parallelism, but "
-            f"parallelism.expert_parallel_degree is {job_config.parallelism.expert_parallel_degree}"
-        )
+    _check_dispatch(job_config)
     default = Momoe()
     unread = [f.name for f in dataclasses.fields(Momoe) if f.name not in READ]
     if changed := [name for name in unread if getattr(section, name) != getattr(default, name)]:
         logger.warning(f"Without effect on a converted model: {', '.join(f'momoe.{name}' for name in changed)}")
+
+
+def _check_dispatch(job_config: JobConfig) -> None:
+    section: Any = job_config.momoe  # pyright: ignore[reportAttributeAccessIssue] - of job.custom_config_module
+    parallelism = job_config.parallelism
+    degree, dispatch = parallelism.expert_parallel_degree, section.expert_dispatch
+    if degree == 1:
+        if dispatches(job_config):
+            logger.warning(f"momoe.expert_dispatch = {dispatch!r} has no effect without expert parallelism")
+        return
+    if not dispatches(job_config):
+        if section.save_percent == AUTO:
+            raise ValueError(
+                f"momoe.save_percent is {AUTO!r}, which does not know TorchTitan's own expert parallelism, but "
+                f"parallelism.expert_parallel_degree is {degree}: name a momoe.expert_dispatch"
+            )
+        return
+    mode = job_config.activation_checkpoint.mode
+    if mode != "none" and compiles_model(job_config):
+        raise ValueError(
+            f"momoe.expert_dispatch is {dispatch!r}, must be 'auto' with torch.compile and "
+            f"activation_checkpoint.mode = {mode!r}"
+        )
+    overlap, schedule = parallelism.pipeline_parallel_expert_parallel_overlap, parallelism.pipeline_parallel_schedule
+    if parallelism.pipeline_parallel_degree > 1 and overlap and schedule.lower() == "dualpipev":
+        raise ValueError(
+            f"momoe.expert_dispatch is {dispatch!r}, must be 'auto' where "
+            f"parallelism.pipeline_parallel_schedule = {schedule!r} interleaves with it"
+        )
