@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from momoe_titan.model.parallel import fsdp
@@ -88,18 +89,22 @@ NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         ("", MixedPrecisionPolicy(torch.float32, torch.float32), [0, 1], "mixed_precision_param"),
         ("", NARROW, [0, 2], "several hosts"),
         ("", NARROW, [0, 1], "no GPUs"),
+        ("", NARROW, [0, 1], "more than"),
     ],
 )
 def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monkeypatch, caplog):
-    mesh = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="of CPUs"))
+    mesh = SimpleNamespace(get_group=lambda: SimpleNamespace(group_name="of CPUs"), device_type="cuda")
     dims = SimpleNamespace(pp_enabled=kind == "pp", ep_enabled=kind == "ep", get_mesh=lambda name: mesh)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: ranks)
     monkeypatch.setattr(fsdp, "connect", lambda group: None)
+    monkeypatch.setattr(fsdp, "MOST_COPIED", 8 * 2)
+    group = nn.Linear(4, 2 if says != "more than" else 3, bias=False)
+    group.set_custom_reduce_scatter = lambda collective: None
     caplog.set_level("INFO")
-    _set_collectives([], dims, policy, copies=False)
+    _set_collectives([[], [group]], dims, policy, copies=False)
     assert not caplog.text
-    _set_collectives([], dims, policy, copies=True)
+    _set_collectives([[], [group]], dims, policy, copies=True)
     (record,) = caplog.records
     assert record.getMessage().startswith("momoe.fsdp_copies has no effect") and says in record.getMessage()
 

@@ -24,7 +24,7 @@ from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduc
 from momoe_titan.model.parallel.peer_memory import connect, peers_of
 from momoe_titan.model.parallel.reduce_scatter import NarrowReduceScatter
 
-# Larger groups of weights are left to NCCL: the buffers for copies, five of a group, are kept.
+# A model with a larger group of weights is left to NCCL: the buffers for copies, five of a group, are kept.
 MOST_COPIED = 256 * 2**20  # bytes
 RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 
@@ -172,7 +172,7 @@ def _set_collectives(
     """
     for kind, enabled in (("pipeline", parallel_dims.pp_enabled), ("expert", parallel_dims.ep_enabled)):
         if copies and enabled:
-            _say_why_not(f"there is {kind} parallelism")
+            _say_why_not(f"there is {kind} parallelism", parallel_dims.get_mesh("fsdp"))
             copies = False
     if parallel_dims.pp_enabled:  # FSDP adds up microbatches in the wider dtype before it reduces them
         return
@@ -206,33 +206,40 @@ def _exchange_within_host(
     narrow, reason = policy.param_dtype, _reason_for_nccl(mesh, policy)
     if narrow is None or reason is not None:
         if copies:
-            _say_why_not(reason)
+            _say_why_not(reason, mesh)
         return
-    peers = _peer_collectives(mesh.get_group(), narrow) if copies else None
+    if copies and _sizes(groups, narrow) is None:
+        _say_why_not(f"a group of weights has more than {MOST_COPIED // 2**20} MiB", mesh)
+        copies = False
+    peers = _peer_collectives(mesh, narrow) if copies else None
     for modules in filter(None, groups):
         fsdp: Any = modules[0]  # one speaks for its group
-        if peers is not None and _num_bytes(modules, narrow) <= MOST_COPIED:
+        if peers is not None:
             fsdp.set_custom_all_gather(peers[0])
             fsdp.set_custom_reduce_scatter(peers[1])
         else:
             fsdp.set_custom_reduce_scatter(NarrowReduceScatter(narrow))
 
 
-def _peer_collectives(group: dist.ProcessGroup, narrow: torch.dtype) -> tuple[PeerAllGather, PeerReduceScatter] | None:
+def _peer_collectives(mesh: DeviceMesh, narrow: torch.dtype) -> tuple[PeerAllGather, PeerReduceScatter] | None:
+    group = mesh.get_group()
     connect(group)
     if peers_of(group.group_name) is None:
-        _say_why_not("FSDP's ranks are no GPUs that can read each other's memory")
+        _say_why_not("FSDP's ranks are no GPUs that can read each other's memory", mesh)
         return None
     return PeerAllGather(group), PeerReduceScatter(group, narrow)
 
 
-def _say_why_not(reason: str | None) -> None:
-    logger.info(f"momoe.fsdp_copies has no effect: {reason}")
+def _say_why_not(reason: str | None, mesh: DeviceMesh) -> None:
+    if mesh.device_type != "cpu":  # where nobody expects it
+        logger.info(f"momoe.fsdp_copies has no effect: {reason}")
 
 
-def _num_bytes(modules: Sequence[nn.Module], dtype: torch.dtype) -> int:
-    """Of the weights of a group, gathered in this dtype."""
-    return sum(p.numel() * dtype.itemsize for module in modules for p in module.parameters())
+def _sizes(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> list[int] | None:
+    """Bytes of the weights of each group, gathered in this dtype; None where one is too large for copies."""
+    weights = ([p.numel() for module in modules for p in module.parameters()] for modules in groups if modules)
+    sizes = [sum(of_group) * dtype.itemsize for of_group in weights]
+    return None if max(sizes, default=0) > MOST_COPIED else sizes
 
 
 def staging_bytes(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> int:
@@ -250,9 +257,7 @@ def staging_bytes(model: MomoeLlama, parallel_dims: ParallelDims, job_config: Jo
         return 0
     first, last = _ends(model)
     ends = [first + last] if model.model_args.tie_word_embeddings else [first, last]
-    groups = [*ends, *([block] for block in blocks_of(model))]
-    sizes = (_num_bytes(group, narrow) for group in groups if group)
-    return buffers_bytes(size for size in sizes if size <= MOST_COPIED)
+    return buffers_bytes(_sizes([*ends, *([block] for block in blocks_of(model))], narrow) or [])
 
 
 def reduce_by_sums(model: nn.Module) -> None:
