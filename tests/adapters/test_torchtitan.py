@@ -3,16 +3,21 @@
 import copy
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import parallel_dims as parallel_dims_module
@@ -22,7 +27,10 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 import momoe_titan.register  # noqa: F401 - makes the converter known
 from momoe_titan.adapters.torchtitan import CONVERTED, ConvertedMoE
+from momoe_titan.components import auto_save_percent
 from momoe_titan.config.checks.converter import check_converter
+from momoe_titan.memory.auto_save_percent import MEASURED_STEPS
+from momoe_titan.memory.plan import GIB, MemoryPlan, Moment
 from momoe_titan.model.router import MomoeRouter
 from tests.support import commands
 from tests.support.forks import in_gloo_forks
@@ -195,13 +203,25 @@ def train(model, state: dict | None, steps: int) -> tuple[list[float], dict]:
     return losses, copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
 
-def test_checkpoints_go_from_stock_to_converted_and_back():
-    wanted, _ = train(build("qwen3"), None, 6)
-    first, state = train(build("qwen3"), None, 2)
-    second, state = train(build("qwen3", converted=True), state, 2)
-    third, _ = train(build("qwen3"), state, 2)
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_go_from_stock_to_converted_and_back(name, tmp_path):
+    """Weights, biases of the balancing and the optimizer's state, through a checkpoint of PyTorch's; equal losses."""
+    wanted, _ = train(build(name), None, 6)
+    first, state = train(build(name), None, 2)
+    second, state = train(build(name, converted=True), through_a_file(state, tmp_path / "stock"), 2)
+    third, _ = train(build(name), through_a_file(state, tmp_path / "converted"), 2)
     assert first + second + third == pytest.approx(wanted, rel=1e-4)
     assert wanted[-1] < wanted[0]
+
+
+def through_a_file(state: dict, folder) -> dict:
+    checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    loaded = copy.deepcopy(state)
+    for tensor in tree_leaves(loaded):
+        if isinstance(tensor, torch.Tensor):
+            tensor.zero_()
+    checkpoint.load(loaded, checkpoint_id=folder, no_dist=True)
+    return loaded
 
 
 def balanced(model, config: JobConfig):
@@ -337,6 +357,44 @@ def test_settings_reach_the_layers():
     assert all(layer.router.aux_loss_weight == 0.1 and layer.router.last_shares_E is not None for layer in layers)
 
 
+class EnoughMemory:
+    """`DeviceMemory` of a GPU of 100 GiB, all of which is free."""
+
+    def total(self) -> int:
+        return 100 * GIB
+
+    def outside(self) -> int:
+        return 0
+
+    def peak_reserved(self) -> int:
+        return GIB
+
+    def give_back(self) -> None:
+        pass
+
+
+def test_auto_chooses_for_the_converted_layers(monkeypatch, tmp_path):
+    """By the plan, in which they are layers, and again by what steps have taken."""
+    config = config_of("qwen3", "--momoe.save_percent=auto", f"--job.dump_folder={tmp_path}")
+    config.momoe.memory_budget = 80.0
+    z = [("0", GIB), ("1", GIB)]
+    plan = MemoryPlan(["0", "1"], [Moment("loss", z, 78 * GIB, {})], {}, 1)
+    monkeypatch.setattr(auto_save_percent, "plan_in_child", lambda config: plan.to_dict())
+    monkeypatch.setattr(auto_save_percent, "CudaMemory", EnoughMemory)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        model = build("qwen3", converted=True, config=config, parallelize=True)
+    layers = [layer.experts for layer in moe_layers(model)]
+    at_first = sum(layer.save_percent for layer in layers)
+    assert at_first < 200
+    optimizers = balanced(model, config)
+    for _ in range(MEASURED_STEPS):
+        loss_of(model, tokens()).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+    assert sum(layer.save_percent for layer in layers) > at_first
+
+
 def two_ranks(name: str, *options: str, **dims) -> None:
     """A rank of a job that the model's own `parallelize_fn` spreads: its gradients are those of one process."""
     options = ["--training.mixed_precision_param=float32", "--momoe.save_percent=50", *options]
@@ -365,11 +423,17 @@ def two_ranks(name: str, *options: str, **dims) -> None:
         assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max(), key
 
 
-@pytest.mark.parametrize(
-    ("name", "dims"), [("qwen3", {}), ("qwen3", {"ep": 2}), ("llama4", {"ep": 2})], ids=["fsdp", "ep", "ep of llama4"]
-)
-def test_two_ranks_compute_what_one_does(name, dims, tmp_path):
-    assert in_gloo_forks(2, tmp_path / "store", lambda: two_ranks(name, **dims))
+THEIR_DISPATCH = [("qwen3", 1), ("gpt_oss", 1), ("qwen3", 2), ("deepseek_v3", 2), ("llama4", 2)]  # expert parallelism
+
+
+def test_two_ranks_compute_what_one_does(tmp_path):
+    """All models in one pair of processes: FSDP alone, and with TorchTitan's own expert parallelism."""
+
+    def all_models() -> None:
+        for name, ep in THEIR_DISPATCH:
+            two_ranks(name, ep=ep)
+
+    assert in_gloo_forks(2, tmp_path / "store", all_models)
 
 
 OWN_DISPATCH = [  # model, dispatch, and options beside it
@@ -398,6 +462,7 @@ def test_our_dispatch_computes_what_one_rank_does(tmp_path):
         (["--model.converters=quantize.linear.float8,momoe"], "must name 'momoe' once, and first"),
         (["--model.converters=momoe,quantize.grouped_mm.mx"], "'quantize.grouped_mm.mx', but the experts of 'momoe'"),
         (["--parallelism.tensor_parallel_degree=2"], "parallelism.tensor_parallel_degree is 2, must be 1"),
+        (["--parallelism.expert_tensor_parallel_degree=2"], "expert_tensor_parallel_degree is 2, must be 1"),
         (["--parallelism.expert_parallel_comm_backend=deepep"], "comm_backend is 'deepep', must be 'standard'"),
         (["--momoe.backend=torchtitan"], "momoe.backend is 'torchtitan', which leaves nothing"),
         (["--momoe.save_percent=auto", "--parallelism.expert_parallel_degree=2"], "'auto', which does not know"),
@@ -457,3 +522,36 @@ def test_the_job_of_the_page_is_planned(tmp_path):
     done = commands.run("-m", "momoe_titan.plan", "--json", *job_of_the_page(tmp_path), cwd=commands.ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plan"]["layers"] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss", "in groups"])
+def test_a_gpu_computes_and_balances_as_the_cpu_does(name):
+    config = config_of(name, "--momoe.load_balance_rule=quantile", "--momoe.save_percent=60")
+    on_cpu = build(name, converted=True, config=config)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    wanted, found = results(on_cpu), results(on_gpu)
+    for key, value in wanted.items():
+        assert (found[key].cpu() - value).abs().max() <= 2e-2 * value.abs().max(), key
+    for model in (on_cpu, on_gpu):
+        balanced(model, config).step()
+    for cpu_layer, gpu_layer in zip(moe_layers(on_cpu), moe_layers(on_gpu), strict=True):
+        assert (cpu_layer.tokens_per_expert - gpu_layer.tokens_per_expert.cpu()).abs().sum() <= 4
+        assert cpu_layer.expert_bias.abs().max() > 0
+        torch.testing.assert_close(gpu_layer.expert_bias.cpu(), cpu_layer.expert_bias, rtol=0, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_job_of_the_page_trains_on_a_gpu_by_auto(compiled, tmp_path):
+    """With a plan of its memory, balancing and our metrics."""
+    options = [*job_of_the_page(tmp_path), "--momoe.save_percent=auto", *(["--compile.enable"] if compiled else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(commands.ROOT), *sys.path])}
+    command = [sys.executable, "-m", "momoe_titan.train", *options]
+    done = subprocess.run(command, cwd=commands.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    assert "could not be planned" not in said
+    assert json.loads((tmp_path / "save_percent.json").read_text())["save_percent"] == [100.0] * 5
+    assert len(re.findall("maxvio: ", said)) == 2
