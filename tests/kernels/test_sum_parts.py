@@ -19,3 +19,8 @@ def test_is_torch_s_sum_in_float32(parts, sums, device, monkeypatch):
         module.sum_parts(guarded[:sums], sent)
         torch.testing.assert_close(guarded[:sums], want, rtol=0 if runs else 1e-6, atol=0 if runs else 1e-6)
         assert (guarded[sums:] == 7).all()
+        for own in {0, parts - 1}:  # from elsewhere
+            others = sent.clone()
+            others[own] = float("nan")
+            module.sum_parts(guarded[:sums], others, own=(own, sent[own].clone()))
+            torch.testing.assert_close(guarded[:sums], want, rtol=0 if runs else 1e-6, atol=0 if runs else 1e-6)

@@ -108,7 +108,7 @@ class PeerReduceScatter:
         handle, ranks, rank = self._rings.handle(input_tensor), group.size(), group.rank()
         received = torch.empty_like(input_tensor).view(ranks, -1)
         handle.barrier()
-        for step in range(ranks):
+        for step in range(1, ranks):
             p = (rank + step) % ranks
             received[p].copy_(handle.get_buffer(p, received[p].shape, self.dtype, rank * received[p].numel()))
-        sum_parts(output_tensor, received)
+        sum_parts(output_tensor, received, own=(rank, input_tensor.view(ranks, -1)[rank]))
