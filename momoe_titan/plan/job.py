@@ -25,12 +25,13 @@ from momoe_titan.config.checks import job as checks
 from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.machine import Machine, checking_for
+from momoe_titan.config.section import STOCK_BACKEND, Momoe
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.experts import SavingExperts
 from momoe_titan.model.model import MomoeLlama
 from momoe_titan.model.parallel.fsdp import staging_bytes
-from momoe_titan.model.parallel.gathered import job_gathers_tokens
+from momoe_titan.model.parallel.gathered import job_gathers_tokens, staging_of_job
 from momoe_titan.plan.cost import StepCost
 from momoe_titan.plan.on_gpu import EvenSizes, as_on_gpu
 from momoe_titan.plan.trace import GRADIENTS, MemoryTrace, Place
@@ -298,10 +299,15 @@ def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost:
         moments=moments,
         kept=kept,
         num_parameters=trainer.num_parameters,
-        staging=staging_bytes(model, dims, config) if isinstance(model, MomoeLlama) else 0,
+        staging=_staging(model, dims, config) if isinstance(model, MomoeLlama) else 0,
         layer_kept={layer: layer_kept.get(layer, 0) for layer in layers},
         events=events,
     )
+
+
+def _staging(model: MomoeLlama, dims: ParallelDims, config: JobConfig) -> int:
+    stock = getattr(config, "momoe", Momoe()).backend == STOCK_BACKEND
+    return staging_bytes(model, dims, config) + (0 if stock else staging_of_job(config, dims))
 
 
 def _parallel_dims(config: JobConfig, world_size: int) -> ParallelDims:

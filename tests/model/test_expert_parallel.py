@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load
 
+from momoe_titan.model.parallel.gathered import transfer_sizes
 from tests.support import ep_worker
 from tests.support.shared import made_once
 from tests.support.tiny import (
@@ -72,6 +73,7 @@ FOUR = {
     "starved": {"num_experts": 8, "ep": 4, "starve": True},
     "starved chosen": {"num_experts": 8, "ep": 4, "starve": True, **CHOSEN},
     "more ranks than experts": {"num_experts": 2},
+    "peers": {"num_experts": 8, "ep": 4, "peers": True, "keeps": True},
 }
 
 
@@ -171,8 +173,22 @@ def test_activation_checkpointing_changes_nothing(two, mode):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
-def test_triton_kernels(two):
-    assert_same_run(two["triton"], two["ep"], rtol=1e-5, atol=0)
+@pytest.mark.parametrize("name", ["triton", "peers, triton"])
+def test_triton_kernels(two, name):
+    assert_same_run(two[name], two["ep"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["peers", "peers, recomputed", "peers, compiled", "peers, triton"])
+def test_gpus_that_read_each_other(two, name):
+    """Results leave from inside of the op of the experts. A rank reads as late as it may."""
+    assert_like_one(two[name], two["ep"])
+    dim, chosen = 24, 2
+    staged = transfer_sizes(8 * 16 // 2, dim * 4, chosen, ranks=2)
+    assert two[name]["staged"] == {16, *staged}
+
+
+def test_four_gpus_that_read_each_other(four):
+    assert_like_one(four["peers"], one(8))
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled chosen", "compiled parts"])

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from momoe_titan.memory.activation_eviction import ActivationBudget
 from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment
 from momoe_titan.model import parallelize_momoe_llama
+from momoe_titan.model.parallel import peer_memory
 from momoe_titan.model.parallel.dispatch import AsyncAllToAll
 from tests.support.fake_peers import FakePeers
 from tests.support.forks import in_gloo_forks
@@ -146,6 +147,9 @@ def _run(settings) -> dict:
     mine = [result[name].tolist() for name in ("counts", "bias", "norms")]
     dist.all_gather_object(everyone, mine)
     assert all(other == mine for other in everyone), "ranks disagree"
+    if settings["peers"]:
+        (copies,) = peer_memory._peers.values()
+        result["staged"] = set(copies._rings)
     if budget is not None:
         assert all(storage() is None for _, storage in budget._saved), "z outlives its backward"
         dist.all_gather_object(everyone, (budget.evicted_bytes, held))

@@ -21,12 +21,11 @@ from momoe_titan.config.section import Momoe
 from momoe_titan.model.experts import MomoeExperts
 from momoe_titan.model.model import MomoeLlama, blocks_of
 from momoe_titan.model.parallel.peer_collectives import PeerAllGather, PeerReduceScatter, buffers_bytes
-from momoe_titan.model.parallel.peer_memory import connect, peers_of
+from momoe_titan.model.parallel.peer_memory import RANKS_OF_A_HOST, connect, peers_of
 from momoe_titan.model.parallel.reduce_scatter import NarrowReduceScatter
 
 # A model with a larger group of weights is left to NCCL: the buffers for copies, five of a group, are kept.
 MOST_COPIED = 256 * 2**20  # bytes
-RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 
 
 def apply_fsdp(model: MomoeLlama, parallel_dims: ParallelDims, job_config: JobConfig) -> None:

@@ -25,15 +25,19 @@ so do the gradients of x and of the scores, and the gradient of w1 is computed w
 Letters: T a rank's own tokens, P ranks, M = P T, E experts, K experts chosen per token, C any width.
 """
 
+import os
+
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torchtitan.config import JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
 
 from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.section import ALL_RANKS, Momoe
 from momoe_titan.kernels import count_slots, resolve_backend
 from momoe_titan.model.parallel.dispatch import ReceivedChoice, fair_share
-from momoe_titan.model.parallel.peer_memory import connect, peers_of
+from momoe_titan.model.parallel.peer_memory import RANKS_OF_A_HOST, connect, peers_of, staging_bytes
 
 # The most rows that are sent per row that a rank needs; beyond it `Dispatcher` sends fewer.
 MOST_SENT = 1.3
@@ -203,6 +207,33 @@ def job_gathers_tokens(config: JobConfig) -> bool:
     args, ranks = configured_args(config), config.parallelism.expert_parallel_degree
     dispatch = getattr(config, "momoe", Momoe()).expert_dispatch
     return gathers_tokens(dispatch, ranks, args.moe_args.top_k, args.moe_args.num_experts)
+
+
+def staging_of_job(config: JobConfig, dims: ParallelDims) -> int:
+    """Bytes of a GPU, beside PyTorch's memory, in which the training batches of a job with a model of ours are staged:
+    0 where ranks of expert parallelism are on several hosts, or no tokens are gathered."""
+    ranks = config.parallelism.expert_parallel_degree
+    if ranks == 1 or not job_gathers_tokens(config):
+        return 0
+    host = int(os.environ.get("LOCAL_WORLD_SIZE", RANKS_OF_A_HOST))
+    if len({rank // host for rank in dist.get_process_group_ranks(dims.get_mesh("ep").get_group())}) > 1:
+        return 0
+    args, training = configured_args(config), config.training
+    narrow = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    divided = dims.cp * (1 if dims.etp_enabled else dims.tp)  # a sequence, among ranks that send their own part
+    tokens = training.local_batch_size * training.seq_len // divided
+    return staging_bytes(transfer_sizes(tokens, args.dim * narrow, args.moe_args.top_k, ranks))
+
+
+def transfer_sizes(num_tokens: int, row_bytes: int, num_chosen: int, ranks: int) -> list[int]:
+    """Bytes of what a rank stages in a layer: x; results and gradients of x; scores and ids; gradients of scores.
+
+    Args:
+        num_tokens, num_chosen: T and K.
+        row_bytes: of a row of x.
+    """
+    rows, numbers = num_tokens * row_bytes, num_tokens * num_chosen * 4
+    return [rows, rows * (ranks - 1), 2 * numbers, numbers * (ranks - 1)]
 
 
 class TokenGatherer:

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from momoe_titan.kernels.sum_parts import sum_parts
+from momoe_titan.model.parallel.peer_memory import whole_granules
 
 GATHER_BUFFERS, REDUCE_BUFFERS = 3, 2  # of each size
-_GRANULE = 2 * 2**20  # bytes; the driver gives whole ones
 
 
 def buffers_bytes(sizes: Iterable[int]) -> int:
     """Bytes of all buffers for groups of weights of these sizes, in bytes."""
-    return (GATHER_BUFFERS + REDUCE_BUFFERS) * sum(-(-size // _GRANULE) * _GRANULE for size in set(sizes))
+    return (GATHER_BUFFERS + REDUCE_BUFFERS) * sum(map(whole_granules, set(sizes)))
 
 
 class _Rings:

@@ -27,7 +27,7 @@ stream, and so on every rank that comes to that barrier; anywhere else that of e
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,9 @@ from torchtitan.tools.logging import logger
 
 from momoe_titan.kernels.outlet import OUTLETS, Blocks
 
+RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
+_GRANULE = 2 * 2**20  # bytes
+_SMALLEST = 16  # bytes of a buffer
 _BUFFERS = 4  # of each size; a layer has up to three transfers under way
 _peers: "dict[str, PeerCopies]" = {}  # by the group's name
 _tried: set[str] = set()
@@ -122,7 +125,7 @@ class PeerCopies:
 
     def try_out(self) -> None:
         """Raises RuntimeError where the GPUs cannot read each other's memory."""
-        self._ring(16)
+        self._ring(_SMALLEST)
 
     def gather(self, rows: Sequence[torch.Tensor], first: bool) -> list[torch.Tensor]:
         """Starts to gather tensors from all ranks, (T, ...) -> (P T, ...). The layer's first transfer has to say so."""
@@ -179,7 +182,7 @@ class PeerCopies:
 
     def _ring(self, num_bytes: int) -> _Ring:
         """The staging buffers of a size; all ranks come here the first time. Kept for CUDA graphs, which use them."""
-        num_bytes = max(num_bytes, 16)
+        num_bytes = max(num_bytes, _SMALLEST)
         if num_bytes not in self._rings:
             buffers = []
             for _ in range(_BUFFERS):
@@ -278,6 +281,16 @@ def connect(group: ProcessGroup) -> None:
 def peers_of(group_name: str) -> PeerCopies | None:
     """What copies between the ranks of a group, or None: the collectives of the group are to be used."""
     return _peers.get(group_name)
+
+
+def staging_bytes(sizes: Iterable[int]) -> int:
+    """What the staging buffers of transfers of these sizes take of a GPU, beside PyTorch's memory."""
+    return _BUFFERS * sum(map(whole_granules, {_SMALLEST, *sizes}))
+
+
+def whole_granules(num_bytes: int) -> int:
+    """What the driver gives for so many bytes."""
+    return -(-num_bytes // _GRANULE) * _GRANULE
 
 
 def _on_one_host(group: ProcessGroup) -> bool:

@@ -1,0 +1,79 @@
+"""An op that sends the rows of others from inside writes the same rows, and sends none before it is written."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from momoe_titan.kernels import momoe_mlp, op
+from momoe_titan.kernels.outlet import OUTLETS, Blocks
+
+T, D, F, E, K = 12, 16, 8, 4, 2
+NAME = "test"
+
+
+class Sent:
+    """Keeps what leaves; of three GPUs this is the second."""
+
+    def __init__(self, log: list):
+        self.log, self.staged = log, []
+
+    def stage(self, rows_MC: torch.Tensor) -> Blocks:
+        third = T // 3
+        places = [torch.full_like(rows_MC[:third], torch.nan) for _ in range(2)]
+        self.staged.append((rows_MC, places))
+        return Blocks((third, 2 * third), [(0, third, places[0]), (2 * third, T, places[1])])
+
+    def start(self) -> None:
+        assert not any(place.isnan().any() for _, places in self.staged for place in places)
+        self.log.append([(rows, *(place.clone() for place in places)) for rows, places in self.staged])
+
+
+@pytest.fixture
+def log(monkeypatch):
+    log = []
+    monkeypatch.setitem(OUTLETS, NAME, lambda: Sent(log))
+    return log
+
+
+@pytest.fixture
+def in_two_ranges(monkeypatch):
+    schedule = op._schedule
+    halves = {name: ((0, D // 2), (D // 2, D)) for name in ("y_ranges", "dx_ranges")}
+    monkeypatch.setattr(op, "_schedule", lambda *args, **kw: dataclasses.replace(schedule(*args, **kw), **halves))
+
+
+def run(backend: str, outlet: str):
+    torch.manual_seed(0)
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, K)
+    x, w1, w2, scores = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    out, _ = momoe_mlp(x, w1, w2, ids, scores, 50.0, backend=backend, outlet=outlet)
+    grads = torch.autograd.grad(out, (x, scores, w1, w2), torch.randn(T, D))
+    return out.detach(), *grads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rows_of_others_leave_once_they_are_written(backend, log, in_two_ranges):
+    plain = run(backend, "")
+    assert not log
+    out, dx, dscores, dw1, dw2 = run(backend, NAME)
+    for got, want in zip((dw1, dw2), plain[3:], strict=True):
+        assert torch.equal(got, want)
+    (forward,), backward = log
+    assert len(backward) == 2
+    places = {"out": forward, "scores": backward[0], "x": backward[1]}
+    for name, got, want in (("out", out, plain[0]), ("x", dx, plain[1]), ("scores", dscores, plain[2])):
+        rows, first, last = places[name]
+        assert rows.data_ptr() == got.data_ptr()  # where what others send arrives
+        assert torch.equal(torch.cat([first, got[4:8], last]), want), name
+
+
+def test_what_needs_no_gradient_does_not_leave(log):
+    torch.manual_seed(0)
+    x, w1, w2 = torch.randn(T, D), torch.randn(E, D, 2 * F, requires_grad=True), torch.randn(E, F, D)
+    ids, scores = torch.arange(T * K).view(T, K) % E, torch.rand(T, K, requires_grad=True)
+    out, _ = momoe_mlp(x, w1, w2, ids, scores, backend="torch", outlet=NAME)
+    out.sum().backward()
+    assert [len(sent) for sent in log] == [1, 1] and log[1][0][0].shape == (T, K)
