@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momoe_titan.kernels import biases, gpu
+from momoe_titan.kernels import biases, gpu, versions
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.memory_schedule import KernelTraits
@@ -153,7 +153,7 @@ def _say_portable(device: torch.device, dtype: torch.dtype, d_model: int, ffn: i
     _, device_name = gpu.device_properties(device)
     logger.info(
         "momoe_titan: portable Triton kernels on %s for %s, D = %d, F = %d "
-        "(the Hopper kernels need capability 9.0, bfloat16 or float16, multiples of 64, and Triton 3.6 or 3.7)",
+        "(the Hopper kernels need capability 9.0, bfloat16 or float16, and multiples of 64)",
         device_name,
         dtype,
         d_model,
@@ -181,5 +181,8 @@ def select_gemms(x: Tensor, experts: Experts) -> PortableGemms | HopperGemms:
             if isinstance(x.shape[-1], int) and x.is_cuda:
                 _warn_portable(why)
         elif isinstance(x.shape[-1], int) and x.is_cuda:  # not while a graph is traced
-            _say_portable(x.device, x.dtype, x.shape[-1], ffn)
+            if hopper.fits(x.dtype, x.shape[-1], ffn, capability) and not versions.takes_hopper_kernels():
+                versions.warn_of_release()
+            else:
+                _say_portable(x.device, x.dtype, x.shape[-1], ffn)
     return PortableGemms(configs.tile_configs(x, ffn))

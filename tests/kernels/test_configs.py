@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import gemms, gpu
+from momoe_titan.kernels import gemms, gpu, versions
 from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
@@ -92,7 +92,7 @@ def test_small_tiles_for_odd_widths_and_float32(d_model, ffn, dtype):
 
 
 def test_the_portable_path_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(gemms.hopper, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(versions, "TRITON", (3, 6))
     gemms._say_portable.cache_clear()
     x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(4, 1536), is_cuda=True)
     experts = Experts(torch.empty(1, 1536, 512), torch.empty(1, 256, 1536))
@@ -105,6 +105,28 @@ def test_the_portable_path_says_so_once(monkeypatch, caplog):
                 assert isinstance(gemms.select_gemms(x, experts), gemms.PortableGemms)
     (record,) = caplog.records
     assert "portable Triton kernels on Some GPU for torch.bfloat16, D = 1536, F = 256" in record.getMessage()
+
+
+def test_a_release_without_hopper_kernels_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(versions, "TRITON", (3, 9))
+    gemms._say_portable.cache_clear()
+    versions.warn_of_release.cache_clear()
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(4, 1536), is_cuda=True)
+    experts = Experts(torch.empty(1, 1536, 512), torch.empty(1, 256, 1536))
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert isinstance(gemms.select_gemms(x, experts), gemms.PortableGemms)
+    (record,) = caplog.records
+    assert "Hopper kernels are not used under Triton" in record.getMessage()
+    assert "3.6 and 3.7" in record.getMessage() and "MOMOE_TITAN_ANY_TRITON=1" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setenv(versions.ANY_RELEASE, "1")
+    assert isinstance(gemms.select_gemms(x, experts), gemms.HopperGemms)
+    monkeypatch.delenv(versions.ANY_RELEASE)
+    monkeypatch.setattr(gpu, "device_properties", lambda device: ((10, 0), GPU))  # no release has them there
+    versions.warn_of_release.cache_clear()
+    gemms.select_gemms(x, experts)
+    assert caplog.records == []
 
 
 class OnlyWithGoodCache:

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref, op
+from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref, op, versions
 from momoe_titan.kernels.activations import activate, activate_backward, is_gated
 from momoe_titan.kernels.experts import Experts
-from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.hopper.launch import Stacked
 from momoe_titan.kernels.memory_schedule import memory_schedule
 from tests.kernels.test_op import error
@@ -288,7 +287,7 @@ def test_what_tma_can_read(name):
 
 
 def test_the_log_says_once_why_the_portable_kernels_run(monkeypatch, caplog):
-    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(versions, "TRITON", (3, 6))
     monkeypatch.setattr(gemms.gpu, "device_properties", lambda device: ((9, 0), "Some GPU"))
     monkeypatch.setattr(gemms.gpu, "interpreting", lambda: False)
     gemms._warn_portable.cache_clear()

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from momoe_titan.kernels import combine
+from momoe_titan.kernels import combine, versions
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import build_routing_ref, unpack_routing
@@ -90,10 +90,12 @@ def test_kernels_of_other_experts_compile_within_limits():
     ],
 )
 def test_supported(dtype, D, F, capability, answer, monkeypatch):
-    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(versions, "TRITON", (3, 6))
     assert hopper.supported(dtype, D, F, capability) is answer
-    monkeypatch.setattr(hopper, "TRITON_VERSION", (3, 8))
+    monkeypatch.setattr(versions, "TRITON", (3, 8))
     assert not hopper.supported(dtype, D, F, capability)
+    monkeypatch.setenv(versions.ANY_RELEASE, "1")
+    assert hopper.supported(dtype, D, F, capability) is answer
 
 
 def test_combine_of_column_ranges(device):

@@ -34,6 +34,7 @@ from momoe_titan.kernels.hopper.layouts import (
 )
 from momoe_titan.kernels.hopper.operands import is_saved
 from momoe_titan.kernels.hopper.pipeline import advance, multiply
+from momoe_titan.kernels.versions import reinterpret, tma_store
 
 
 @gluon.jit
@@ -63,7 +64,7 @@ def _send(blocks, descs, buffers, row, row_end, cols):
 def _send_fenced(descs, buffers, row, row_end, cols):
     for i in gl.static_range(len(buffers)):
         where = ragged_coordinates(row, row_end, cols[i])
-        tma.async_copy_shared_to_global(descs[i], where, as_ragged(buffers[i], descs[i]))
+        tma_store(descs[i], where, as_ragged(buffers[i], descs[i]))
 
 
 @gluon.jit
@@ -150,7 +151,7 @@ class PendingTile:
                 where = ragged_coordinates(self.row, self.row_end, self.col + (i % 2 if out.GATED else i) * CHUNK)
             fence_async_shared()
             desc = out.gate_desc if out.GATED and i >= 2 else out.desc
-            tma.async_copy_shared_to_global(desc, where, as_ragged(buffer, desc))
+            tma_store(desc, where, as_ragged(buffer, desc))
 
     @gluon.jit
     def send_all(self):
@@ -516,8 +517,9 @@ def down_backward_consumer(
         for i in gl.static_range(Z_STEPS):
             mbarrier.wait(ring.ready.index(stage), phase)
             rhs = ring.rhs.index(stage)
+            z_blocks = reinterpret(rhs, dtype, [BN // HALF, HALF, BK], TILE_SMEM)  # the same, to be sent
             if not ring.RHS_IS_NK:
-                rhs = rhs._reinterpret(dtype, [BN, BK], TILE_SMEM)
+                rhs = reinterpret(rhs, dtype, [BN, BK], TILE_SMEM)
             first_buffer = rhs.slice(W * HALF, HALF)
             second_buffer = rhs.slice(BM + W * HALF, HALF)
             act_buffer = ring.lhs.index(2 * stage + W)
@@ -542,12 +544,13 @@ def down_backward_consumer(
             fence_async_shared()
             if WRITE_ACT:
                 _send_fenced((act_desc,), (act_buffer,), row, tile.row_end, (col,))
+            first_dz, second_dz = z_blocks.index(W), z_blocks.index(BM // HALF + W)
             if FORM == "interleaved":
-                buffers, cols = (first_buffer, second_buffer), (2 * col, 2 * col + CHUNK)
+                buffers, cols = (first_dz, second_dz), (2 * col, 2 * col + CHUNK)
             elif GATED:
-                buffers, cols = (first_buffer, second_buffer), (col, col)
+                buffers, cols = (first_dz, second_dz), (col, col)
             else:
-                buffers, cols = (first_buffer,), (col,)
+                buffers, cols = (first_dz,), (col,)
             if is_saved(tile.row, tile.row_end, num_saved):
                 _send_fenced(dz_saved_descs, buffers, row, tile.row_end, cols)
             else:

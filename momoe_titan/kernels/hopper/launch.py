@@ -6,11 +6,10 @@ Letters: T tokens, D model width, E experts, F expert width, R routed rows, sort
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from momoe_titan.kernels import gpu
+from momoe_titan.kernels import gpu, versions
 from momoe_titan.kernels.activations import is_gated
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper.kernels import (
@@ -32,8 +31,6 @@ from momoe_titan.kernels.hopper.layouts import (
 from momoe_titan.kernels.launch import cdiv, launch
 from momoe_titan.kernels.routing import RoutingMetadata
 
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-
 # Column tiles at a time (see `RowTiles`) where an expert's weights are at least this large: (bytes, column tiles).
 UP_AT_A_TIME = (6 << 20, 2)
 DOWN_BACKWARD_AT_A_TIME = (8 << 20, 2)
@@ -48,11 +45,15 @@ RAGGED_OUTER = 0x7FFF0000
 RAGGED_WRAP = 1 << 34
 
 
+def fits(dtype: torch.dtype, D: int, F: int, capability: tuple[int, int]) -> bool:
+    """Whether these kernels take this dtype (bfloat16, float16), these widths (multiples of 64) and this GPU (9.0)."""
+    widths = D % 64 == 0 and F % 64 == 0
+    return dtype in (torch.bfloat16, torch.float16) and widths and tuple(capability) == (9, 0)
+
+
 def supported(dtype: torch.dtype, D: int, F: int, capability: tuple[int, int]) -> bool:
-    """Whether these kernels take this dtype (bfloat16, float16), these widths (multiples of 64), this GPU (9.0)
-    and this Triton: 3.8 refuses to store from a slice of a buffer, as the ragged stores do."""
-    fits = dtype in (torch.bfloat16, torch.float16) and D % 64 == 0 and F % 64 == 0
-    return fits and tuple(capability) == (9, 0) and TRITON_VERSION in ((3, 6), (3, 7))
+    """The same, and that this release of Triton runs them (see `versions`)."""
+    return fits(dtype, D, F, capability) and versions.takes_hopper_kernels()
 
 
 class _Descriptor(TensorDescriptor):

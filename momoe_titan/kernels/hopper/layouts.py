@@ -7,6 +7,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from momoe_titan.kernels.versions import reinterpret
+
 HALF = gl.constexpr(64)  # output rows of one consumer
 BM = gl.constexpr(128)  # output rows of a tile
 BN = gl.constexpr(256)  # output columns of a tile; SwiGLU: 128 of up beside the same 128 of gate
@@ -50,4 +52,4 @@ def ragged_coordinates(row, row_end, col):
 @gluon.jit
 def as_ragged(buffer, desc):
     """The two-dimensional buffer in the four-dimensional form that a ragged descriptor copies."""
-    return buffer._reinterpret(desc.dtype, [1, 1, buffer.shape[0], buffer.shape[1]], desc.layout)
+    return reinterpret(buffer, desc.dtype, [1, 1, buffer.shape[0], buffer.shape[1]], desc.layout)

@@ -22,10 +22,11 @@ Letters: T tokens, D model width, E experts, F expert width, R routed rows, sort
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 from momoe_titan.kernels.hopper.layouts import BK, BM, BN, CHUNK, COPY, HALF, Z_SMEM, as_ragged, ragged_coordinates
+from momoe_titan.kernels.versions import cp_async, reinterpret, tma_load
 
 
 @gluon.jit
@@ -79,8 +80,8 @@ class GatheredRows:
 
     @gluon.jit
     def load(self, tile, k, tokens, ready, upper, lower):
-        async_copy.async_copy_global_to_shared(upper, _token_tile(self.ptr + k, self.stride, tokens[0]))
-        async_copy.async_copy_global_to_shared(lower, _token_tile(self.ptr + k, self.stride, tokens[1]))
+        cp_async(upper, _token_tile(self.ptr + k, self.stride, tokens[0]))
+        cp_async(lower, _token_tile(self.ptr + k, self.stride, tokens[1]))
 
 
 @aggregate
@@ -111,8 +112,8 @@ class ContiguousRows:
     @gluon.jit
     def load(self, tile, k, tokens, ready, upper, lower):
         row = tile.row - self.first
-        tma.async_copy_global_to_shared(self.desc, [row, k], ready, upper)
-        tma.async_copy_global_to_shared(self.desc, [row + HALF, k], ready, lower)
+        tma_load(self.desc, [row, k], ready, upper)
+        tma_load(self.desc, [row + HALF, k], ready, lower)
 
 
 @aggregate
@@ -156,9 +157,9 @@ class ExpertWeights:
         row = tile.expert * self.rows
         col = self.first_col + tile.col
         if self.IS_NK:
-            tma.async_copy_global_to_shared(self.desc, [row + col, k], ready, buffer)
+            tma_load(self.desc, [row + col, k], ready, buffer)
         else:
-            tma.async_copy_global_to_shared(self.desc, [row + k, col], ready, buffer)
+            tma_load(self.desc, [row + k, col], ready, buffer)
 
 
 @aggregate
@@ -192,11 +193,11 @@ class GatedWeights:
         row = tile.expert * self.rows
         up, gate = self.up_col + tile.col, self.gate_col + tile.col
         if self.IS_NK:
-            tma.async_copy_global_to_shared(self.up_desc, [row + up, k], ready, buffer.slice(0, width))
-            tma.async_copy_global_to_shared(self.gate_desc, [row + gate, k], ready, buffer.slice(width, width))
+            tma_load(self.up_desc, [row + up, k], ready, buffer.slice(0, width))
+            tma_load(self.gate_desc, [row + gate, k], ready, buffer.slice(width, width))
         else:
-            tma.async_copy_global_to_shared(self.up_desc, [row + k, up], ready, buffer.slice(0, width, 1))
-            tma.async_copy_global_to_shared(self.gate_desc, [row + k, gate], ready, buffer.slice(width, width, 1))
+            tma_load(self.up_desc, [row + k, up], ready, buffer.slice(0, width, 1))
+            tma_load(self.gate_desc, [row + k, gate], ready, buffer.slice(width, width, 1))
 
 
 @aggregate
@@ -260,8 +261,8 @@ class GatheredK:
             _row_ptrs(self.ptr + col, tokens, self.stride)[:, None]
             + gl.arange(0, HALF, gl.SliceLayout(0, COPY))[None, :]
         )
-        async_copy.async_copy_global_to_shared(upper, ptrs, mask=live)
-        async_copy.async_copy_global_to_shared(lower, ptrs + HALF, mask=live & (col + HALF < self.width))
+        cp_async(upper, ptrs, mask=live)
+        cp_async(lower, ptrs + HALF, mask=live & (col + HALF < self.width))
 
 
 @aggregate
@@ -284,7 +285,7 @@ class ContiguousK:
     @gluon.jit
     def load(self, tile, k, ready, buffer):
         where = ragged_coordinates(k - self.first, tile.k_end - self.first, tile.col)
-        tma.async_copy_global_to_shared(self.desc, where, ready, as_ragged(buffer, self.desc))
+        tma_load(self.desc, where, ready, as_ragged(buffer, self.desc))
 
 
 @aggregate
@@ -332,12 +333,12 @@ class TwoBufferZ:
 
     @gluon.jit
     def load(self, tile, col, ready, buffer):
-        buffer = buffer._reinterpret(self.saved_desc.dtype, [2, BM, CHUNK], Z_SMEM)
+        buffer = reinterpret(buffer, self.saved_desc.dtype, [2, BM, CHUNK], Z_SMEM)
         block = 0
         if self.INTERLEAVED:
             block = 2 * col // CHUNK
             col = 0
         if is_saved(tile.row, tile.row_end, self.num_saved):
-            tma.async_copy_global_to_shared(self.saved_desc, [block, tile.row, col], ready, buffer)
+            tma_load(self.saved_desc, [block, tile.row, col], ready, buffer)
         else:
-            tma.async_copy_global_to_shared(self.rest_desc, [block, tile.row - self.first, col], ready, buffer)
+            tma_load(self.rest_desc, [block, tile.row - self.first, col], ready, buffer)
