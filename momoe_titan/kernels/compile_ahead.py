@@ -19,7 +19,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, op, quantile, router
+from momoe_titan.kernels import cross_entropy, entropy, gpu, launch, launch_check, op, quantile, router, versions
 from momoe_titan.kernels.adamw import Adamw, Rates, Updated
 from momoe_titan.kernels.balance import BalanceStep
 from momoe_titan.kernels.experts import Experts
@@ -245,16 +245,23 @@ def compile_here(
 def build_launcher(compiled: Any) -> None:
     """Have the function built by which Python launches kernels with this one's arguments.
 
-    Triton 3.6 compiles one for each signature. Later versions have one for all signatures.
+    Nothing where Triton has one function for all signatures.
     """
-    if hasattr(nvidia, "make_launcher"):
+    if versions.signature_launcher is not None:
         with contextlib.suppress(Exception):  # then the first launch builds it, or says why it cannot
-            nvidia.CudaLauncher(compiled.src, compiled.metadata)
+            versions.signature_launcher(compiled.src, compiled.metadata)
 
 
 def build_driver() -> None:
     """Have Triton's access to the GPU's driver built."""
     nvidia.CudaUtils()
+
+
+def launch_check_kernel() -> None:
+    """The kernel by which the first launch of the process checks how kernels are launched."""
+    numbers = torch.empty(64, dtype=torch.int32, device="meta")
+    args = launch_check.arguments(0, numbers.new_empty(launch_check.NUM_VALUES, dtype=torch.int64), numbers)
+    launch.launch(launch_check.probe_kernel, (1,), *args, CONSTANT=launch_check.CONSTANT)
 
 
 def _in_child(part: Callable[[], None], target: gpu.PlannedGpu) -> None:
@@ -287,7 +294,8 @@ def start(layer: LayerKernels, step: StepKernels, target: gpu.PlannedGpu) -> Non
     hash_kernels()
     fork = multiprocessing.get_context("fork")
     experts = layer.forward, layer.backward, layer.weight_gradients, layer.input_gradient
-    parts = (build_driver, *experts, layer.router, layer.other_sort, layer.loss, step.update, step.balance)
+    parts = (build_driver, *experts, layer.router, layer.other_sort, layer.loss)
+    parts += launch_check_kernel, step.update, step.balance
     children = [fork.Process(target=_in_child, args=(part, target), daemon=True) for part in parts]
     for child in children:
         child.start()

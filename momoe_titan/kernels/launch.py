@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ import triton.knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from momoe_titan.kernels import gpu
+from momoe_titan.kernels import gpu, launch_check
+
+logger = logging.getLogger(__name__)
 
 _take_compiled: Callable[[Any], None] | None = None  # gets the kernels of a planned GPU while they are compiled
 _wait: Callable[[], None] | None = None  # before this process compiles a kernel
+_past_triton: bool | None = None  # whether compiled kernels are launched without Triton; None until it is checked
 _compiled = {}  # (kernel, device, specialisation) -> its compiled kernel, and the constants that follow its arguments
 
 
@@ -50,8 +54,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
     Every kernel of the package goes through here; ``args`` are the positional arguments in order,
     ``options`` the constants that follow them, and the compiler's options. What Triton compiled is
     looked up by the properties of the arguments that it compiles for, which is faster than Triton's
-    own way to it. Where Triton's cache of compiled kernels can't be read, written or loaded, a
-    temporary one takes its place, with one warning.
+    own way to it; before any is, a check finds out whether that does the same here, and where it does
+    not, Triton launches all (see `launch_check`). Where Triton's cache of compiled kernels can't be
+    read, written or loaded, a temporary one takes its place, with one warning.
     """
     if not all(grid):
         return
@@ -73,7 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
         return
     compiled = _launch_slowly(kernel, grid, args, options)
-    if compiled is not None:
+    if compiled is not None and _may_go_past_triton():
         _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
 
 
@@ -97,6 +102,30 @@ def before_compiling(wait: Callable[[], None]) -> None:
     """Have `wait` called once, before this process next asks Triton for a kernel that it has not launched yet."""
     global _wait
     _wait = wait
+
+
+def _may_go_past_triton() -> bool:
+    """Whether compiled kernels may be launched without Triton, which the first call finds out on the GPU.
+
+    While a CUDA graph is captured nothing can be found out, and the answer is no.
+    """
+    global _past_triton
+    if _past_triton is None:
+        try:
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            why = launch_check.difference()
+        except Exception as error:  # whatever it is, Triton's own launch does without
+            why = f"{type(error).__name__}: {error}"
+        _past_triton = why is None
+        if why is not None:
+            logger.warning(
+                "momoe_titan: Triton %s launches every kernel itself, which takes the host longer: the shorter way "
+                "that this package knows is not the same here (%s)",
+                triton.__version__,
+                why,
+            )
+    return _past_triton
 
 
 def _specialisation(args) -> list:

@@ -9,7 +9,7 @@ import torch
 import momoe_titan.register  # noqa: F401 - the model of the jobs below
 from momoe_titan.components.compile_ahead import layer_kernels, step_kernels
 from momoe_titan.config.reading import read_job
-from momoe_titan.kernels import compile_ahead, gpu, launch
+from momoe_titan.kernels import compile_ahead, gpu, launch, versions
 from tests.support import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,12 +145,11 @@ def test_knows_what_the_optimizer_s_kernels_get(options, ranks, dtypes):
 def test_one_launcher_is_built_for_each_kernel_where_triton_has_no_common_one(monkeypatch):
     built = []
     compiled = SimpleNamespace(src="source", metadata="metadata")
-    monkeypatch.setattr(compile_ahead.nvidia, "CudaLauncher", lambda *args: built.append(args))
-    monkeypatch.delattr(compile_ahead.nvidia, "make_launcher", raising=False)
+    monkeypatch.setattr(versions, "signature_launcher", None)
     compile_ahead.build_launcher(compiled)
     assert built == []
-    monkeypatch.setattr(compile_ahead.nvidia, "make_launcher", None, raising=False)
+    monkeypatch.setattr(versions, "signature_launcher", lambda *args: built.append(args))
     compile_ahead.build_launcher(compiled)
     assert built == [("source", "metadata")]
-    monkeypatch.setattr(compile_ahead.nvidia, "CudaLauncher", None)  # cannot be built here: the first launch says why
+    monkeypatch.setattr(versions, "signature_launcher", lambda *args: 1 / 0)  # cannot be: the first launch says why
     compile_ahead.build_launcher(compiled)
