@@ -9,6 +9,7 @@ largest save_percent that fits. docs/memory_planning.md says what is counted and
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -237,7 +238,7 @@ def progress() -> Iterator[None]:
 
 
 def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -> MemoryPlan:
-    """The plan of the job. With --time, pipeline stages are taken out of the configuration."""
+    """The plan of the job; with --time as without pipeline stages."""
     from momoe_titan.plan.job import check_job, trace_job
 
     stages, world_size = config.parallelism.pipeline_parallel_degree, args.world_size
@@ -246,6 +247,7 @@ def _plan(args: argparse.Namespace, config, capability: tuple[int, int], cost) -
     check_job(config, world_size)
     # The ranks of one stage, but with all layers; `_times` divides their time.
     world_size //= stages
+    config = copy.deepcopy(config)
     config.parallelism.pipeline_parallel_degree = 1
     plan = trace_job(config, world_size, capability, cost)
     if stages > 1:
