@@ -10,7 +10,8 @@
 The last but one is a rule that the kernels keep: they read a whole buffer in another shape, and then take a part.
 """
 
-# pyright: reportAttributeAccessIssue=false - names of releases that are not installed
+# The names of releases that are not installed:
+# pyright: reportAttributeAccessIssue=false
 
 import functools
 import logging
