@@ -1,25 +1,16 @@
 """Compiles every portable kernel of the op for one architecture, without a GPU: ``python compile_ahead.py sm90``.
 
-Prints one JSON object per compiled kernel: name, dtype, registers, bytes of stack,
-spills, bytes of shared memory. Run in a process without TRITON_INTERPRET.
+Prints one JSON object per kernel: what tests/support/compiled.py says, shape and dtype. Run in a process without
+TRITON_INTERPRET.
 """
 
 import functools
-import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from compiled import print_numbers
 
 from momoe_titan.kernels import adamw, balance, cross_entropy, decode, gpu, multi_tensor, quantile, router
-from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
@@ -29,51 +20,6 @@ SHAPES = {  # (T, D, F, E, K)
     "even": (4096, 2048, 1024, 64, 8),
     "odd": (45, 600, 97, 7, 2),
 }
-
-
-class _Forgetful(dict):
-    """For tiling's compiled kernels: so that none is ever launched."""
-
-    def __setitem__(self, key, value):
-        pass
-
-
-class _NoDevice:
-    """The part of a driver that the compiler asks for."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("meta")
-
-    def map_python_to_cpp_type(self, name):
-        return name
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack a thread, and how many instructions store to the stack (spills)."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def dump(flag: str) -> str:
-            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
-        # what is spilled lies on the stack, and to disassemble a kernel takes longer than to compile it
-        spills = len(re.findall(r"\bSTL\b", dump("-sass"))) if usage["stack"] or usage["local"] else 0
-        return usage | {"spills": spills}
 
 
 def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -105,23 +51,11 @@ def balance_step(layers: int, experts: int, chosen: int, d_model: int) -> None:
 
 
 def main(arch: str, shapes: list[str]) -> None:
-    driver.set_active(_NoDevice(CAPABILITY[arch]))
     gpu.device_properties = lambda device: (divmod(CAPABILITY[arch], 10), arch)
     hopper.supported = lambda *args: False  # compile_hopper.py has that family
     gpu.num_processors = lambda device: 132
     balance.runs_here = lambda t: True
-    run, seen = JITFunction.run, set()
-
-    def compile_only(self, *args, grid, warmup, **options):
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        if compiled.hash not in seen:
-            seen.add(compiled.hash)
-            row = {"kernel": self.fn.__name__, "shape": shape, "dtype": str(dtype), "shared": compiled.metadata.shared}
-            print(json.dumps(row | resources(compiled.asm["cubin"])), flush=True)
-        return compiled
-
-    JITFunction.run = compile_only
-    tiling._compiled = _Forgetful()
+    print_numbers(CAPABILITY[arch], lambda: {"shape": shape, "dtype": str(dtype)})
     for shape in shapes:
         tokens, d_model, ffn, experts, chosen = SHAPES[shape]
         for dtype in (torch.bfloat16, torch.float32) if shape == "odd" else (torch.bfloat16,):

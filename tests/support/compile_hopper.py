@@ -2,22 +2,16 @@
 
 With the argument "others", those of other experts than SwiGLU in the layout of this package.
 
-Prints one JSON object per compiled kernel: name, case, registers, bytes of stack (spills), bytes of
-shared memory, and how often its code names `w_rows` (once: it does not read it). Run in a process without
-TRITON_INTERPRET.
+Prints one JSON object per kernel: what tests/support/compiled.py says, and its case. Code that names `w_rows` once
+does not read it. Run in a process without TRITON_INTERPRET.
 """
 
 import functools
-import json
-import re
 import sys
 
 import torch
-from compile_ahead import _Forgetful, _NoDevice, resources
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from compiled import print_numbers
 
-from momoe_titan.kernels import launch as tiling
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.routing import packed_size, unpack_routing
@@ -92,21 +86,9 @@ def other_cases(tokens, d_model, ffn, experts, chosen):
 
 
 def main():
-    driver.set_active(_NoDevice(90))
     hopper.num_programs = lambda device: 132
-    run, seen, launched = JITFunction.run, set(), {}
-
-    def compile_only(self, *args, grid, warmup, **options):
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        if compiled.hash not in seen:
-            seen.add(compiled.hash)
-            row = {"kernel": self.fn.__name__, **launched, "shared": compiled.metadata.shared}
-            row |= resources(compiled.asm["cubin"]) | {"w_rows": len(re.findall(r"%w_rows\b", compiled.asm["ttgir"]))}
-            print(json.dumps(row), flush=True)
-        return compiled
-
-    JITFunction.run = compile_only
-    tiling._compiled = _Forgetful()
+    launched = {}
+    print_numbers(90, lambda: launched)
     if sys.argv[1:] == ["others"]:
         for case, call in other_cases(*SHAPES["even"]):
             launched.update(case=case)
