@@ -11,14 +11,27 @@ VERSION = importlib.metadata.version("torchtitan")
 if not VERSION.startswith("0.3"):
     pytest.skip(f"needs torchtitan 0.3, found {VERSION}", allow_module_level=True)
 
-from torchtitan.components.optimizer import register_moe_load_balancing_hook  # noqa: E402
+from torchtitan.components.optimizer import (  # noqa: E402
+    default_adamw,
+    register_moe_load_balancing_hook,
+)
 from torchtitan.config import OverrideConfig, apply_overrides  # noqa: E402
 from torchtitan.models.qwen3 import model_registry  # noqa: E402
 
-from momoe_titan.adapters.torchtitan_03 import MomoeRoutedExperts, momoe_experts  # noqa: E402
+from momoe_titan.adapters.torchtitan_03 import (  # noqa: E402
+    BalancingOptimizers,
+    MomoeRoutedExperts,
+    MomoeRouter,
+    momoe_balancing,
+    momoe_experts,
+)
+from momoe_titan.kernels.quantile import NUM_BINS  # noqa: E402
+from momoe_titan.moe.balancing import bias_delta, quantile_delta  # noqa: E402
 
 VOCAB, LENGTH = 2048, 16
 NAME = "momoe_titan.adapters.torchtitan_03.momoe_experts"
+ROUTER = "momoe_titan.adapters.torchtitan_03.momoe_router"
+BALANCING = "momoe_titan.adapters.torchtitan_03.momoe_balancing"
 
 
 class PlainAttention(nn.Module):
@@ -74,30 +87,91 @@ def test_gradients_and_state_are_those_of_the_stock_model():
         torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=2e-5 * p.grad.abs().max().item(), msg=name)
 
 
+class OneRank:
+    ep_enabled, tp = False, 1
+
+    def get_optional_mesh(self, name):
+        return None
+
+
+def optimizers_of(model, **fields):
+    """The optimizers as the trainer builds them, with our balancing if there are fields, and with TorchTitan's hook."""
+    config = default_adamw(lr=1e-4, implementation="for-loop")
+    config = momoe_balancing(config, **fields) if fields else config
+    optimizers = config.build(model_parts=[model])
+    register_moe_load_balancing_hook(optimizers, [model], OneRank())
+    return optimizers
+
+
+def train(model, optimizers, steps=3) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizers.step()
+        optimizers.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def test_it_trains_with_equal_losses_and_balancing():
-    class OneRank:
-        ep_enabled, tp = False, 1
-
-        def get_optional_mesh(self, name):
-            return None
-
     losses, biases = [], []
-    for imports in ([], [NAME]):
+    for imports in ([], [NAME], [NAME, ROUTER]):
         model = build(*imports)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        register_moe_load_balancing_hook(optimizer, [model], OneRank())
-        losses.append([])
-        for _ in range(3):
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
+        losses.append(train(model, optimizers_of(model)))
         biases.append(model.layers["0"].moe.expert_bias_E.clone())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for other in (1, 2):
+        assert losses[other] == pytest.approx(losses[0], rel=1e-4)
+        torch.testing.assert_close(biases[other], biases[0])
     assert losses[0][-1] < losses[0][0]
     assert biases[0].abs().max() > 0
-    torch.testing.assert_close(biases[1], biases[0])
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional", "quantile"])
+def test_our_rules_move_the_bias_as_beside_02(rule):
+    """By the functions of `moe.balancing`, from exact counts, of two microbatches; the losses stay what they were."""
+    model = build(NAME, ROUTER)
+    assert all(isinstance(layer.moe.router, MomoeRouter) for layer in model.layers.values())
+    optimizers = optimizers_of(model, load_balance_rule=rule, load_balance_rate=0.05, load_balance_average=0.5)
+    assert isinstance(optimizers, BalancingOptimizers)
+    for _ in range(2):
+        loss = loss_of(model)
+        loss.backward()
+    assert loss.item() == pytest.approx(loss_of(build().eval()).item(), rel=1e-4)
+    moe = model.layers["1"].moe
+    counts_E, margins_EB = moe.router.tokens_per_expert.clone(), moe.router.margins_EB
+    assert counts_E.tolist() == moe.tokens_per_expert_E.tolist()
+    assert counts_E.sum() == 2 * 2 * LENGTH * moe.router.top_k
+    if rule == "quantile":
+        assert margins_EB.shape == (64, NUM_BINS)
+        expected_E = quantile_delta(margins_EB[None].clone(), torch.zeros(1, 64), moe.router.top_k, 0.5)[0]
+        for part in optimizers.optimizers:
+            part.param_groups[0]["lr"] = 0.0  # no gate moves, which the bias would follow
+    else:
+        assert margins_EB is None
+        expected_E = bias_delta(counts_E, 0.05, rule)
+    optimizers.step()
+    torch.testing.assert_close(moe.expert_bias_E, expected_E)
+    assert expected_E.abs().max() > 0.001
+    assert moe.router.tokens_per_expert.sum() == moe.tokens_per_expert_E.sum() == 0
+
+
+def test_quantile_balancing_evens_out_the_load_and_follows_the_gates():
+    model = build(NAME, ROUTER)
+    optimizers = optimizers_of(model, load_balance_rule="quantile", load_balance_average=1.0)
+    loads = []
+    for _ in range(5):
+        train(model, optimizers, steps=1)
+        loads.append(optimizers.load_balancer.counts_LE.max(dim=1).values.float().mean().item())
+    assert loads[-1] < 0.7 * loads[0]
+
+
+def test_the_state_is_that_of_the_stock_model_beside_balancing():
+    stock, ours = build().state_dict(), build(NAME, ROUTER)
+    optimizers_of(ours, load_balance_rule="quantile")
+    assert {k: (v.shape, v.dtype) for k, v in ours.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in stock.items()
+    }
 
 
 def test_rows_from_a_dispatcher_give_the_same():
@@ -119,3 +193,9 @@ def test_what_it_does_not_know_is_refused_by_name():
     cfg.inner_experts = momoe_experts(cfg).inner_experts
     with pytest.raises(ValueError, match="knows GroupedExperts, got MomoeGroupedExperts.Config"):
         momoe_experts(cfg)
+    with pytest.raises(ValueError, match="load_balance_rule is 'even', must be one of"):
+        momoe_balancing(default_adamw(lr=1e-3), load_balance_rule="even")
+    with pytest.raises(ValueError, match="load_balance_average is 2.0, must be above 0 and at most 1"):
+        momoe_balancing(default_adamw(lr=1e-3), load_balance_average=2.0)
+    with pytest.raises(ValueError, match="momoe_balancing needs momoe_router beside it, found TokenChoiceTopKRouter"):
+        optimizers_of(build(), load_balance_rule="sign")
