@@ -48,6 +48,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # run as a file
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.named_runs import add_named_runs, named_runs  # noqa: E402 - from the folder above
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -341,15 +343,10 @@ def measured(runs: Mapping[str, list[str]], args: argparse.Namespace) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="append", required=True, metavar='"NAME: OPTIONS"', help="may be repeated")
+    add_named_runs(parser)
     add_arguments(parser)
     args = parser.parse_args()
-    runs = {}
-    for run in args.run:
-        name, colon, own = run.partition(":")
-        if not colon or name in runs:
-            parser.error(f"--run {run!r} must be 'NAME: OPTIONS' with a name of its own")
-        runs[name] = [*args.options, *own.split()]
+    runs = {name: [*args.options, *own] for name, own in named_runs(parser, args.run).items()}
     rows = measured(runs, args)
     Path(args.out).write_text(json.dumps({"rows": rows}, indent=1))
 

@@ -29,6 +29,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from momoe_titan.dashboard import tags
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # run as a file
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.named_runs import add_named_runs, named_runs  # noqa: E402 - from the folder above
+
 MEMORY = (tags.GPU_ACTIVE, tags.PROCESS_PEAK_RSS)
 
 
@@ -108,19 +113,13 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="TOML file of the job")
-    parser.add_argument("--run", action="append", required=True, metavar='"NAME: OPTIONS"', help="may be repeated")
+    add_named_runs(parser)
     parser.add_argument("--processes", type=int, default=1, help="of every run; one per GPU")
     parser.add_argument("--out", help="JSON file with the table and every scalar")
     parser.add_argument("options", nargs="*", help="after --: of every run")
     args = parser.parse_args()
-    specs = {}
-    for spec in args.run:
-        name, colon, options = spec.partition(":")
-        if not colon or name in specs:
-            parser.error(f"--run {spec!r} must be 'NAME: OPTIONS' with a name of its own")
-        specs[name] = options.split()
     runs = {}
-    for name, options in specs.items():
+    for name, options in named_runs(parser, args.run).items():
         with tempfile.TemporaryDirectory() as folder:
             runs[name] = train(args.config, [*args.options, *options], args.processes, Path(folder))
         print(table(summarise(runs)), flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import commands
-from tests.test_launch import PAGE, on_the_page
+from tests.test_launch import PAGE, on_the_page, on_this_machine
 
 JOB = (
     *("--model.flavor=tiny", "--experimental.custom_import=tests.support.tiny_flavor", "--validation.no-enable"),
@@ -50,19 +50,10 @@ def wait_for(happened, agents: list[Agent], seconds: float = 300) -> None:
 
 @pytest.mark.slow
 def test_a_machine_that_is_killed_and_started_again(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    page = " ".join(on_the_page())
-    launch = page[: page.index(" -m ")]
-    for old, new in (
-        ("--nnodes 4 --nproc_per_node 8", "--nnodes 2 --nproc_per_node 1 --max_restarts 3"),
-        ("HOST:29500", f"localhost:{port}"),
-    ):
-        assert old in launch
-        launch = launch.replace(old, new)
+    page, port = on_the_page(), commands.free_port()
+    launch = [*on_this_machine(page[: page.index("-m")], port), "--max_restarts", "3"]
     config = "--job.config_file", "train_configs/debug_model.toml", f"--job.dump_folder={tmp_path / 'out'}"
-    command = [*launch.split(), "-m", "momoe_titan.train", *config, *JOB]
+    command = [*launch, "-m", "momoe_titan.train", *config, *JOB]
 
     def listening() -> bool:
         with socket.socket() as client:

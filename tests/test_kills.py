@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -66,9 +65,7 @@ class Job:
     def start(self, ranks: int, *extra: str) -> list:
         for file in self.folder.glob("rank-*"):
             file.unlink()
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = str(s.getsockname()[1])
+        port = str(commands.free_port())
         options = (
             f"--job.config_file {self.folder}/job.toml --job.dump_folder {self.folder}/out --model.flavor tiny "
             f"--model.hf_assets_path {self.folder}/tokenizer --experimental.custom_import tests.support.recorded_data "

@@ -6,7 +6,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -65,9 +64,7 @@ class Jobs:
         self.count += 1
         out.mkdir(exist_ok=True)
         log, tensorboard = out / f"log-{self.count}", f"tb-{self.count}"
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = str(s.getsockname()[1])
+        port = str(commands.free_port())
         with open(log, "a") as output:
             processes = [
                 commands.start(

@@ -95,15 +95,6 @@ def test_a_job_that_fails_is_a_row_that_says_so():
     assert "error" not in rows[2] and rows[2]["tokens_per_s"] == 100000
 
 
-@pytest.mark.parametrize("runs", [["no colon"], ["twice: ", "twice: --x 1"]])
-def test_unclear_runs_are_refused(runs, monkeypatch, capsys):
-    flags = [flag for run in runs for flag in ("--run", run)]
-    monkeypatch.setattr(sys, "argv", ["in_turns.py", "--out", "x.json", *flags])
-    with pytest.raises(SystemExit):
-        in_turns.main()
-    assert f"--run {runs[-1]!r} must be 'NAME: OPTIONS'" in capsys.readouterr().err
-
-
 def test_a_large_model_is_the_sum_of_its_layers(tmp_path, monkeypatch):
     """Of 10 layers at 3 ms each over 4 ms, with an optimizer of 40 ms shared by two ranks over five microbatches."""
 

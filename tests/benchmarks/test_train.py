@@ -1,5 +1,4 @@
 import subprocess
-import sys
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
@@ -37,15 +36,6 @@ def test_rows_compare_with_the_first_run(tmp_path):
 def test_a_run_without_tensorboard_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no TensorBoard file under .* is metrics.enable_tensorboard on"):
         bench_train.read_scalars(tmp_path)
-
-
-@pytest.mark.parametrize("runs", [["no colon"], ["twice: ", "twice: --x 1"]])
-def test_unclear_runs_are_refused(runs, monkeypatch, capsys):
-    flags = [flag for run in runs for flag in ("--run", run)]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.toml", *flags])
-    with pytest.raises(SystemExit):
-        bench_train.main()
-    assert f"--run {runs[-1]!r} must be 'NAME: OPTIONS'" in capsys.readouterr().err
 
 
 def test_a_failing_run_shows_its_end(tmp_path, monkeypatch):

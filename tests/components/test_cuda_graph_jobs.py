@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,16 +36,14 @@ RUNS = {  # name -> options of the job from graphs, and the name of the one with
 }
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """What each job printed; all run at the same time."""
-    env = {**commands.environment(), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+def at_once(jobs: dict[Any, list[str]], folder: Callable[[str], Path], gpus: str) -> dict[Any, str]:
+    """What each of these commands of jobs printed; all run at the same time, on these GPUs, in folders of their own."""
+    env = {**commands.environment(), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", gpus)}
     started = {}
-    for name, (options, _) in RUNS.items():
-        command = [sys.executable, *JOB, "--job.dump_folder", str(tmp_path_factory.mktemp("job")), *options]
+    for name, command in jobs.items():
         started[name] = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
+            [*command, "--job.dump_folder", str(folder("job"))], cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     try:
         return {name: job.communicate(timeout=600)[0] for name, job in started.items()}
@@ -52,10 +52,24 @@ def outputs(tmp_path_factory):
             job.kill()
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    jobs = {name: [sys.executable, *JOB, *options] for name, (options, _) in RUNS.items()}
+    return at_once(jobs, tmp_path_factory.mktemp, gpus="0")
+
+
 def logged(output: str) -> list[tuple[str, str, float]]:
     """(what, step, loss) of each line of training and validation."""
     found = re.findall(r"(validate )?step: +(\d+) +loss: +([\d.]+)", output)
     return [(what, step, float(loss)) for what, step, loss in found]
+
+
+def assert_same_losses(output: str, reference: str) -> None:
+    """Of 14 steps, and of validation between them."""
+    seen, expected = logged(output), logged(reference)
+    assert len([what for what, _, _ in expected if not what]) == 14 and any(what for what, _, _ in expected)
+    assert [line[:2] for line in seen] == [line[:2] for line in expected], output[-5000:]
+    assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], rel=2e-3)
 
 
 @pytest.mark.gpu
@@ -63,7 +77,4 @@ def logged(output: str) -> list[tuple[str, str, float]]:
 def test_losses_are_those_without_graphs(outputs, name):
     output, reference = outputs[name], outputs[RUNS[name][1]]
     assert "CUDA graphs are off" not in output and "could not be planned" not in output, output[-5000:]
-    seen, expected = logged(output), logged(reference)
-    assert len([what for what, _, _ in expected if not what]) == 14 and any(what for what, _, _ in expected)
-    assert [line[:2] for line in seen] == [line[:2] for line in expected], output[-5000:]
-    assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], rel=2e-3)
+    assert_same_losses(output, reference)

@@ -1,15 +1,12 @@
 """Whole jobs on two GPUs whose steps run from CUDA graphs: their losses are those of the same jobs without."""
 
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.components.test_cuda_graph_jobs import JOB, ROOT, logged
-from tests.support import commands
+from tests.components.test_cuda_graph_jobs import JOB, assert_same_losses, at_once, logged
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 ONE_SHARD = ["--parallelism.data_parallel_shard_degree=1"]
@@ -30,21 +27,11 @@ def outputs(tmp_path_factory):
     """What each job printed, from graphs and without; all run at the same time."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    started, ports = {}, itertools.count(29701)
-    env = {**commands.environment(), "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")}
+    jobs, ports = {}, itertools.count(29701)
     for (name, options), graphs in itertools.product(RUNS.items(), (True, False)):
-        command = [*TORCHRUN, f"--master_port={next(ports)}", *JOB, *options]
-        command += ["--momoe.cuda_graphs" if graphs else "--momoe.no-cuda_graphs"]
-        command += ["--job.dump_folder", str(tmp_path_factory.mktemp("job"))]
-        started[name, graphs] = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-    try:
-        return {key: job.communicate(timeout=600)[0] for key, job in started.items()}
-    finally:
-        for job in started.values():
-            job.kill()
+        switch = "--momoe.cuda_graphs" if graphs else "--momoe.no-cuda_graphs"
+        jobs[name, graphs] = [*TORCHRUN, f"--master_port={next(ports)}", *JOB, *options, switch]
+    return at_once(jobs, tmp_path_factory.mktemp, gpus="0,1")
 
 
 @pytest.mark.gpu
@@ -52,10 +39,7 @@ def outputs(tmp_path_factory):
 def test_losses_of_two_gpus_are_those_without_graphs(outputs, name):
     output, reference = outputs[name, True], outputs[name, False]
     assert "CUDA graphs are off" not in output and "has no effect" not in output, output[-5000:]
-    seen, expected = logged(output), logged(reference)
-    assert len([what for what, _, _ in expected if not what]) == 14 and any(what for what, _, _ in expected)
-    assert [line[:2] for line in seen] == [line[:2] for line in expected], output[-5000:]
-    assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], rel=2e-3)
+    assert_same_losses(output, reference)
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.support.commands import free_port
 from tests.trust import jobs
 
 SAME = "--debug.deterministic", "--debug.seed=7", "--metrics.log_freq=1", "--compile.no-enable"
@@ -68,12 +69,6 @@ class Agent:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def listens(port: int) -> bool:
