@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from momoe_titan.kernels.quantile import NUM_BINS
 from momoe_titan.moe import expert_stats
 from momoe_titan.moe.expert_stats import (
     accumulate_entropy,
+    accumulate_margins,
     count_experts,
     record_counts,
     recording_entropy,
@@ -38,6 +40,16 @@ def test_records_training_forwards_alone():
         record_counts(module, total, counts)
     record_counts(module.eval(), total, counts)
     assert total.tolist() == [1, 0, 2]
+
+
+def test_the_mean_token_is_that_of_tokens_from_all_over_a_long_batch(monkeypatch):
+    monkeypatch.setattr(expert_stats, "MEAN_TOKENS", 16)
+    x = torch.arange(67.0)[:, None]
+    histogram, input_sum = torch.zeros(2, NUM_BINS, dtype=torch.int32), torch.zeros(2)
+    ids = torch.zeros(67, 1, dtype=torch.int64)
+    accumulate_margins(histogram, input_sum, x, torch.zeros(67, 2), torch.zeros(2), ids, "sigmoid")
+    assert 16 <= input_sum[1] < 32
+    assert input_sum[0] / input_sum[1] == pytest.approx(33, abs=1.5)
 
 
 def test_records_nothing_while_paused(entropy_wanted):
