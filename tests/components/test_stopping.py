@@ -1,10 +1,13 @@
 """How a signal ends a run: on all ranks, after the step in which one of them got it."""
 
+import contextlib
 import os
 import signal
 from types import SimpleNamespace
 
+import pytest
 import torch.distributed as dist
+import torchtitan.train as titan
 
 from momoe_titan.components.stopping import StopRequest
 from momoe_titan.components.trainer import Trainer
@@ -48,6 +51,27 @@ def test_the_last_step_is_logged_before_anything_else_takes_time():
             step=1,
         )
         assert not Trainer.should_continue_training(trainer) and done == expected
+
+
+@pytest.mark.parametrize(
+    "ranks, fails, logged",
+    [(1, False, 1), (2, False, 1), (1, True, 1), (2, True, 0)],  # the wait for the others might not end
+)
+def test_what_a_gpu_has_not_logged_yet_is_logged_where_training_ends(monkeypatch, ranks, fails, logged):
+    done = []
+
+    def train(self):
+        if fails:
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(titan.Trainer, "train", train)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    trainer = object.__new__(Trainer)
+    trainer.run = SimpleNamespace(stop=SimpleNamespace(), stopped_by=0, has_trained=False)
+    trainer.metrics_processor = SimpleNamespace(finish_log=lambda: done.append("log"))
+    with pytest.raises(RuntimeError, match="broken") if fails else contextlib.nullcontext():
+        trainer.train()
+    assert len(done) == logged
 
 
 def test_the_highest_signal_of_any_rank_is_heard(tmp_path):
