@@ -30,7 +30,9 @@ class SideStream(TorchDispatchMode):
         self.kept: list[tuple[Any, tuple]] = []
 
     def wait_stream(self, stream: Any) -> None:
-        pass
+        if isinstance(stream, SideStream):
+            self.kept += stream.kept
+            stream.kept = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default:

@@ -68,12 +68,12 @@ class _Ring:
 
     Attributes:
         buffers: for each, the buffers of all ranks.
-        stream: on which they are read. Small transfers do not wait for large ones.
+        streams: on which they are read, those of others and this rank's own. Small transfers do not wait for large ones.
         users: the latest transfer of each.
     """
 
     buffers: list[list[torch.Tensor]]
-    stream: torch.cuda.Stream
+    streams: tuple[torch.cuda.Stream, torch.cuda.Stream]
     users: list[_Transfer | None] = field(default_factory=lambda: [None] * _BUFFERS)
     turn: int = 0
 
@@ -95,12 +95,14 @@ class _Staged:
         outs: tensors that are under way from now on.
         ring, turn: the buffer.
         arriving: rows of theirs, and where these are to be read.
+        kept: rows of theirs that this rank has staged itself.
     """
 
     outs: list[torch.Tensor]
     ring: _Ring
     turn: int
     arriving: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -135,10 +137,10 @@ class PeerCopies:
             blocks, places = out.chunk(self.ranks), [_like(buffer[offset:], tensor) for buffer in staged.buffers]
             places[self.rank].copy_(tensor)
             staged.arriving += [(blocks[p], places[p]) for p in self._others()]
+            # Not from the tensor, whose memory may be used again at once.
+            staged.kept.append((blocks[self.rank], places[self.rank]))
             offset += tensor.nbytes
         self._start([staged])
-        for tensor, out in zip(rows, outs, strict=True):  # meanwhile
-            out.chunk(self.ranks)[self.rank].copy_(tensor)
         return outs
 
     def send_blocks(self, rows_MC: torch.Tensor) -> torch.Tensor:
@@ -166,10 +168,16 @@ class PeerCopies:
         """Behind one barrier, read for each of these what the others have staged."""
         self._meet()
         for s in staged:
-            s.ring.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(s.ring.stream):
-                for rows, place in s.arriving:
-                    rows.copy_(place)
+            stream, beside = s.ring.streams
+            stream.wait_stream(torch.cuda.current_stream())
+            if s.kept:
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    _copy_all(s.kept)
+            with torch.cuda.stream(stream):
+                _copy_all(s.arriving)
+                if s.kept:
+                    stream.wait_stream(beside)
                 transfer = _Transfer(self, *s.outs)
             s.ring.users[s.turn] = transfer
             for out in s.outs:
@@ -191,7 +199,7 @@ class PeerCopies:
                 buffers.append([handle.get_buffer(p, (num_bytes,), torch.uint8) for p in range(self.ranks)])
                 self._handles.append(handle)
                 self._memory.append(mine)
-            self._rings[num_bytes] = _Ring(buffers, torch.cuda.Stream())
+            self._rings[num_bytes] = _Ring(buffers, (torch.cuda.Stream(), torch.cuda.Stream()))
         return self._rings[num_bytes]
 
 
@@ -236,6 +244,11 @@ def one_sequence() -> Iterator[None]:
         yield
     finally:
         _begun = before
+
+
+def _copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for out, source in pairs:
+        out.copy_(source)
 
 
 def _device() -> torch.device:
