@@ -12,6 +12,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 ONE_SHARD = ["--parallelism.data_parallel_shard_degree=1"]
 PIPELINE = [*ONE_SHARD, "--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule"]
 TENSOR = [*ONE_SHARD, "--parallelism.tensor_parallel_degree=2", "--compile.enable"]
+EXPERTS = ["--parallelism.expert_parallel_degree=2", "--momoe.expert_dispatch=all_ranks", "--compile.enable"]
 RUNS = {
     "pipeline": [*PIPELINE, "1F1B", "--compile.enable"],
     "pipeline, two microbatches a step": [*PIPELINE, "1F1B", "--training.global_batch_size=8"],
@@ -19,6 +20,8 @@ RUNS = {
     "tensor parallel": TENSOR,
     "FSDP": ["--momoe.no-fsdp_copies"],
     "FSDP by copy engines": ["--momoe.fsdp_copies"],
+    "expert parallel": [*EXPERTS, "--parallelism.fsdp_reshard_after_forward=never"],
+    "expert parallel, two microbatches a step": [*EXPERTS, "--training.global_batch_size=8"],
 }
 
 
@@ -43,6 +46,7 @@ def test_losses_of_two_gpus_are_those_without_graphs(outputs, name):
 
 
 @pytest.mark.gpu
-def test_losses_by_copy_engines_are_those_by_nccl(outputs):
-    by_nccl, by_copies = (logged(outputs[name, True]) for name in ("FSDP", "FSDP by copy engines"))
+@pytest.mark.parametrize("name", ["FSDP by copy engines", "expert parallel"])
+def test_losses_by_copy_engines_are_those_by_nccl(outputs, name):
+    by_nccl, by_copies = (logged(outputs[run, True]) for run in ("FSDP", name))
     assert [loss for _, _, loss in by_copies] == pytest.approx([loss for _, _, loss in by_nccl], rel=2e-3)

@@ -68,7 +68,7 @@ class _Ring:
 
     Attributes:
         buffers: for each, the buffers of all ranks.
-        streams: on which they are read, those of others and this rank's own. Small transfers do not wait for large ones.
+        streams: on which they are read: those of others, and this rank's own. Small transfers wait for no large ones.
         users: the latest transfer of each.
     """
 
