@@ -516,10 +516,14 @@ def test_the_job_of_the_page_trains(tmp_path):
     assert "experts without a token" in said
 
 
+OF_TWO = ["--world_size=2", "--parallelism.expert_parallel_degree=2", "--momoe.expert_dispatch=all_ranks"]
+
+
 @pytest.mark.slow
-def test_the_job_of_the_page_is_planned(tmp_path):
+@pytest.mark.parametrize("options", [[], OF_TWO], ids=["one rank", "two by our dispatch"])
+def test_the_job_of_the_page_is_planned(options, tmp_path):
     """Its five MoE layers keep pre-activations by save_percent: the planner converts the model too."""
-    done = commands.run("-m", "momoe_titan.plan", "--json", *job_of_the_page(tmp_path), cwd=commands.ROOT)
+    done = commands.run("-m", "momoe_titan.plan", "--json", *job_of_the_page(tmp_path), *options, cwd=commands.ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plan"]["layers"] == ["1", "2", "3", "4", "5"]
 

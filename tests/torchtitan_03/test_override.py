@@ -2,6 +2,10 @@
 place; skipped beside 0.2.2, for which all other tests are."""
 
 import importlib.metadata
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ from torchtitan.components.optimizer import (  # noqa: E402
     default_adamw,
     register_moe_load_balancing_hook,
 )
-from torchtitan.config import OverrideConfig, apply_overrides  # noqa: E402
+from torchtitan.config import Configurable, OverrideConfig, apply_overrides  # noqa: E402
+from torchtitan.config.override import parse_cli_imports  # noqa: E402
 from torchtitan.models.qwen3 import model_registry  # noqa: E402
 
 from momoe_titan.adapters.torchtitan_03 import (  # noqa: E402
@@ -183,6 +188,29 @@ def test_rows_from_a_dispatcher_give_the_same():
     rows, _, metadata = experts.token_dispatcher.dispatch(x, scores, ids, counts)
     out = experts.token_dispatcher.combine(experts.inner_experts(rows, counts), metadata, x)
     torch.testing.assert_close(out, experts.inner_experts(x, ids, scores), rtol=1e-4, atol=1e-5)
+
+
+@dataclass(kw_only=True, slots=True)
+class Job(Configurable.Config):
+    """The part of a job's configuration that overrides change; all of it needs the packages of its data."""
+
+    model: Configurable.Config
+    optimizer: Configurable.Config
+
+
+def test_the_commands_of_the_page_name_what_there_is():
+    """Applied to the model that they name and its optimizer, as TorchTitan's trainer does; nothing is built."""
+    page = (Path(__file__).parents[2] / "docs/use_it_in_your_model.md").read_text()
+    commands = [block.split("--override.imports", 1) for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+    overrides = [shlex.split(after.replace("\\\n", " ")) for _, *rest in commands for after in rest]
+    assert len(overrides) == 2
+    for balancing, tokens in enumerate(overrides):
+        job = Job(model=model_registry("30B-A3B").model, optimizer=default_adamw(lr=1e-3))
+        apply_overrides(OverrideConfig(imports=parse_cli_imports(tokens)), job)
+        assert (type(job.optimizer) is BalancingOptimizers.Config) == bool(balancing)
+        for layer in job.model.layers:
+            assert type(layer.moe.routed_experts) is MomoeRoutedExperts.Config
+            assert (type(layer.moe.router) is MomoeRouter.Config) == bool(balancing)
 
 
 def test_what_it_does_not_know_is_refused_by_name():
