@@ -174,11 +174,11 @@ def sample(rooms: list[str], count: int, seed: int) -> list[dict]:
     return [{"id": number, **mutant} for number, mutant in enumerate(every)]
 
 
-def tests_of(mutant: dict) -> list[str]:
-    """The test files that concern its module, as concerns.toml says."""
+def tests_of(mutant: dict, most: int) -> list[str]:
+    """The test files that concern its module, as concerns.toml says; only the first ones, if there are more."""
     modules = CONCERNS[mutant["room"]]
     longest = max((start for start in modules if mutant["file"].startswith(start)), key=len)
-    return modules[longest]
+    return modules[longest][:most]
 
 
 class FirstFailure:
@@ -248,7 +248,7 @@ def put_in(mutant: dict, count: Iterator[int]) -> Iterator[None]:
     write(whole)
 
 
-def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float, limit: float) -> None:
+def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float, limit: float, most: int) -> None:
     """Run faults, each when its turn comes, in the copy of the repository that this process is in.
 
     A test that has failed runs again without the fault. One that fails then too says nothing and is left out.
@@ -277,7 +277,7 @@ def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float
             continue  # the file has changed since the sample was drawn
         while True:
             with put_in(mutant, count):
-                verdict, by = run_tests(tests_of(mutant), broken, min(limit, deadline - time.monotonic()))
+                verdict, by = run_tests(tests_of(mutant, most), broken, min(limit, deadline - time.monotonic()))
             if verdict != "killed" or not by:
                 break
             if by not in passes:
@@ -300,7 +300,7 @@ def results_in(out: Path) -> list[dict]:
     return sorted((json.loads(line) for line in lines), key=lambda row: row["id"])
 
 
-def run(mutants: list[dict], processes: int, seconds: float, limit: float, out: Path) -> None:
+def run(mutants: list[dict], processes: int, seconds: float, limit: float, most: int, out: Path) -> None:
     """Run faults of which `out` has no result yet, until `seconds` are over. Each result is written as it comes."""
     deadline = time.monotonic() + seconds
     scratch = Path(tempfile.mkdtemp())
@@ -318,7 +318,7 @@ def run(mutants: list[dict], processes: int, seconds: float, limit: float, out: 
         if child == 0:
             os.chdir(copy)
             results = out / f"results-{os.uname().nodename}-{os.getpid()}.jsonl"
-            work(mutants, turn, results, deadline, limit)
+            work(mutants, turn, results, deadline, limit, most)
             os._exit(0)
         children.append(child)
     for child in children:
@@ -358,6 +358,7 @@ def main(argv: list[str]) -> int:
     running.add_argument("--processes", type=int, default=2)
     running.add_argument("--seconds", type=float, default=7200, help="what has no verdict by then has none")
     running.add_argument("--limit", type=float, default=600, help="seconds for the tests of one fault")
+    running.add_argument("--most", type=int, default=100, help="test files for one fault")
     running.add_argument("--first", type=int, default=0, help="number of the first fault to run")
     running.add_argument("--end", type=int, default=1_000_000, help="number of the first fault behind those to run")
     running.add_argument("--files", nargs="+", default=["momoe_titan"], help="only faults whose files begin so")
@@ -379,7 +380,7 @@ def main(argv: list[str]) -> int:
             if args.first <= fault["id"] < args.end and fault["id"] not in done
             if fault["file"].startswith(tuple(args.files))
         ]
-        run(faults, args.processes, args.seconds, args.limit, args.out.absolute())
+        run(faults, args.processes, args.seconds, args.limit, args.most, args.out.absolute())
     print(told(args.out))
     return 0
 

@@ -1,0 +1,21 @@
+"""What a plan makes of the allocations it was traced from."""
+
+import pytest
+
+from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment, ZRows
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("save_percent, saved, others", [(0, 0, 60), (20, 20, 48 + 4), (100, 100, 0)])
+def test_saved_rows_grow_with_save_percent_and_the_others_fall(save_percent, saved, others):
+    """The others have a tile of both kinds beyond their share, where there are both."""
+    events = [
+        (0, 100 * MIB, ZRows("a", saved=True)),
+        (1, 60 * MIB, ZRows("a", saved=False, tile_bytes=4 * MIB)),
+        (2, 30 * MIB, ZRows("b", saved=True)),
+        (3, 10 * MIB, None),
+    ]
+    moments = [Moment("loss", [("a", 100 * MIB), ("b", 30 * MIB)], 10 * MIB, {})]
+    plan = MemoryPlan(["a", "b"], moments, {}, 1, events=events)
+    assert plan.reserved([save_percent, 100]) == (saved + others + 30 + 10) * MIB + CUBLAS_BYTES
