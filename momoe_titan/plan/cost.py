@@ -6,6 +6,7 @@ and says which rates are measured and which are assumed.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log2
 from typing import Any, NamedTuple
@@ -149,16 +150,17 @@ class StepCost:
         elif packet is ops.aten._grouped_mm:
             left, right = args[:2]
             self._add(micro, "grouped matmul", 2 * left.shape[-2] * left.shape[-1] * right.shape[-1])
+        elif packet in flop_registry and _ATTENTION in str(packet):
+            backward = "backward" in str(packet)
+            query, key, value = _tensors(args)[backward : backward + 3]  # behind the output's gradient
+            flops = attention_flops(query.shape, key.shape, value.shape, backward)
+            self._add(micro, f"attention {query.shape[-1]}", flops / 2)  # causal
         elif packet in flop_registry:
             operands = [a for a in args if not isinstance(a, torch.dtype)]  # torch's formulas know no output dtype
             flops = flop_registry[packet](*operands, **kwargs, out_val=out)
-            name = str(packet)
-            if _ATTENTION in name:
-                self._add(micro, f"attention {_tensors(args)[0].shape[-1]}", flops / 2)  # causal
-            else:
-                factors = _tensors(args)[-2:]  # behind what the product is added to
-                single = any(a.dtype == torch.float32 for a in factors)
-                self._add(micro, "float32 matmul" if single else "matmul", flops)
+            factors = _tensors(args)[-2:]  # behind what the product is added to
+            single = any(a.dtype == torch.float32 for a in factors)
+            self._add(micro, "float32 matmul" if single else "matmul", flops)
         elif _moves_data(func):
             moved = sum(map(_num_bytes, (*_tensors(args), *_tensors(kwargs.values()), *_tensors([out]))))
             self._add(micro, "optimizer" if phase == "optimizer" else "elementwise", num_bytes=moved)
@@ -231,6 +233,16 @@ def _between(rates: dict[int, float], size: int) -> float:
         return rates[low]
     position = (log2(size) - log2(low)) / (log2(high) - log2(low))
     return rates[low] + position * (rates[high] - rates[low])
+
+
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], backward: bool) -> int:
+    """Of attention without a mask, from the shapes (batch, heads, tokens, width).
+
+    As torch counts them (`torch.utils.flop_counter`), which before torch 2.13 refuses fewer heads of keys than of
+    queries. Two products forward, and in the backward five: the scores again, and a gradient for each factor of both.
+    """
+    pairs = query[0] * query[1] * query[2] * key[2]
+    return 2 * pairs * (3 * query[3] + 2 * value[3] if backward else query[3] + value[3])
 
 
 def expert_tflops(gpu: Gpu, ffn: int) -> tuple[float, float]:

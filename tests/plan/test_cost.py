@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from momoe_titan.kernels import momoe_mlp
 from momoe_titan.kernels.gpu import PlannedGpu
@@ -20,6 +21,7 @@ from momoe_titan.plan.cost import (
     Run,
     StepCost,
     Work,
+    attention_flops,
     collective_seconds,
     expert_tflops,
     seconds,
@@ -186,3 +188,24 @@ def _collectives_are_named_by_what_they_do() -> None:
 def test_collectives_are_named_by_what_they_do():
     """Not by the name of their group, which is among their arguments."""
     assert in_forks(1, lambda rank: _collectives_are_named_by_what_they_do())
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_is_counted_with_fewer_heads_of_keys(heads):
+    """Without torch's own formula, which takes no such shapes before torch 2.13."""
+    query, key, value = (3, 4, 16, 8), (3, heads, 32, 8), (3, heads, 32, 24)
+    as_many = key[:1] + (4,) + key[2:], value[:1] + (4,) + value[2:]
+    assert attention_flops(query, key, value, False) == sdpa_flop_count(query, *as_many)
+    grad = (*query[:3], value[3])
+    assert attention_flops(query, key, value, True) == sdpa_backward_flop_count(grad, query, *as_many)
+
+
+def test_attention_in_a_trace_needs_no_formula_of_torch(monkeypatch):
+    """Its operands are found behind the output's gradient."""
+    aten, found = torch.ops.aten, StepCost(8)
+    for packet in (aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_cudnn_attention_backward):
+        monkeypatch.setitem(flop_registry, packet, None)
+    q, k, v = (torch.empty(2, heads, 16, 64, device="meta") for heads in (4, 2, 2))
+    found(aten._scaled_dot_product_cudnn_attention.default, (q, k, v, None, True), {}, None, "forward")
+    found(aten._scaled_dot_product_cudnn_attention_backward.default, (q, q, k, v, q), {}, None, "backward")
+    assert found.work[True, "attention 64"].flops == 7 * 2 * 4 * 16 * 16 * 64
