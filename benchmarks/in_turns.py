@@ -285,9 +285,15 @@ def take_turns(jobs: list[Job]) -> None:
                     if "step_ms" in message:
                         job.rounds.append(message)
         for job in group:
-            if job.error is None:
+            if job.error is None and job.plan.profiled:
                 job.go()
                 job.busy_pct = job.hear().get("busy_pct")
+        last = [job for job in group if job.error is None and not job.plan.profiled]
+        for job in last:
+            job.go()
+        for job in last:
+            job.hear()
+        for job in group:
             job.process.join(60)
             print(json.dumps(job.row()), flush=True)
 
@@ -301,6 +307,7 @@ def measure(runs: Mapping[str, list[str]], plan: Plan, one_by_one: bool, logs: P
     """
 
     def stop(*signum):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt("out of time")
 
     signal.signal(signal.SIGTERM, stop)
