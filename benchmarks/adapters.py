@@ -9,6 +9,7 @@ variants of a model share its weights and take turns. The columns:
     step ms    forward, backward and a step of AdamW, by the host's clock; medians.
     moe ms     forward and backward of one MoE layer alone, by the device's clock; medians. transformers: of the
                experts, with the routing given.
+    saved GiB  of PyTorch's allocator, by the end of the forward: what the backward reads.
     peak GiB   of PyTorch's allocator, over a step, weights and optimizer included.
     bound      how much faster than the model's own variant the step would be if all of its MoE layers took no time.
 transformers' models run eagerly, its default; TorchTitan's are compiled as its trainer compiles them. `--sonicmoe`
@@ -230,8 +231,10 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
     x_BLD.requires_grad_()
 
     def step(variant: Variant) -> None:
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
         with variant.around():
             loss = case.loss(rows)
+        saved[variant.name] = (torch.cuda.memory_allocated() - before) / 2**30 if device == "cuda" else 0.0
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -242,6 +245,7 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
         torch.autograd.grad(out, leaves, dout.view_as(out), allow_unused=True)
 
     times: dict[str, tuple[list[float], list[float]]] = {v.name: ([], []) for v in case.variants}
+    saved: dict[str, float] = {}
     peaks: dict[str, float] = {}
     for turn in range(rounds + 2):
         for variant in case.variants:
@@ -262,6 +266,7 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
             "variant": variant.name,
             "step ms": round(in_step, 2),
             "moe ms": round(in_moe, 3),
+            "saved GiB": round(saved[variant.name], 2),
             "peak GiB": round(peaks[variant.name], 2),
             "step speed-up": round(base_step / in_step, 3),
             "moe speed-up": round(base_moe / in_moe, 3),
