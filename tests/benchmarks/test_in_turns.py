@@ -75,10 +75,14 @@ def test_a_run_has_options_of_its_own(monkeypatch, tmp_path):
     assert plan == Plan(3, 4, 5, 79.5, "g", 2, 6)
 
 
-def test_steps_under_a_profiler_come_after_the_turns(capsys):
-    profiled = job("a", [turn(0.0), turn(10), turn(10), {"error": None, "busy_pct": 97.531}], [])
-    take_turns([profiled])
-    assert json.loads(capsys.readouterr().out)["busy_pct"] == 97.53
+def test_steps_under_a_profiler_come_after_the_turns():
+    seen = []
+    profiled = job("a", [turn(0.0), turn(10), turn(10), {"error": None, "busy_pct": 97.531}], seen)
+    profiled.plan = Plan(1, 1, 2, profiled=6)
+    other = job("b", [turn(0.0), turn(10), turn(10), {"error": None, "busy_pct": None}], seen)
+    take_turns([other, profiled])
+    assert "".join(seen) == "bababaab"  # alone at the end, too
+    assert "busy_pct" not in other.row() and profiled.row()["busy_pct"] == 97.53
 
 
 def test_a_job_that_fails_is_a_row_that_says_so():
