@@ -92,12 +92,11 @@ class Experts:
 
 def columns_of(order: str, ffn: int) -> Columns:
     """The columns of z, which is gated, in one of ORDERS."""
-    return {
-        "up_gate": Columns(0, ffn, 1),
-        "gate_up": Columns(ffn, 0, 1),
-        "interleaved_up_gate": Columns(0, 1, 2),
-        "interleaved_gate_up": Columns(1, 0, 2),
-    }[order]
+    if order == "up_gate":
+        return Columns(0, ffn, 1)
+    if order == "gate_up":
+        return Columns(ffn, 0, 1)
+    return Columns(0, 1, 2) if order == "interleaved_up_gate" else Columns(1, 0, 2)
 
 
 def validate_experts(experts: Experts) -> None:

@@ -228,6 +228,16 @@ def test_derivatives_of_activations(activation):
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_the_hopper_kernels_form_is_that_of_the_columns(order, activation):
+    w1, w2 = torch.empty(2, 64, 128 if activation == "swiglu" else 64), torch.empty(2, 64, 64)
+    experts = Experts(w1, w2, activation=activation, order=order)
+    up, gate, step = experts.columns
+    assert hopper._is_gate_first(experts) == (gate < up)
+    assert hopper._form(experts) == ("ungated" if activation == "relu2" else {1: "halves", 2: "interleaved"}[step])
+
+
 BAD = {
     "activation must be one of .*, got 'gelu'": dict(activation="gelu"),
     "order must be one of .*, got 'gate'": dict(order="gate"),

@@ -128,11 +128,11 @@ def _form(experts: Experts) -> str:
     """FORM of the kernels."""
     if not is_gated(experts.activation):
         return "ungated"
-    return "interleaved" if experts.columns.step == 2 else "halves"
+    return "interleaved" if experts.order.startswith("interleaved") else "halves"
 
 
 def _is_gate_first(experts: Experts) -> bool:
-    return experts.columns.gate < experts.columns.up
+    return is_gated(experts.activation) and experts.order.endswith("gate_up")
 
 
 def dscore_parts(F: int) -> int:
