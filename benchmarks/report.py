@@ -182,6 +182,17 @@ def transformers_step() -> str:
     return _plain("transformers_h200", **header)
 
 
+def torchtitan_step() -> str:
+    """Models of TorchTitan with their own MoE layers and with ours."""
+    header = {
+        "shape": "layers of", "layers": "MoE layers", "tokens": "tokens", "variant": "MoE layers are",
+        "tokens_per_second": "tokens/s", "step_ms": "step, ms", "moe_ms": "MoE layer, ms",
+        "moe_speedup": "MoE layer, times faster", "step_speedup": "step, times faster", "bound": "step, at most",
+        "saved_gib": "kept for the backward, GiB", "peak_gib": "peak, GiB",
+    }  # fmt: skip
+    return _plain("torchtitan_h200", **header)
+
+
 def layer_kinds() -> str:
     """Errors of other experts; the largest share of torch's own error over all of a kind's tensors."""
     keys = ("out", "x", "scores", "w1", "w2", "bias1", "bias2")
@@ -602,7 +613,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
-    + (layer_layouts, layer_kinds, transformers_step)
+    + (layer_layouts, layer_kinds, transformers_step, torchtitan_step)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
