@@ -132,6 +132,12 @@ def layer_save_percent() -> str:
     return pivot(rows_of("layer_save_percent_h100"), "shape", percents, "both", lambda r: str(r["save_percent"]))
 
 
+def layer_before() -> str:
+    """One layer by the first measured code and by today's."""
+    header = {"before": "before, TFLOPS", "now": "now, TFLOPS", "percent": "faster by, %"}
+    return _plain("layer_before_h200", shape="shape", save_percent="save_percent", **header)
+
+
 def layer_h200() -> str:
     """Shapes nobody tuned for: speed, then peak."""
     rows = rows_of("layer_h200")
@@ -325,6 +331,10 @@ def optimizer() -> str:
 def loss() -> str:
     header = {"tokens": "tokens", "classes": "vocabulary", "dim": "width", "loss": "loss", "ms": "ms"}
     return _plain("loss_h200", **header, mib="MiB beyond the gradients")
+
+
+def gpu_busy() -> str:
+    return _plain("gpu_busy_h200", model="model, sequences x tokens", step_ms="step, ms", busy="GPU busy, %")
 
 
 def loss_30b() -> str:
@@ -618,6 +628,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
+    + (layer_before, gpu_busy)
     + (balance_average, balance_ep, balance_1_4b_long, balance_lr, balance_time, balance_steep)
     + (data_training, data_loader)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
