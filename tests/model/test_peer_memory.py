@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from momoe_titan.kernels.outlet import OUTLETS
 from momoe_titan.model.parallel import gathered, peer_memory
+from tests.support.tiny import job_config, tiny_args
 
 ops = torch.ops.momoe_titan
 STARTED = 6  # more than there are staging buffers
@@ -140,6 +141,23 @@ def test_tokens_go_to_all_ranks_where_that_sends_little_more(ranks, chosen, expe
     assert gathered.gathers_tokens("auto", ranks, chosen, experts) is auto
     assert gathered.gathers_tokens("all_ranks", ranks, chosen, experts)
     assert not gathered.gathers_tokens("chosen_ranks", ranks, chosen, experts)
+
+
+@pytest.mark.parametrize("host, dispatch, granules", [(8, "auto", 24 + 3), (1, "auto", 0), (8, "chosen_ranks", 0)])
+def test_the_plan_knows_what_is_staged(host, dispatch, granules, monkeypatch):
+    """Four buffers of 48 MiB for tokens and results of two ranks, and small ones for choices, gradients of scores and
+    the trial, in granules of 2 MiB."""
+    args = tiny_args(moe={"num_experts": 32, "top_k": 4}, dim=768)
+    monkeypatch.setattr(gathered, "configured_args", lambda config: args)
+    config = job_config(expert_dispatch=dispatch)
+    config.parallelism.expert_parallel_degree = 2
+    config.training.local_batch_size, config.training.seq_len = 16, 2048
+    config.training.mixed_precision_param = "bfloat16"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(host))
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    mesh = SimpleNamespace(get_group=lambda: None)
+    dims = SimpleNamespace(cp=1, tp=1, etp_enabled=False, get_mesh=lambda name: mesh)
+    assert gathered.staging_of_job(config, dims) == granules * 4 << 21
 
 
 if __name__ == "__main__":
