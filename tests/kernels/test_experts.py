@@ -9,6 +9,7 @@ import torch
 from momoe_titan.kernels import ACTIVATIONS, ORDERS, gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref, op, versions
 from momoe_titan.kernels.activations import activate, activate_backward, is_gated
 from momoe_titan.kernels.experts import Experts
+from momoe_titan.kernels.hopper import launch as hopper
 from momoe_titan.kernels.hopper.launch import Stacked
 from momoe_titan.kernels.memory_schedule import memory_schedule
 from tests.kernels.test_op import error
