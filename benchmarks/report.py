@@ -168,14 +168,19 @@ def layer_skew() -> str:
 def layer_layouts() -> str:
     """Times of weights as others keep them, beside those of our own layout."""
     rows = rows_of("layer_layouts_h200")
-    own = {row["shape"]: row["both_ms"] for row in rows if row["layout"] == "own"}
-    names = {"own": "own", "out_in": "(E, out, in)", "two": "two tensors", "two_out_in": "two tensors, (E, out, in)"}
-    names |= {"interleaved": "interleaved", "interleaved_out_in": "interleaved, (E, out, in)"}
+    own = {row["shape"]: row for row in rows if row["layout"] == "own"}
+    names = {"own": "own", "before": "own, kernels of 0.1.0", "out_in": "(E, out, in)", "two": "two tensors"}
+    names |= {"two_out_in": "two tensors, (E, out, in)", "interleaved": "interleaved"}
+    names |= {"interleaved_out_in": "interleaved, (E, out, in)"}
     rows = sorted(rows, key=lambda r: (list(own).index(r["shape"]), list(names).index(r["layout"])))
-    keys = ("forward_ms", "backward_ms", "both_ms")
-    header = ["shape", "weights", "forward, ms", "backward, ms", "both, ms", "more than own, %"]
-    cells = ([*(r[k] for k in keys), f"{100 * (r['both_ms'] / own[r['shape']] - 1):.1f}"] for r in rows)
-    return table(header, ([r["shape"], names[r["layout"]], *of_row] for r, of_row in zip(rows, cells, strict=True)))
+    keys = ("forward", "backward", "both")
+    header = ["shape", "weights", *(f"{k}, ms" for k in keys), *(f"{k}, more than own, %" for k in keys)]
+    lines = []
+    for row in rows:
+        ms = [row[f"{k}_ms"] for k in keys]
+        more = [f"{100 * (row[f'{k}_ms'] / own[row['shape']][f'{k}_ms'] - 1):.1f}" for k in keys]
+        lines.append([row["shape"], names[row["layout"]], *ms, *more])
+    return table(header, lines)
 
 
 def transformers_step() -> str:
@@ -349,6 +354,11 @@ def batch_30b() -> str:
 def loss_runs() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 200, 250, 300)}
     return _plain("loss_runs_h200", run="the loss holds", **losses)
+
+
+def reliability() -> str:
+    header = {"check": "check", "where": "on", "amount": "how much", "result": "found", "seconds": "seconds"}
+    return _plain("reliability", **header)
 
 
 def precision_losses() -> str:
@@ -635,6 +645,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, batch_30b, loss_runs)
     + (
         precision_losses,
+        reliability,
         step_breakdown,
         cuda_graph,
         first_step,
