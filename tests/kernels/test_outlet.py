@@ -9,6 +9,7 @@ from momoe_titan.kernels import momoe_mlp, op
 from momoe_titan.kernels.outlet import OUTLETS, Blocks
 
 T, D, F, E, K = 12, 16, 8, 4, 2
+LARGE = (768, 256, 128, 8, 2)
 NAME = "test"
 
 
@@ -19,10 +20,10 @@ class Sent:
         self.log, self.staged = log, []
 
     def stage(self, rows_MC: torch.Tensor) -> Blocks:
-        third = T // 3
+        third = rows_MC.shape[0] // 3
         places = [torch.full_like(rows_MC[:third], torch.nan) for _ in range(2)]
         self.staged.append((rows_MC, places))
-        return Blocks((third, 2 * third), [(0, third, places[0]), (2 * third, T, places[1])])
+        return Blocks((third, 2 * third), [(0, third, places[0]), (2 * third, 3 * third, places[1])])
 
     def start(self) -> None:
         assert not any(place.isnan().any() for _, places in self.staged for place in places)
@@ -39,26 +40,45 @@ def log(monkeypatch):
 @pytest.fixture
 def in_two_ranges(monkeypatch):
     schedule = op._schedule
-    halves = {name: ((0, D // 2), (D // 2, D)) for name in ("y_ranges", "dx_ranges")}
-    monkeypatch.setattr(op, "_schedule", lambda *args, **kw: dataclasses.replace(schedule(*args, **kw), **halves))
+
+    def halved(gemms, x_TD, *args, **options):
+        width = x_TD.shape[1]
+        halves = (0, width // 2), (width // 2, width)
+        return dataclasses.replace(schedule(gemms, x_TD, *args, **options), y_ranges=halves, dx_ranges=halves)
+
+    monkeypatch.setattr(op, "_schedule", halved)
 
 
-def run(backend: str, outlet: str):
+def run(backend: str, outlet: str, sizes=(T, D, F, E, K), device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
-    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, K)
-    x, w1, w2, scores = (torch.randn(shape, requires_grad=True) for shape in shapes)
-    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    T, D, F, E, K = sizes
+    shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, D)
+    x, w1, w2, dout = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    scores = torch.rand(T, K, device=device)
+    ids = torch.rand(T, E, device=device).topk(K, dim=1)[1]
+    leaves = [t.requires_grad_() for t in (x, scores, w1, w2)]
     out, _ = momoe_mlp(x, w1, w2, ids, scores, 50.0, backend=backend, outlet=outlet)
-    grads = torch.autograd.grad(out, (x, scores, w1, w2), torch.randn(T, D))
-    return out.detach(), *grads
+    return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rows_of_others_leave_once_they_are_written(backend, log, in_two_ranges):
-    plain = run(backend, "")
+    check(log, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_others_leave_a_gpu_once_they_are_written(dtype, log, in_two_ranges):
+    check(log, "triton", LARGE, "cuda", dtype)
+
+
+def check(log, *how):
+    """The op with an outlet against the op without."""
+    backend, *more = how
+    plain = run(backend, "", *more)
     assert not log
-    out, dx, dscores, dw1, dw2 = run(backend, NAME)
+    out, dx, dscores, dw1, dw2 = run(backend, NAME, *more)
     for got, want in zip((dw1, dw2), plain[3:], strict=True):
         assert torch.equal(got, want)
     (forward,), backward = log
@@ -67,7 +87,8 @@ def test_rows_of_others_leave_once_they_are_written(backend, log, in_two_ranges)
     for name, got, want in (("out", out, plain[0]), ("x", dx, plain[1]), ("scores", dscores, plain[2])):
         rows, first, last = places[name]
         assert rows.data_ptr() == got.data_ptr()  # where what others send arrives
-        assert torch.equal(torch.cat([first, got[4:8], last]), want), name
+        third = got.shape[0] // 3
+        assert torch.equal(torch.cat([first, got[third : 2 * third], last]), want), name
 
 
 def test_what_needs_no_gradient_does_not_leave(log):
