@@ -206,10 +206,11 @@ class Momoe:
     cuda_graphs: bool = False
     """
     Run the forward and the backward of a step from a CUDA graph, which
-    the host starts by one call, with the Triton kernels, on one GPU or
-    with FSDP or HSDP. The kernels are the same. A job that cannot be
-    captured runs without, and a line says why; where capturing fails
-    with FSDP, the job ends. The activations' memory stays reserved
+    the host starts by one call, with the Triton kernels, on one GPU,
+    with FSDP or HSDP, or with tensor or pipeline parallelism alone. The
+    kernels are the same. A job that cannot be captured runs without,
+    and a line says why; where capturing fails with FSDP or in a
+    pipeline, the job ends. The activations' memory stays reserved
     between steps, except where a validation may need it.
     """
 
@@ -217,10 +218,11 @@ class Momoe:
     """
     Exchange FSDP's weights and gradients between the GPUs of a host by
     their copy engines and not by NCCL, which takes multiprocessors from
-    the kernels beside it. Groups of more than 256 MiB are left to NCCL,
-    and so are jobs with expert or pipeline parallelism. The buffers, up
-    to five of a group's size, are beside PyTorch's memory, and not in
-    the memory plan.
+    the kernels beside it. Where a group of weights, mostly a block, has
+    more than 256 MiB, NCCL does it, and so it does between hosts, with
+    expert or pipeline parallelism, and where GPUs cannot read each
+    other's memory; a line says so. The buffers, five of each size, are
+    beside PyTorch's memory; the memory plan counts them.
     """
 
     mixed_precision: MixedPrecision = "weights"
