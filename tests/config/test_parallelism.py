@@ -2,6 +2,7 @@
 
 import pytest
 
+from momoe_titan.config.machine import Machine, checking_for
 from tests.support.tiny import job_config, tiny_args
 
 
@@ -147,6 +148,15 @@ def test_warns_where_loss_parallel_cannot_be_switched_off(monkeypatch, caplog):
     monkeypatch.setattr("tests.config.test_parallelism.job_config", lambda: whole_logits)
     read(monkeypatch, settings, 2)
     assert "disable_loss_parallel" not in caplog.text
+
+
+@pytest.mark.parametrize("backend, dispatch, warns", [("torchtitan", "all_ranks", True), ("torchtitan", "auto", False)])
+def test_warns_where_tokens_are_sent_as_torchtitan_does(monkeypatch, caplog, backend, dispatch, warns):
+    config = job_config(backend=backend, expert_dispatch=dispatch)
+    monkeypatch.setattr("tests.config.test_parallelism.job_config", lambda: config)
+    with checking_for(Machine(world_size=2, has_gpu=True)):
+        read(monkeypatch, {"expert_parallel_degree": 2, "data_parallel_shard_degree": 2}, 2, moe={"num_experts": 6})
+    assert ("momoe.expert_dispatch has no effect with momoe.backend = 'torchtitan'" in caplog.text) == warns
 
 
 def test_accepts_what_composes(monkeypatch):
