@@ -66,6 +66,7 @@ TWO = {
     **{f"kept {mode}": {**SHED, "mode": mode} for mode in SHEDDING},
     **{f"shed {mode}": {**SHED, "mode": mode, "room": 3.5} for mode in SHEDDING},
 }
+SAVED = ("ep", "left out")
 FOUR = {
     "fsdp": {"num_experts": 8},
     "hsdp": {"num_experts": 8, "replicate": 2, "shard": 2, **CHOSEN, "keeps": True},
@@ -78,7 +79,8 @@ FOUR = {
 
 
 def train_all(folder: Path) -> None:
-    TWO["ep"]["save"] = str(folder / "checkpoint")
+    for name in SAVED:
+        TWO[name]["save"] = str(folder / name)
     settings = {2: TWO, 4: FOUR}
     runs = {n: [{**DEFAULTS, "shard": n, **run} for run in of_n.values()] for n, of_n in settings.items()}
     assert ep_worker.train(folder, runs)
@@ -86,7 +88,7 @@ def train_all(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the results of all runs are, and the checkpoint of the first."""
+    """Where the results of all runs are, and the checkpoints of `SAVED`."""
     return made_once(tmp_path_factory, "expert parallel", train_all)
 
 
@@ -246,14 +248,15 @@ def test_shedding_changes_nothing(two, mode):
     assert shed["shed"] == [(2 * fair_z, [(0, 0), (1, 2 * fair_z)]), (0, [])]
 
 
-def test_checkpoint_loads_into_one_process(two, folder):
+@pytest.mark.parametrize("name", SAVED)
+def test_checkpoint_loads_into_one_process(two, folder, name):
     model = build(tiny_args(moe={"num_experts": 6}), seed=1)
     state = model.state_dict()
-    load(state, checkpoint_id=str(folder / "checkpoint"))
+    load(state, checkpoint_id=str(folder / name))
     model.load_state_dict(state)
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, two["ep"]["weights"][name]), name
-    assert torch.equal(torch.stack([moe.expert_bias for moe in moes(model)]), two["ep"]["bias"])
+    for parameter, weight in model.named_parameters():
+        assert torch.equal(weight, two[name]["weights"][parameter]), parameter
+    assert torch.equal(torch.stack([moe.expert_bias for moe in moes(model)]), two[name]["bias"])
 
 
 REFUSED = {
