@@ -202,8 +202,9 @@ class ConvertedMoE(MomoeMoE):
         nn.Module.__init__(self)  # the base class would make parameters
         of_gpt_oss = isinstance(stock.experts, GptOssGroupedExperts)
         experts_class: Any = ConvertedGptOssExperts if of_gpt_oss else ConvertedExperts
-        self.experts = experts_class(stock.experts, save_percent, settings.backend, settings.check_ids)
-        self.experts.scores_on_input = stock.score_before_experts
+        experts = experts_class(stock.experts, save_percent, settings.backend, settings.check_ids)
+        experts.scores_on_input = stock.score_before_experts
+        self.experts = experts
         self.router = converted_router(stock.router)
         self.reorderer = stock.reorderer
         self.shared_experts = stock.shared_experts

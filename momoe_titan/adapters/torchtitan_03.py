@@ -13,6 +13,7 @@ for TorchTitan 0.2.2.
 
 # An environment has one TorchTitan, and type checks run beside 0.2.2.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+# pyright: reportCallIssue=false
 
 from dataclasses import dataclass
 from typing import Any
