@@ -16,11 +16,13 @@ How much the experts save for the backward is `save_percent`: of the innermost `
 import contextlib
 import os
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+# `import transformers` would have a type checker read all of its models
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from momoe_titan.adapters.activation import UnknownActivationError, activation_of
@@ -113,7 +115,7 @@ def momoe_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor,
     return out.to(hidden_states.dtype)
 
 
-def register(version: str = transformers.__version__) -> None:
+def register(version: str = metadata.version("transformers")) -> None:
     """Add "momoe" to transformers' experts interface, which importing this module does.
 
     Raises:

@@ -1,6 +1,7 @@
 """Checks an exported folder by comparing the logits that transformers computes from it with ours."""
 
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def compare(path: str, args: MomoeLlamaArgs, assets: str, folder: str, dtype: to
         ValueError: there is no transformers, or a model or tokenizer cannot be loaded.
     """
     try:
-        import transformers  # of the extra "hf"
+        # Of the extra "hf". By `import transformers` a type checker would read all models that it has.
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+        from transformers.models.auto.tokenization_auto import AutoTokenizer
     except ModuleNotFoundError as e:
         raise ValueError(f"--verify: {e}: {install_command('hf')}") from e
     ids = TextTokenizer(assets).encode(TEXT, add_bos=True, add_eos=False)
@@ -86,10 +89,10 @@ def compare(path: str, args: MomoeLlamaArgs, assets: str, folder: str, dtype: to
         model = load_model(path, with_positions(args, len(ids)), "cpu", dtype).float()
         ours_LV = model(tokens)[0]
         del model  # there may be memory for one
-        same_ids = transformers.AutoTokenizer.from_pretrained(folder).encode(TEXT) == ids
+        same_ids = AutoTokenizer.from_pretrained(folder).encode(TEXT) == ids
         # One expert after the other: the grouped kernel of transformers 5 refuses some widths.
-        new = int(transformers.__version__.split(".")[0]) >= 5
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        new = int(metadata.version("transformers").split(".")[0]) >= 5
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             output_loading_info=True,
             **{"dtype" if new else "torch_dtype": torch.float32},
