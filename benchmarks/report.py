@@ -338,6 +338,12 @@ def loss() -> str:
     return _plain("loss_h200", **header, mib="MiB beyond the gradients")
 
 
+def step_variants() -> str:
+    """What activation checkpointing and save_percent cost and save."""
+    header = {"checkpointing": "activation checkpointing", "save_percent": "save_percent", "step_ms": "step, ms"}
+    return _plain("step_variants_h200", model="model", **header, tokens_per_s="tokens/s", reserved="reserved, GiB")
+
+
 def gpu_busy() -> str:
     return _plain("gpu_busy_h200", model="model, sequences x tokens", step_ms="step, ms", busy="GPU busy, %")
 
@@ -638,7 +644,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
-    + (layer_before, gpu_busy)
+    + (layer_before, gpu_busy, step_variants)
     + (balance_average, balance_ep, balance_1_4b_long, balance_lr, balance_time, balance_steep)
     + (data_training, data_loader)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
