@@ -20,7 +20,11 @@ if not torch.cuda.is_available():
 
 
 # What takes longest begins first: of several processes none is left at the end with a minute's work alone.
-FIRST = "test_finds_nothing[basedpyright]", "test_parallel.py", "test_expert_parallel.py"
+FIRST = (
+    *("test_finds_nothing[basedpyright]", "test_parallel.py", "test_expert_parallel.py", "test_kills.py"),
+    *("test_two_processes_learn", "test_ctrl_c_under_torchrun", "kernels/test_fuzz.py", "test_compile_ahead.py"),
+    *("within_limits", "test_growth_foresees", "test_agents.py", "test_inductor_copies_nothing"),
+)
 
 
 def pytest_collection_modifyitems(items):
