@@ -16,6 +16,11 @@ def test_saved_rows_grow_with_save_percent_and_the_others_fall(save_percent, sav
         (2, 30 * MIB, ZRows("b", saved=True)),
         (3, 10 * MIB, None),
     ]
-    moments = [Moment("loss", [("a", 100 * MIB), ("b", 30 * MIB)], 10 * MIB, {})]
+    moments = [
+        Moment("loss", [("a", 100 * MIB), ("b", 30 * MIB)], 10 * MIB, {}),
+        Moment("clip", [("a", 200 * MIB)], 0, {}),
+    ]
     plan = MemoryPlan(["a", "b"], moments, {}, 1, events=events)
     assert plan.reserved([save_percent, 100]) == (saved + others + 30 + 10) * MIB + CUBLAS_BYTES
+    assert plan.saved_z([save_percent, 100]) == (saved + 30) * MIB  # of the end of the forward
+    assert plan.slack == 60 * MIB  # the others, at 0; nothing at 100
