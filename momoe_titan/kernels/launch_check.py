@@ -27,7 +27,7 @@ INTEGERS = (
 )
 NUMBERS = (0.25, 16.0)
 TENSORS = (4, 32), (1, 6)  # first elements of slices of 4-byte numbers: aligned to 16 bytes, and not
-NUM_VALUES = len(INTEGERS) + 4
+NUM_VALUES = 16  # that hold the len(INTEGERS) + 4 results: a row of them is aligned to 16 bytes like the one before
 
 
 @triton.jit
@@ -58,7 +58,8 @@ def arguments(i: int, out: Tensor, numbers: Tensor) -> tuple:
 def expected(i: int) -> list[int]:
     """What the kernel writes for these arguments."""
     integers = [pair[i] - 2**64 if pair[i] >= 2**63 else pair[i] for pair in INTEGERS]
-    return [*integers, int(4 * NUMBERS[i]), TENSORS[0][i], TENSORS[1][i], CONSTANT]
+    written = [*integers, int(4 * NUMBERS[i]), TENSORS[0][i], TENSORS[1][i], CONSTANT]
+    return written + [0] * (NUM_VALUES - len(written))
 
 
 def difference(kernel: Any = probe_kernel, device: torch.device | str = "cuda") -> str | None:

@@ -3,6 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.nvidia.compiler import CUDABackend
 
 from momoe_titan.kernels import launch, launch_check
 from momoe_titan.kernels.gpu import interpreting
@@ -22,11 +24,12 @@ class Kernel:
     """The probe under a Triton that compiles it once, or anew for every launch."""
 
     def __init__(self, once=True, by_triton=tuple, past_triton=tuple):
-        self.once, self.by_triton = once, by_triton
+        self.once, self.by_triton, self.kinds = once, by_triton, []
         self.compiled = Compiled(launch_check.probe_kernel, past_triton)
 
     def __getitem__(self, grid):
         def run(*args, CONSTANT):
+            self.kinds.append([native_specialize_impl(CUDABackend, arg, False, True, True) for arg in args])
             launch_check.probe_kernel[grid](*self.by_triton((*args, CONSTANT)))
             return self.compiled if self.once else Compiled(launch_check.probe_kernel, tuple)
 
@@ -44,13 +47,14 @@ def swapped(args):
         (Kernel(), None),
         (Kernel(once=False), "compiles a kernel anew for arguments that are alike"),
         (Kernel(past_triton=swapped), r"past Triton got \[1, 48, 4294967296, 7, "),
-        (Kernel(past_triton=lambda args: (*args[:-1], 6)), "past Triton got .* 6] in place of .* 5]"),
+        (Kernel(past_triton=lambda args: (*args[:-1], 6)), "past Triton got .* 6, 0.* in place of .* 5, 0"),
         (Kernel(by_triton=swapped), "by Triton got "),
     ],
     ids=["none", "compiles for more", "other places", "other constant", "Triton's own"],
 )
 def test_what_is_not_the_same_both_ways_is_found(kernel, found):
     difference = launch_check.difference(kernel, "cpu")
+    assert kernel.kinds[0] == kernel.kinds[1], "Triton would compile these arguments twice"
     if found is None:
         assert difference is None
     else:
@@ -58,9 +62,6 @@ def test_what_is_not_the_same_both_ways_is_found(kernel, found):
 
 
 def test_triton_and_we_take_both_sets_of_arguments_for_alike():
-    from triton._C.libtriton import native_specialize_impl
-    from triton.backends.nvidia.compiler import CUDABackend
-
     numbers = torch.arange(64, dtype=torch.int32)
     assert numbers.data_ptr() % 16 == 0
     first, second = (launch_check.arguments(i, torch.empty(2, 16), numbers) for i in range(2))
