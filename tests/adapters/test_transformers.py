@@ -138,20 +138,27 @@ def qwen():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "olmoe"])
 def test_a_model_in_bfloat16_on_the_device(name, device):
-    """On a GPU by the kernels. One layer, so that its router sees the same tokens in both."""
+    """On a GPU by the kernels, and about as far from eager as transformers' second implementation is.
+
+    One layer, so that its router sees the same tokens in all.
+    """
     fields = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     model = build(name, **fields, **({"moe_intermediate_size": 64} if name == "qwen3_moe" else {}))
     model = model.to(device, torch.bfloat16)
     ids, found = tokens(4, 40).to(device), []
-    for implementation in ("eager", "momoe"):
+    for implementation in ("eager", "batched_mm", "momoe"):
         model.set_experts_implementation(implementation)
         model.zero_grad()
         with adapter.save_percent(50):
             out = model(ids, labels=ids)
         out.loss.backward()
         found.append({"logits": out.logits, **{n: p.grad for n, p in model.named_parameters()}})
-    for key, wanted in found[0].items():
-        assert (found[1][key] - wanted).float().norm() <= 0.02 * wanted.float().norm(), key
+
+    def errors(other: dict) -> dict[str, float]:
+        return {key: ((other[key] - w).float().norm() / w.float().norm()).item() for key, w in found[0].items()}
+
+    second, ours = map(errors, found[1:])
+    assert max(ours.values()) <= 3 * max(second.values()), (ours, second)
 
 
 def test_from_pretrained_takes_the_name(qwen, tmp_path):
