@@ -630,6 +630,13 @@ def auto_500m() -> str:
     return _plain("auto_500m_h100", **header, measured="measured, GiB")
 
 
+def versions() -> str:
+    """What was run with each release of PyTorch and Triton."""
+    header = {"cpu": "tests without a GPU", "portable": "portable kernels compiled ahead", "gpu": "GPU tests, H200"}
+    header |= {"hopper": "Hopper kernels compiled ahead", "used": "Hopper kernels used"}
+    return _plain("versions", torch="PyTorch", triton="Triton", **header)
+
+
 def plan_ep() -> str:
     header = {"save_percent": "`save_percent`", "rank_0": "rank 0, MiB", "rank_1": "rank 1, MiB"}
     return _plain("plan_ep_2xh100", **header, planned="plan, MiB")
@@ -646,7 +653,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (layer_before, gpu_busy, step_variants)
     + (balance_average, balance_ep, balance_1_4b_long, balance_lr, balance_time, balance_steep)
-    + (data_training, data_loader)
+    + (data_training, data_loader, versions)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, batch_30b, loss_runs)
     + (
