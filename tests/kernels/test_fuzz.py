@@ -15,7 +15,23 @@ from tests.trust import cases as fuzz
 
 SMALL = [(16, 16, 2, 1), (24, 20, 3, 2), (17, 16, 4, 3)]  # D, F, E, K
 LARGER = [*SMALL, (32, 48, 3, 2), (97, 47, 5, 3), (64, 24, 33, 4), (40, 32, 6, 6)]
-FOUND: list[fuzz.Case] = []  # what ever failed
+FOUND = [  # what ever failed
+    # on an H200, by the check: a derivative that jumps, and sums of 600 float32 numbers one after the other
+    *[
+        fuzz.Case(
+            (33, 17, 4, 2), "float16", "reglu", autocast, tokens, seed, mask, x_is, dout_is, strided, False, scores,
+            percent, (True, True, False, True), spare,
+        )
+        for autocast, tokens, seed, mask, x_is, dout_is, strided, scores, percent, spare in (
+            (False, 328, 16903, "ragged", "transposed", "transposed", False, "bfloat16", 0, 4),
+            (True, 384, 11685, "full", "off its alignment", "one number", True, "float32", 59.2, None),
+        )
+    ],
+    fuzz.Case(
+        (600, 24, 3, 3), "float32", "plain", False, 259, 28304233, "skewed", "one row for all", "one number", False,
+        False, "float16", 17.0, (True, True, True, False), 3,
+    ),
+]  # fmt: skip
 
 
 def drawn(count, shapes, max_tokens, dtypes=tuple(fuzz.DTYPES), kinds=tuple(fuzz.KINDS)):
@@ -23,7 +39,8 @@ def drawn(count, shapes, max_tokens, dtypes=tuple(fuzz.DTYPES), kinds=tuple(fuzz
 
     def decorate(test):
         for case in FOUND:
-            test = example(case=case)(test)
+            if case.kind in kinds and case.dtype in dtypes:
+                test = example(case=case)(test)
         strategy = fuzz.cases(shapes, dtypes, kinds, max_tokens)
         checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
         return settings(

@@ -49,7 +49,6 @@ ACTIVATIONS = {
     "swiglu": lambda up, gate: up * F.silu(gate),
     "geglu": lambda up, gate: up * F.gelu(gate),
     "geglu_tanh": lambda up, gate: up * F.gelu(gate, approximate="tanh"),
-    "reglu": lambda up, gate: up * F.relu(gate),
     "clamped_swiglu": lambda up, gate: (
         (up.clamp(-7, 7) + 1) * gate.clamp(max=7) * (1.702 * gate.clamp(max=7)).sigmoid()
     ),
@@ -209,8 +208,14 @@ def _halves(z, order):
     return (second, first) if order.endswith("gate_up") else (first, second)
 
 
-def dense(case: Case, leaves: dict[str, torch.Tensor], ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Every expert on every token, in `dtype`; what the ids do not name is multiplied by zero."""
+def dense(
+    case: Case, leaves: dict[str, torch.Tensor], ids: torch.Tensor, dtype: torch.dtype, opens_at: float = 0.0
+) -> torch.Tensor:
+    """Every expert on every token, in `dtype`; what the ids do not name is multiplied by zero.
+
+    Args:
+        opens_at: gates of "reglu" below are closed, and open above.
+    """
     kind = KINDS[case.kind]
     (x, w1, w2), _ = arguments(case, {name: t if name == "scores" else t.to(dtype) for name, t in leaves.items()})
     bias1, bias2 = (leaves[name].to(dtype)[:, None] if name in leaves else 0 for name in ("bias1", "bias2"))
@@ -223,7 +228,13 @@ def dense(case: Case, leaves: dict[str, torch.Tensor], ids: torch.Tensor, dtype:
         z = z * weight_ET1.to(dtype)
         weight_ET1 = chosen.sum(1).t()[..., None]
     z = z + bias1
-    act = F.relu(z).square() if kind.activation == "relu2" else ACTIVATIONS[kind.activation](*_halves(z, kind.order))
+    if kind.activation == "relu2":
+        act = F.relu(z).square()
+    elif kind.activation == "reglu":
+        up, gate = _halves(z, kind.order)
+        act = up * gate.where(gate > opens_at, 0)
+    else:
+        act = ACTIVATIONS[kind.activation](*_halves(z, kind.order))
     y_ETD = torch.matmul(act, w2) + bias2
     return (y_ETD.to(chosen.dtype) * weight_ET1).sum(0).to(dtype)
 
@@ -239,16 +250,32 @@ def results(case: Case, inputs: Inputs, fn) -> dict[str, torch.Tensor]:
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def excess(case: Case, got: dict, want: dict, in_dtype: dict, slack: float = 1.0) -> dict[str, torch.Tensor]:
+def jumps(case: Case, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """How far gradients of "reglu" lie apart if the gates that rounding may open or close are all open, or closed."""
+    if KINDS[case.kind].activation != "reglu":
+        return {}
+    band = 2 * torch.finfo(DTYPES[case.dtype]).eps
+    opened, closed = (
+        results(case, inputs, lambda leaves, ids, at=at: dense(case, leaves, ids, torch.float64, at))
+        for at in (-band, band)
+    )
+    return {name: (opened[name] - closed[name]).norm() for name in opened}
+
+
+def excess(
+    case: Case, got: dict, want: dict, in_dtype: dict, slack: float = 1.0, jump: dict | None = None
+) -> dict[str, torch.Tensor]:
     """Each result's error over what is allowed: at most one where all is well.
 
     Allowed is twice the error of the dense computation in the case's dtype. Where few numbers make that small by
     chance there is a floor, in units of the dtype's rounding and of what the result is of unit inputs. Both are
-    multiplied by `slack`, for an interpreter that rounds bfloat16 toward zero.
+    multiplied by `slack`, for an interpreter that rounds bfloat16 toward zero. A `jump` (see `jumps`) is added.
     """
     D = case.shape[0]
     dtype = DTYPES[case.dtype]
-    eps = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)  # sums of float32 differ in order
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32:  # sums differ in order; one number after the other, their error grows by the root
+        eps *= max(16.0, 2 * max(*case.shape[:2], case.num_tokens) ** 0.5)
     found = {}
     for name, w in want.items():
         unit = D**0.5 if name == "scores" else 1.0  # a score's gradient is a product of D numbers
@@ -259,7 +286,7 @@ def excess(case: Case, got: dict, want: dict, in_dtype: dict, slack: float = 1.0
         floor = eps * (0.25 + 4 / max(1, w.numel()) ** 0.5)
         if name == "scores":  # rounded to the dtype of the scores in the end
             floor += torch.finfo(getattr(torch, case.scores)).eps
-        found[name] = mine / (2 * torchs).clamp(min=floor) / slack
+        found[name] = mine / ((2 * torchs).clamp(min=floor) * slack + (jump or {}).get(name, 0.0) / scale)
     return found
 
 
@@ -298,7 +325,7 @@ def check(case: Case, device="cpu", backend: str = "triton", slack: float = 1.0)
     if "scores" in got:
         exact.append(got["scores"][~used].abs().sum())
     assert not exact or not torch.stack([e.double() for e in exact]).any(), "a gradient of what no token chose"
-    return excess(case, got, want, in_dtype, slack)
+    return excess(case, got, want, in_dtype, slack, jumps(case, inputs))
 
 
 def check_layer(case: Case, device="cpu", backend: str = "auto", slack: float = 1.0) -> dict[str, torch.Tensor]:
