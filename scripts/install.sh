@@ -12,7 +12,6 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 extra=${1:-}
 stamp=$venv/.installed${extra:+-$extra}
-extras=hopper${extra:+,$extra}  # PyTorch and Triton of a release that has the fast kernels of Hopper GPUs
 
 if [[ ! -x $venv/bin/python ]]; then
   python=
@@ -37,6 +36,6 @@ fi
 if [[ ! -e $stamp || pyproject.toml -nt $stamp ]]; then
   echo "Installing momoe_titan${extra:+[$extra]} into $venv (PyTorch is a large download)"
   "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
-    --editable ".[$extras]"
+    --editable ".${extra:+[$extra]}"
   touch "$stamp"
 fi

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # The Hopper kernels are written in Gluon, which changes from release to release without a promise. They compile under
-# all releases that pyproject.toml allows; docs/get_started.md has a table of what ran where.
+# 3.8 and 3.9 too; docs/get_started.md has a table of what ran where.
 HOPPER_RELEASES = ((3, 6), (3, 7))
 ANY_RELEASE = "MOMOE_TITAN_ANY_TRITON"  # environment variable: 1 has the Hopper kernels run under every release
 
