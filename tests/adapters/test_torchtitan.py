@@ -78,7 +78,7 @@ class PlainAttention(nn.Module):
     def forward(self, q, k, v, *, block_mask, scale, return_lse, enable_gqa):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         logits = q @ k.mT * scale
-        logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
+        logits = logits.masked_fill(logits.new_ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
         return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
 
@@ -139,7 +139,8 @@ def tokens(rows: int = 4) -> torch.Tensor:
 
 
 def loss_of(model, rows: torch.Tensor) -> torch.Tensor:
-    mask = _any_mask()
+    device = next(model.parameters()).device
+    rows, mask = rows.to(device), _any_mask(device)
     masks = (
         {"attention_masks": {"basic_mask": mask, "sliding_window_mask": mask}} if "GptOss" in str(type(model)) else {}
     )
@@ -147,8 +148,8 @@ def loss_of(model, rows: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def _any_mask():
-    return create_block_mask(lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device="cpu")
+def _any_mask(device: torch.device | str = "cpu"):
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device=device)
 
 
 def results(model) -> dict[str, torch.Tensor]:
