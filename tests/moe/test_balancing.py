@@ -72,7 +72,7 @@ def change_in_groups(logits_TE, bias_E, top_k, num_groups, num_taken):
 
 @pytest.mark.parametrize("how", GROUPS, ids=str)
 def test_few_steps_balance_experts_in_groups(how):
-    """Cutoffs that know nothing of the groups leave a MaxVio of a half; those of one expert alone swing (64, 4, 8, 1)."""
+    """Cutoffs without groups leave a MaxVio of a half; those of one expert alone swing (64, 4, 8, 1)."""
     num_experts, *how = how
     logits_TE = router_logits(1024, num_experts, 1.0, 1.0)
     bias_E = torch.zeros(num_experts)
