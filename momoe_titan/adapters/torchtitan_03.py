@@ -128,6 +128,8 @@ class MomoeRouter(TokenChoiceTopKRouter):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        if self.num_expert_groups is not None and self.num_limited_groups is None:
+            raise ValueError(f"num_limited_groups must be set where num_expert_groups is, {self.num_expert_groups}")
         for name in ("tokens_per_expert", "margins_EB", "input_sum_C"):
             self.register_buffer(name, None, persistent=False)
         self.last_shares_E = None
@@ -177,17 +179,15 @@ def momoe_router(cfg: TokenChoiceTopKRouter.Config) -> MomoeRouter.Config:
 
 
 class _Layer:
-    """A layer of TorchTitan 0.3 as a `moe.load_balancer.BalancedLayer`."""
+    """A layer of TorchTitan 0.3 that has a bias, as a `moe.load_balancer.BalancedLayer`."""
 
     def __init__(self, moe: MoE, config: "BalancingOptimizers.Config"):
         self.moe, self.router = moe, moe.router
         self.num_experts: int = moe.router.num_experts
-        has_bias = moe.load_balance_coeff is not None
-        self.load_balance_rate = config.load_balance_rate if has_bias else 0.0
+        self.load_balance_rate = config.load_balance_rate
         self.load_balance_rule = config.load_balance_rule
         self.load_balance_average = config.load_balance_average
-        if has_bias:
-            self.router.count(self.load_balance_rule if self.load_balance_rate else "", self.expert_bias.device)
+        self.router.count(self.load_balance_rule if self.load_balance_rate else "", self.expert_bias.device)
 
     @property
     def tokens_per_expert(self) -> torch.Tensor:

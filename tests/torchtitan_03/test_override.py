@@ -1,6 +1,7 @@
 """TorchTitan 0.3's models with our experts. Runs where 0.3 is installed: `scripts/test_torchtitan_03.sh` makes such a
 place; skipped beside 0.2.2, for which all other tests are."""
 
+import dataclasses
 import importlib.metadata
 import re
 import shlex
@@ -29,6 +30,7 @@ from momoe_titan.adapters.torchtitan_03 import (  # noqa: E402
     MomoeRouter,
     momoe_balancing,
     momoe_experts,
+    momoe_router,
 )
 from momoe_titan.kernels.quantile import NUM_BINS  # noqa: E402
 from momoe_titan.moe.balancing import bias_delta, quantile_delta  # noqa: E402
@@ -225,5 +227,8 @@ def test_what_it_does_not_know_is_refused_by_name():
         momoe_balancing(default_adamw(lr=1e-3), load_balance_rule="even")
     with pytest.raises(ValueError, match="load_balance_average is 2.0, must be above 0 and at most 1"):
         momoe_balancing(default_adamw(lr=1e-3), load_balance_average=2.0)
+    of_groups = dataclasses.replace(spec.model.layers[0].moe.router, num_expert_groups=8)
+    with pytest.raises(ValueError, match="num_limited_groups must be set where num_expert_groups is, 8"):
+        momoe_router(of_groups).build()
     with pytest.raises(ValueError, match="momoe_balancing needs momoe_router beside it, found TokenChoiceTopKRouter"):
         optimizers_of(build(), load_balance_rule="sign")
