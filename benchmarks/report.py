@@ -199,7 +199,7 @@ def torchtitan_step() -> str:
         "shape": "layers of", "layers": "MoE layers", "tokens": "tokens", "variant": "MoE layers are",
         "tokens_per_second": "tokens/s", "step_ms": "step, ms", "moe_ms": "MoE layer, ms",
         "moe_speedup": "MoE layer, times faster", "step_speedup": "step, times faster", "bound": "step, at most",
-        "saved_gib": "kept for the backward, GiB", "peak_gib": "peak, GiB",
+        "peak_gib": "peak, GiB",
     }  # fmt: skip
     return _plain("torchtitan_h200", **header)
 
