@@ -15,7 +15,9 @@ python="${VENV:-.venv}/bin/python"
 rooms=()
 if [ $# -gt 0 ]; then rooms=(--rooms "$@"); fi
 mkdir -p mutation
-if [ ! -f mutation/mutants.json ]; then
+if [ -f mutation/mutants.json ]; then
+  echo "Going on with the sample in mutation/mutants.json, whatever rooms, COUNT and SEED say; without it, a new one is drawn." >&2
+else
   "$python" -W ignore -m tests.trust.mutate sample "${rooms[@]}" --count "${COUNT:-50}" --seed "${SEED:-0}" \
     --out mutation/mutants.json
 fi

@@ -1,4 +1,4 @@
-"""Mutation testing of a seeded sample: small faults are put into the package, and the fast tests have to see them.
+"""Mutation testing of a seeded sample: small faults, which the tests that concern them have to see.
 
     python -m tests.trust.mutate sample --rooms moe data --count 50 --out mutants.json
     python -m tests.trust.mutate run mutants.json --processes 2 --seconds 3600 --out results   # goes on where it was
