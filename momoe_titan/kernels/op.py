@@ -213,7 +213,7 @@ def _forward(
 
 def _send_all(sending: Sending | None, *results: Tensor) -> None:
     """Send results that are there already."""
-    if sending is not None:
+    if sending is not None and results:
         for rows in results:
             stage_copy(sending, rows)
         sending.start()
@@ -422,12 +422,24 @@ _NUM_INPUTS = 19
 _INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 12, "bias1": 13, "bias2": 14}  # places among the op's inputs
 
 
+def _is_needed(ctx, name: str, place: int) -> bool:
+    """Whether an input gets a gradient."""
+    # The dispatcher leaves out arguments that have their default.
+    if place >= len(ctx.needs_input_grad) or not ctx.needs_input_grad[place]:
+        return False
+    if name not in ("x", "scores") or not any(ctx.kind[_NUM_KIND - 3 :]):
+        return True
+    # What an outlet sends, somebody has to wait for. A zero-bubble pipeline runs this backward twice, the second time
+    # for the weights alone.
+    node = ctx.next_functions[place][0]
+    return hasattr(node, "variable") or torch._C._will_engine_execute_node(node)
+
+
 def _autograd_backward(ctx, dout_TD, *_):
     if dout_TD is None:
         return (None,) * _NUM_INPUTS
     x_TD, w1, w2, scores_TK, z_S2F, packed, *more = ctx.saved_tensors
-    # The dispatcher leaves out arguments that have their default.
-    needs = [place < len(ctx.needs_input_grad) and ctx.needs_input_grad[place] for place in _INPUTS.values()]
+    needs = [_is_needed(ctx, name, place) for name, place in _INPUTS.items()]
     backward = torch.ops.momoe_titan.moe_backward
     if _is_last_use(z_S2F, dout_TD):
         backward = torch.ops.momoe_titan.moe_backward_over_z

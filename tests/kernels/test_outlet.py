@@ -98,3 +98,20 @@ def test_what_needs_no_gradient_does_not_leave(log):
     out, _ = momoe_mlp(x, w1, w2, ids, scores, backend="torch", outlet=NAME)
     out.sum().backward()
     assert [len(sent) for sent in log] == [1, 1] and log[1][0][0].shape == (T, K)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_backward_for_the_weights_alone_sends_nothing(backend, log):
+    """The second half of a zero-bubble pipeline's backward: nobody waits there for the gradients of tokens."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((T, D), (T, K))]
+    w1, w2 = (torch.randn(shape, requires_grad=True) for shape in ((E, D, 2 * F), (E, F, D)))
+    x, scores = (leaf.sin() for leaf in leaves)
+    ids = torch.arange(T * K).view(T, K) % E
+    out, _ = momoe_mlp(x, w1, w2, ids, scores, backend=backend, outlet=NAME)
+    log.clear()
+    for inputs, sent in ((leaves, [2]), ([w1, w2], []), (leaves[1:], [1]), (leaves[:1], [1])):
+        found = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+        assert [len(together) for together in log] == sent and all(gradient.any() for gradient in found)
+        log.clear()
