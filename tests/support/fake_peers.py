@@ -5,7 +5,6 @@ staging buffer too early would change what the others get.
 """
 
 import contextlib
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -47,18 +46,19 @@ def _keep(work) -> None:
     work.kept, stream.kept = stream.kept, []
 
 
-class FakePeers:
-    """The memory that some processes share; to be made before they fork.
+def _read(work, *_) -> bool:
+    for func, args in work.kept:
+        func(*args)
+    work.kept = []
+    return True
 
-    Attributes:
-        barriers: that this rank has passed.
-        late: seconds that this rank takes before it reads.
-    """
+
+class FakePeers:
+    """The memory that some processes share; to be made before they fork."""
 
     def __init__(self, ranks: int):
         self.memory = torch.zeros(ranks, BYTES, dtype=torch.uint8).share_memory_()
-        self.used = self.barriers = 0
-        self.late = 0.0
+        self.used = 0
 
     def empty_strided_p2p(self, shape, stride, dtype, device, group_name) -> SimpleNamespace:
         begin, self.used = self.used, self.used + (shape[0] + 63) // 64 * 64
@@ -69,29 +69,18 @@ class FakePeers:
         def get_buffer(rank, shape, dtype):
             return self.memory[rank, mine.begin : mine.begin + shape[0]]
 
-        return SimpleNamespace(get_buffer=get_buffer, barrier=self._barrier)
-
-    def _barrier(self) -> None:
-        self.barriers += 1
-        dist.barrier()
-
-    def _read(self, work, *_) -> bool:
-        time.sleep(self.late)
-        for func, args in work.kept:
-            func(*args)
-        work.kept = []
-        return True
+        return SimpleNamespace(get_buffer=get_buffer, barrier=dist.barrier)
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """The ranks of every group that is connected inside can read each other, all of them."""
-        self.used = self.barriers = 0
+        self.used = 0
         patched: list[Any] = [
             mock.patch.object(peer_memory, "_on_one_host", lambda group: True),
             mock.patch.object(peer_memory, "_device", lambda: torch.device("cpu")),
             mock.patch.object(peer_memory, "_SymmetricMemory", self),
             mock.patch.object(symmetric_memory.Work, "__init__", _keep),
-            mock.patch.object(symmetric_memory.Work, "wait", lambda work, *args: self._read(work)),
+            mock.patch.object(symmetric_memory.Work, "wait", _read),
             mock.patch.object(torch.cuda, "Stream", SideStream),
             mock.patch.object(torch.cuda, "stream", lambda stream: stream),
             mock.patch.object(torch.cuda, "current_stream", lambda: None),
