@@ -29,9 +29,7 @@ def _transfers(rank: int, name: str, rows: torch.Tensor) -> list[torch.Tensor]:
         x.fill_(torch.nan)  # the input may be freed at once
         choice = ops.gather_choice(scores, scores.long(), rank, ranks, name)
         found += [wait(gathered_x).clone(), *(wait(t).clone() for t in choice)]
-        sent = ops.send_blocks(found[-3] * (rank + 1), ranks, name)
-        found.append(ops.sum_tokens(sent, rank, ranks, name))
-        both = _send_together(ranks, name, found[-4] - rank, found[-3] + rank)
+        both = _send_together(ranks, name, found[-3] - rank, found[-2] + rank)
         found += [ops.sum_tokens(t, rank, ranks, name) for t in both]
     return found
 

@@ -78,8 +78,6 @@ def _gather_choice(
 
 def _send_blocks(rows_MC: torch.Tensor, ranks: int, group_name: str) -> torch.Tensor:
     """Starts to send block p of T rows to rank p; block p of the result, (M, C), comes from rank p."""
-    if (peers := peers_of(group_name)) is not None:
-        return peers.send_blocks(rows_MC)
     even = [rows_MC.shape[0] // ranks] * ranks
     return _collectives.all_to_all_single(rows_MC, even, even, group_name)
 

@@ -143,14 +143,6 @@ class PeerCopies:
         self._start([staged])
         return outs
 
-    def send_blocks(self, rows_MC: torch.Tensor) -> torch.Tensor:
-        """Starts to send block p to rank p. The blocks of the others arrive in rows_MC, in place of those sent."""
-        sending = BlocksToPeers(self)
-        for first, last, place in sending.stage(rows_MC).sent:
-            place.copy_(rows_MC[first:last])
-        sending.start()
-        return rows_MC
-
     def _others(self) -> list[int]:
         """The other ranks; each rank begins with another one."""
         return [(self.rank + step) % self.ranks for step in range(1, self.ranks)]
