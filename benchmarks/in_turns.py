@@ -101,10 +101,11 @@ def measured_trainer(base: type, link: Connection, plan: Plan) -> type:
             self._mark(first=True)
             super().train_step(data_iterator)
             self._mark()
-            if self.step >= plan.warm and (self.step - plan.warm) % plan.steps == 0:
+            measured, all_measured = self.step - plan.warm, plan.steps * plan.rounds
+            if 0 <= measured <= all_measured and measured % plan.steps == 0:
                 self._hand_over()
             if plan.profiled:
-                self._profile(self.step - plan.warm - plan.steps * plan.rounds)
+                self._profile(measured - all_measured)
 
         def _clip(self):
             self._mark()
