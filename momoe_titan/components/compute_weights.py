@@ -1,6 +1,10 @@
-"""Narrow copies of the weights to compute with, as FSDP's mixed precision has them, for jobs without FSDP."""
+"""Narrow copies of the weights to compute with, as FSDP's mixed precision has them, for weights that FSDP leaves out.
+
+These are all weights of a job without FSDP, and under expert parallelism experts that `fsdp.leaves_experts` names.
+"""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,7 +15,7 @@ from momoe_titan.components.adamw import local
 
 
 class ComputeWeights(contextlib.AbstractContextManager):
-    """While entered, all modules compute with narrow copies of their parameters, and the parameters get the gradients.
+    """While entered, modules compute with narrow copies of their parameters, and the parameters get the gradients.
 
     The modules' own parameters, which the optimizer moves and checkpoints hold, stay in their dtype. So do buffers.
     Activations get the dtype of the copies, as under FSDP's mixed precision. On entering, all parameters are copied.
@@ -19,7 +23,7 @@ class ComputeWeights(contextlib.AbstractContextManager):
     has changed since the last time. Entered again inside itself, the context does nothing.
 
     Args:
-        model_parts: on their device, with values.
+        modules: on their device, with values; those inside of them too.
         dtype: of the copies. Parameters that have this dtype already get no copy.
         sums_in_parameters_dtype: add up gradients in the dtype of the parameters, for steps of several backwards: each
             gradient is added as soon as the backward has computed it. Otherwise the parameters get the copies' narrow
@@ -31,13 +35,13 @@ class ComputeWeights(contextlib.AbstractContextManager):
             because torch's fused optimizers do not raise the version of the parameters that they change.
     """
 
-    def __init__(self, model_parts: Iterable[nn.Module], dtype: torch.dtype, sums_in_parameters_dtype: bool = True):
+    def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype, sums_in_parameters_dtype: bool = True):
         self.sums_in_parameters_dtype = sums_in_parameters_dtype
         self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self.written = False
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._depth = 0
-        for module in (module for part in model_parts for module in part.modules()):
+        for module in itertools.chain.from_iterable(outer.modules() for outer in modules):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.dtype != dtype:
                     self._places.append((module, name, parameter))

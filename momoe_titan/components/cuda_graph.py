@@ -125,9 +125,11 @@ class CapturedStep:
     warning, `body` is called throughout.
 
     FSDP's collectives are captured with the rest, on its own streams, and so are the buffers that it gathers weights
-    in; so are those of tensor parallelism. No rank takes part in a collective while it captures: the order of the
-    collectives stays the same on all ranks, also where one captures and another replays. A capture that fails leaves
-    FSDP's modules, or a pipeline's stages, somewhere in the middle of a step; there the error is raised.
+    in; so are those of tensor parallelism. No rank takes part in a collective while it captures. All ranks capture in
+    the same calls: they see the same shapes and release together (`make_room`). NCCL may have them meet in a capture,
+    and copies between GPUs use their staging buffers in turn, which has to be the same turn on all ranks. A capture
+    that fails leaves FSDP's modules, or a pipeline's stages, somewhere in the middle of a step; there the error is
+    raised.
 
     Of a pipeline the whole schedule is captured, with what the stages send each other. The schedule sets itself up in
     its first step, and after a validation in its next one, where the ranks talk about shapes: this step runs without a
