@@ -75,12 +75,28 @@ def z_is_gone_after_its_last_use(monkeypatch):
     monkeypatch.setattr(autograd, "torch_backward", backward)
 
 
+@pytest.fixture(scope="module")
+def hopper_kernels_under_any_release():
+    """Plans of a Hopper GPU are of its own kernels, also under a release of Triton that has the portable ones run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOMOE_TITAN_ANY_TRITON", "1")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def freed_gpu_memory():
     """What a test's process keeps in PyTorch's cache, tests in other processes can't have."""
     yield
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forks_can_run_backwards():
+    """PyTorch 2.15 for CUDA starts a thread for a GPU, also where there is none, if a process runs its first backward
+    on fake tensors; none of its forks could then run one."""
+    if not torch.cuda.is_available():
+        torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,8 @@ from momoe_titan.plan.on_gpu import as_on_gpu
 from momoe_titan.plan.trace import MemoryTrace
 from tests.support.forks import in_forks
 
+pytestmark = pytest.mark.usefixtures("hopper_kernels_under_any_release")
+
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 GPU = Gpu(
     matmul=100, attention={64: 50, 256: 100}, float32=10, grouped=20, memory=1, fused=2, optimizer=1,

@@ -49,6 +49,8 @@ from momoe_titan.save_percent import num_saved_rows
 from tests.support import commands
 from tests.support.forks import in_forks, in_gloo_forks
 
+pytestmark = pytest.mark.usefixtures("hopper_kernels_under_any_release")
+
 BATCH, SEQ = 4, 128
 H100 = PlannedGpu((9, 0))
 NO_MESH = SimpleNamespace(

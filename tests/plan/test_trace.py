@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from momoe_titan.kernels import momoe_mlp, op
+from momoe_titan.kernels import momoe_mlp, op, versions
 from momoe_titan.kernels.cross_entropy import linear_cross_entropy
 from momoe_titan.kernels.gpu import PlannedGpu
 from momoe_titan.memory.allocator import block_bytes
@@ -18,6 +18,8 @@ from momoe_titan.model import MomoeLlama
 from momoe_titan.plan.on_gpu import as_on_gpu
 from momoe_titan.plan.trace import MemoryTrace, Place
 from tests.support.tiny import batch, build, loss_of, tiny_args
+
+pytestmark = pytest.mark.usefixtures("hopper_kernels_under_any_release")
 
 
 def alive(trace):
@@ -149,23 +151,45 @@ def test_dw2_waits_for_dz_where_act_is_smaller(save_percent, monkeypatch):
     assert layer_plan(save_percent, None, experts).peak(0, "backward") - last == dw2 - act > 0
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_frozen_experts_have_no_weight_gradient_in_the_plan(phase):
-    """The peaks of an MoE layer whose weights are frozen: z, and act, y or the rows of dx, in two ranges each."""
-    t, d, f, e, k = 16384, 2048, 1024, 64, 8
-    z, act, out, rows = t * k * 2 * f * 2, t * k * f * 2, t * d * 2, t * k * d * 2
+FROZEN = dict(tokens=16384, d=2048, f=1024, experts=64, chosen=8)
+
+
+def frozen_peak(phase, tokens, d, f, experts, chosen):
+    """Of an MoE layer whose weights get no gradient."""
     with as_on_gpu(PlannedGpu((9, 0))), FakeTensorMode(), MemoryTrace(lambda module: None) as trace:
-        x = torch.empty(t, d, dtype=torch.bfloat16, requires_grad=True)
-        w1, w2 = (torch.empty(s, dtype=torch.bfloat16) for s in ((e, d, 2 * f), (e, f, d)))
-        ids, scores = torch.empty(t, k, dtype=torch.int64), torch.empty(t, k, requires_grad=True)
+        x = torch.empty(tokens, d, dtype=torch.bfloat16, requires_grad=True)
+        w1, w2 = (torch.empty(s, dtype=torch.bfloat16) for s in ((experts, d, 2 * f), (experts, f, d)))
+        ids, scores = (
+            torch.empty(tokens, chosen, dtype=torch.int64),
+            torch.empty(tokens, chosen, requires_grad=True),
+        )
         before = alive(trace)
         trace.begin_step()
         trace.phase = "forward"
         momoe_mlp(x, w1, w2, ids, scores, 100)[0].backward(torch.empty_like(x))
-    peak = max(m.base + sum(n for _, n in z) for (p, z), m in trace.moments.items() if p == phase) - before
+    return max(m.base + sum(n for _, n in z) for (p, z), m in trace.moments.items() if p == phase) - before
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_frozen_experts_have_no_weight_gradient_in_the_plan(phase):
+    """The peaks of an MoE layer whose weights are frozen: z, and act, y or the rows of dx, in two ranges each."""
+    t, d, f, _, k = FROZEN.values()
+    z, act, out, rows = t * k * 2 * f * 2, t * k * f * 2, t * d * 2, t * k * d * 2
+    peak = frozen_peak(phase, **FROZEN)
     # the backward has out, its gradient and dx
     want = z + act + rows // 2 + out if phase == "forward" else z + rows // 2 + 3 * out
     assert peak == pytest.approx(want, rel=0.02), (peak / 2**20, want / 2**20)
+
+
+def test_the_plan_has_the_kernels_that_the_release_takes(monkeypatch):
+    """Under a release of Triton that the Hopper kernels are not used with: those without ranges of y's columns."""
+    monkeypatch.delenv(versions.ANY_RELEASE)
+    rows = FROZEN["tokens"] * FROZEN["chosen"] * FROZEN["d"] * 2
+    for release, num_ranges in ((3, 7), 2), ((3, 9), 1):
+        monkeypatch.setattr(versions, "TRITON", release)
+        t, _, f, _, k = FROZEN.values()
+        rest = t * k * 3 * f * 2 + FROZEN["tokens"] * FROZEN["d"] * 2  # z, act and out
+        assert frozen_peak("forward", **FROZEN) == pytest.approx(rest + rows // num_ranges, rel=0.02)
 
 
 @pytest.mark.parametrize("made_once", [0, 1, 3])
