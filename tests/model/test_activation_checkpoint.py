@@ -249,24 +249,29 @@ class TestCompiled:
         assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
     def test_full_keeps_what_the_formula_says(self):
-        kept = []
+        kept, states = [], []
+        state = torch.get_rng_state()
         for n_layers in (2, 3):
             args = tiny_args(n_layers=n_layers, save_percent=[37.0])
             model = built(job("full", "2", "aot_eager"), args)
             own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-            saved = {}
+            saved, generator_states = {}, set()
 
-            def pack(t, own=own, saved=saved):
-                if t.untyped_storage().data_ptr() not in own:
-                    saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            def pack(t, own=own, saved=saved, generator_states=generator_states):
+                storage = t.untyped_storage()
+                if t.dtype == state.dtype and t.shape == state.shape:
+                    generator_states.add(storage.data_ptr())
+                elif storage.data_ptr() not in own:
+                    saved[storage.data_ptr()] = storage.nbytes()
                 return t
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 loss_of(model, *batch(0))
             kept.append(sum(saved.values()))
-        # for attention, which might draw random numbers
-        generator_state = torch.get_rng_state().nbytes
-        assert kept[1] - kept[0] == kept_by_formula(37.0) + generator_state
+            states.append(len(generator_states))
+        assert kept[1] - kept[0] == kept_by_formula(37.0)
+        # for attention, which might draw random numbers; PyTorch 2.15 sees that without dropout it draws none
+        assert states in ([1 * 2, 1 * 3], [0, 0])
 
     def test_a_save_percent_per_layer_gets_a_graph_each(self):
         """Also where there are more than torch.compile's limit per function, usually 8."""
