@@ -114,14 +114,16 @@ def one_gloo_thread() -> Iterator[None]:
 
     def init(
         self: Any, store: Any, rank: int, size: int, options: Any = None, *,
-        timeout: timedelta = default_pg_timeout,
+        timeout: timedelta = default_pg_timeout, **more: Any,
     ) -> None:  # fmt: skip
         if options is None:
             options = gloo._Options()
             options._devices = [gloo.create_default_device()]
             options._threads = 1
             options._timeout = timeout
-        original(self, store, rank, size, options)
+            for name in list(more):  # enable_reconfigure, which PyTorch 2.15 gives
+                setattr(options, name, more.pop(name))
+        original(self, store, rank, size, options, **more)
 
     with mock.patch.object(gloo, "__init__", init):
         yield
