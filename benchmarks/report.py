@@ -357,6 +357,11 @@ def batch_30b() -> str:
     return _plain("batch_30b_plan", **header, reserved="reserved, GiB")
 
 
+def batch_30b_run() -> str:
+    header = {"loss": "the loss holds", "sequences": "sequences", "reserved": "reserved, GiB", "planned": "planned, GiB"}
+    return _plain("batch_30b_h200", **header, step_ms="step, ms", tokens_per_s="tokens/s")
+
+
 def loss_runs() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 200, 250, 300)}
     return _plain("loss_runs_h200", run="the loss holds", **losses)
@@ -656,6 +661,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (data_training, data_loader, versions)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
     + (first_call, layer_cuda_graph, auto_500m, plan_ep, optimizer, loss, loss_30b, batch_30b, loss_runs)
+    + (batch_30b_run,)
     + (
         precision_losses,
         reliability,
