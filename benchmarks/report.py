@@ -358,8 +358,8 @@ def batch_30b() -> str:
 
 
 def batch_30b_run() -> str:
-    header = {"loss": "the loss holds", "sequences": "sequences", "reserved": "reserved, GiB", "planned": "planned, GiB"}
-    return _plain("batch_30b_h200", **header, step_ms="step, ms", tokens_per_s="tokens/s")
+    header = {"loss": "the loss holds", "sequences": "sequences", "reserved": "reserved, GiB"}
+    return _plain("batch_30b_h200", **header, planned="planned, GiB", step_ms="step, ms", tokens_per_s="tokens/s")
 
 
 def loss_runs() -> str:
