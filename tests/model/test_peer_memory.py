@@ -52,19 +52,13 @@ def _send_together(ranks: int, name: str, *results: torch.Tensor) -> list[torch.
 
 def _compare() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    shared = torch.cuda.device_count() < ranks
-    torch.cuda.set_device(0 if shared else rank)
-    dist.init_process_group("gloo" if shared else "nccl", device_id=None if shared else torch.device("cuda", rank))
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     group = dist.group.WORLD
     transfers = functools.partial(_transfers, rank, group.group_name)
-    rows = torch.arange(96 * 64).view(96, 64).remainder(251).bfloat16() * (rank + 1)
-    device, rows = "cpu" if shared else "cuda", rows.cuda()
-    want = {factor: [t.cuda() for t in transfers((rows * factor).to(device))] for factor in (1, 2, 3)}
-    if shared:  # which `connect` leaves alone
-        peer_memory._peers[group.group_name] = copies = peer_memory.PeerCopies(group)
-        OUTLETS[group.group_name] = functools.partial(peer_memory.BlocksToPeers, copies)
-    else:
-        peer_memory.connect(group)
+    rows = torch.arange(96 * 64, device="cuda").view(96, 64).remainder(251).bfloat16() * (rank + 1)
+    want = {factor: transfers(rows * factor) for factor in (1, 2, 3)}
+    peer_memory.connect(group)
     assert peer_memory.peers_of(group.group_name) is not None, "the GPUs do not reach each other"
     for _ in range(2):
         _assert_equal(transfers(rows), want[1])
@@ -88,18 +82,13 @@ def _assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shared", [True, False], ids=["two processes on one GPU", "one process on each GPU"])
-def test_copies_between_gpus_are_what_collectives_give(shared):
-    count = torch.cuda.device_count()
-    if count < 2 and not shared:
+def test_copies_between_gpus_are_what_nccl_gives():
+    if (count := torch.cuda.device_count()) < 2:
         pytest.skip("needs two GPUs")
-    ranks, env = 2 if shared or count < 4 else 4, dict(os.environ)
-    if shared:
-        env |= {"CUDA_VISIBLE_DEVICES": env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-        env |= {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    ranks = 2 if count < 4 else 4
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     launch += [f"--master_port={commands.free_port()}", "-m", __name__]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=env, cwd=commands.ROOT)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, cwd=commands.ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
