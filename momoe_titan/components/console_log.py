@@ -89,6 +89,8 @@ def quiet_before_start(level: str) -> ConsoleFilter:
     if LEVELS[level] > logging.DEBUG:
         # torchdata 0.11 calls it whenever a loader is made.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        # TorchTitan 0.2.2 calls it after the first step; PyTorch 2.15 wants another name.
+        warnings.filterwarnings("ignore", ".*set_pg_timeout.* is deprecated")
         if not shown.first_rank:
             warnings.simplefilter("ignore")
     return shown
