@@ -51,8 +51,8 @@ def takes_hopper_kernels() -> bool:
 def warn_of_release() -> None:
     """Say once that this release has no Hopper kernels, for a GPU that could run them."""
     logger.warning(
-        "momoe_titan: the Hopper kernels are not used under Triton %s, and the portable ones are slower. They are "
-        "under %s. %s=1 uses them here too, where they compile but were never run.",
+        "momoe_titan: the Hopper kernels are not used under Triton %s, and the portable ones are slower. "
+        "Releases with them: %s. %s=1 uses them here too, where they compile but were never run.",
         triton.__version__,
         " and ".join(".".join(map(str, release)) for release in HOPPER_RELEASES),
         ANY_RELEASE,
