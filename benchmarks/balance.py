@@ -23,7 +23,10 @@ A run's results:
     curve             with --val_every: (step, seconds of training up to it, loss of 8 validation batches); the seconds
                       begin with the first step's compilation, hence count from the value of step 5 on
     floor             with --floor: MaxVio with weights frozen and the bias solved on half of the
-                      validation text, on the other half: over all of it, and in batches of a step
+                      validation text, on the other half: over all of it, and in batches of a step.
+                      "other_half": both halves are windows in random order, mostly of the same files.
+                      "other_files": the halves have no file in common, but for one that lies across the middle
+An arm with steps of its own has neither curve nor floor.
 """
 
 import argparse
@@ -68,6 +71,7 @@ from momoe_titan.model.moe import BalancedMoE  # noqa: E402
 from momoe_titan.model.router import Float32Linear  # noqa: E402
 from momoe_titan.moe.balancing import quantile_delta  # noqa: E402
 from momoe_titan.moe.expert_stats import accumulate_margins, want_entropy  # noqa: E402
+from momoe_titan.moe.load_balancer import LoadBalancer  # noqa: E402
 from momoe_titan.moe.router import route_tokens  # noqa: E402
 
 ARMS = {
@@ -104,7 +108,7 @@ DEFAULTS = {
     "score": "",
     "lr": 0.0,
     "warmup": -1,
-    "follow": 1,
+    "follow": 1,  # 0: the bias is not corrected for the gate's step; 2: it is by the share of the average
     "router_norm": "none",
     "router_init_scale": 1.0,
     "gate_lr_scale": 1.0,
@@ -297,8 +301,11 @@ def build_optimizers(model: MomoeLlama, arm: dict, lr: float):
         optimizers.register_step_pre_hook(optimizers.load_balancer)
     else:
         optimizers = build_momoe_optimizers([model], config, ONE_PROCESS)
-    if not arm["follow"]:
+    if arm["follow"] != 1:
         optimizers._optimizer_step_post_hooks.clear()
+    if arm["follow"] == 2:
+        balancer = optimizers.load_balancer
+        optimizers.register_step_post_hook(lambda *_: follow_by_share(balancer))
     gates = {id(moe.router.gate.weight) for moe in moe_layers(model)}
     for optimizer in optimizers:
         for group in list(optimizer.param_groups):
@@ -309,6 +316,16 @@ def build_optimizers(model: MomoeLlama, arm: dict, lr: float):
                 other = {k: v for k, v in group.items() if k != "params"}
                 optimizer.add_param_group({**other, "params": of_gates, "lr_scale": arm["gate_lr_scale"]})
     return optimizers
+
+
+@torch.no_grad()
+def follow_by_share(balancer: LoadBalancer) -> None:
+    """Correct the biases for the gates' step as far as the average goes the whole way to the solved bias."""
+    biases = [layer.expert_bias for layer in balancer.solved]
+    before = [bias.clone() for bias in biases]
+    balancer.follow_gates()
+    for bias, old in zip(biases, before, strict=True):
+        bias.copy_(torch.lerp(old, bias, balancer.average_factor()))
 
 
 class Step:
@@ -447,11 +464,12 @@ class Run:
                 entropy[step] = statistics.fmean((s[0] / s[1]).item() for s in sums)
                 for total in sums:
                     total.zero_()
-            if self.options.val_every and (step % self.options.val_every == 0 or step == 5):
+            if self.options.val_every and not self.arm["steps"] and (step % self.options.val_every == 0 or step == 5):
                 before = self._synchronize()
                 loss_now, _ = self._count_validation(range(min(8, self.num_val)))
                 self._restart()
                 curve.append((step, round(before - start - validating, 3), round(loss_now.item(), 4)))
+                print(f"{self.name} curve {curve[-1]}", flush=True)  # a run that is cut short has it in its log
                 validating += self._synchronize() - before
             if step == steps // 2:
                 half_time, validated = self._synchronize(), validating
@@ -519,6 +537,15 @@ class Run:
         return results
 
     def _floor(self) -> dict:
+        found, batches = self._floor_of_halves("half"), self.val_batches
+        windows = self.num_val * self.job["batch"]
+        in_order, batches.order[:windows] = batches.order[:windows].copy(), np.sort(batches.order[:windows])
+        found |= self._floor_of_halves("files")
+        batches.order[:windows] = in_order
+        return found
+
+    def _floor_of_halves(self, name: str) -> dict:
+        """Solve the biases on the first half of the validation batches, and look at both."""
         half = self.num_val // 2
         for _ in range(self.options.floor_rounds):
             self._count_validation(range(half))
@@ -529,10 +556,11 @@ class Run:
                 for moe, delta_E in zip(self.layers, delta_LE, strict=True):
                     moe.expert_bias += delta_E
         found = {}
-        for name, batches in (("solved_half", range(half)), ("other_half", range(half, 2 * half))):
+        for side, batches in (("solved", range(half)), ("other", range(half, 2 * half))):
             _, counts_NLE = self._count_validation(batches)
-            found[name] = round(maxvio(counts_NLE.sum(dim=0)).mean().item(), 4)
-            found[f"{name}_batch"] = round(maxvio(counts_NLE).mean().item(), 4)
+            found[f"{side}_{name}"] = round(maxvio(counts_NLE.sum(dim=0)).mean().item(), 4)
+            if name == "half":  # batches of neighbouring windows are no batches of a step
+                found[f"{side}_{name}_batch"] = round(maxvio(counts_NLE).mean().item(), 4)
         return found
 
 

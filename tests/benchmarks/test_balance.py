@@ -1,9 +1,11 @@
 """The balance benchmark on a CPU: a few steps of the debug model on made-up text."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import balance
 
@@ -41,12 +43,50 @@ def test_runs_share_weights_and_batches(tmp_path):
     arguments = ["--flavor", "debugmodel", "--steps", "2", "--batch", "2", "--seq_len", "64", "--floor"]
     arguments += ["--floor_rounds", "1", "--val_tokens", "512", "--data", str(tmp_path), "--out", str(out)]
     arguments += ["--arms", "quantile", "sign_0.001_sequence_1e-4", "none_centred", "quantile_gate_lr_0.1"]
+    arguments += ["by_share:rule=quantile,follow=2"]
     balance.main(arguments)
     runs = {run["arm"]: run for run in json.loads(out.read_text())["runs"]}
-    assert len(runs) == 4
+    assert len(runs) == 5
     first = {name: run["loss"][0] for name, run in runs.items()}
     assert first["quantile"] == first["sign_0.001_sequence_1e-4"] == first["quantile_gate_lr_0.1"]
-    assert "other_half" in runs["quantile"]["floor"]
+    assert {"other_half", "other_half_batch", "other_files"} <= runs["quantile"]["floor"].keys()
+    for measured in ("loss", "maxvio", "bias_max"):  # in the warm-up the share is 1
+        assert runs["by_share"][measured] == runs["quantile"][measured]
     for run in runs.values():
         assert len(run["maxvio"]) == 2 and run["val_loss"] > 0 and run["val_tokens"] == 512
         assert 0 < run["entropy"]["2"] <= 1
+
+
+def test_floor_of_files_has_halves_of_other_windows(monkeypatch, tmp_path):
+    for name in ("train", "val"):
+        (np.arange(5_000) % 2048).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+    options = balance.parse_options(
+        ["--flavor", "debugmodel", "--batch", "2", "--seq_len", "64", "--floor_rounds", "1"]
+    )
+    options.data, options.val_tokens = tmp_path, 1024
+    run = balance.Run(options, "quantile", balance.ARMS["quantile"], 0, torch.device("cpu"))
+    order, seen = run.val_batches.order.copy(), []
+    count = run._count_validation
+
+    def watched(batches):
+        rows = [run.val_batches.order[i * 2 : i * 2 + 2].tolist() for i in batches]
+        seen.append({row for pair in rows for row in pair})
+        return count(batches)
+
+    monkeypatch.setattr(run, "_count_validation", watched)
+    run._floor()
+    half, files = seen[1:3], seen[4:6]
+    assert max(files[0]) < min(files[1]) and files[0] | files[1] == half[0] | half[1]
+    assert max(half[0]) > min(half[1])
+    assert (run.val_batches.order == order).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_follow_by_share(share):
+    bias, gained = torch.tensor([0.5, -0.5]), torch.tensor([0.2, -0.2])
+    layer = SimpleNamespace(expert_bias=bias)
+    balancer = SimpleNamespace(
+        solved=[layer], average_factor=lambda: share, follow_gates=lambda: layer.expert_bias.sub_(gained)
+    )
+    balance.follow_by_share(balancer)
+    torch.testing.assert_close(bias, torch.tensor([0.5, -0.5]) - share * gained)
