@@ -73,6 +73,18 @@ def test_a_staging_buffer_is_not_used_again_too_early():
             ring(unfinished).next(barriers=4)
 
 
+def test_a_rank_that_captures_alone_keeps_its_turn(monkeypatch):
+    """It would read and write other buffers than the rest from then on."""
+    ring = peer_memory._Ring([[]] * 4, None)
+    monkeypatch.setitem(peer_memory._peers, "of a test", SimpleNamespace(_rings={16: ring}))
+    for captures in (0, 1, 3):
+        ring.turn = 2
+        for _ in range(captures):
+            with peer_memory.one_sequence():
+                assert [ring.next(barriers=1) for _ in range(2)] == [1, 2]
+        assert ring.next(barriers=1) == 3
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_where_copies_fail_nccl_is_used_and_a_warning_says_so(fails, monkeypatch, caplog):
     class Copies:

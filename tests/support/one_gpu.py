@@ -198,6 +198,10 @@ def of_copies(peers: FakePeers | None) -> dict:
         peer_memory.connect(group)
         assert peer_memory.peers_of(group.group_name) is not None
         got = [(transfers(rows * factor), want[factor]) for factor in (1, 2, 3, 1, 1)]
+        for factor in (2, 3, 1):
+            with peer_memory.one_sequence():
+                got.append((transfers(rows * factor), want[factor]))
+        got.append((transfers(rows * 3), want[3]))
         if GPU:
             graph, static = torch.cuda.CUDAGraph(), rows.clone()
             with peer_memory.one_sequence(), torch.cuda.graph(graph):
@@ -209,6 +213,10 @@ def of_copies(peers: FakePeers | None) -> dict:
                 if factor != 3:  # or a replay follows another
                     got.append((transfers(rows * factor), want[factor]))
                 got.append(([t.clone() for t in by_graph], want[factor]))
+            if rank == 1:
+                with peer_memory.one_sequence(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                    transfers(static)  # what a rank captures alone changes nothing
+            got.append((transfers(rows * 2), want[2]))
         return {"pairs": [[t.cpu() for t in side] for pair in got for side in pair]}
 
 

@@ -229,13 +229,22 @@ _begun: set[str] | None = None  # the groups that have begun to exchange in the 
 @contextlib.contextmanager
 def one_sequence() -> Iterator[None]:
     """Around a capture: all transfers in the block follow each other in this order each time that they run, and only
-    the first of a group begins with a barrier."""
+    the first of a group begins with a barrier.
+
+    They begin with the first buffer of each size, and what follows the block goes on as if there had been none: which
+    buffers ranks use does not depend on how often each has captured.
+    """
     global _begun
+    turns = [(ring, ring.turn) for copies in _peers.values() for ring in copies._rings.values()]
     before, _begun = _begun, set()
+    for ring, _ in turns:
+        ring.turn = 0
     try:
         yield
     finally:
         _begun = before
+        for ring, turn in turns:
+            ring.turn = turn
 
 
 def _copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
