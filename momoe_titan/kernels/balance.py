@@ -71,7 +71,8 @@ def _move(ptrs_ptr, change, factor, found_ptr, cols, E: tl.constexpr, SKIPS: tl.
     moves = tl.sum(tl.where(mask & ~(tl.abs(change) < float("inf")), 1, 0), axis=0) == 0
     if SKIPS:
         moves = moves & (tl.load(found_ptr) != 1)
-    tl.store(bias_ptr + cols, new.to(tl.float32), mask=mask & moves)
+    moved = tl.where(moves, E, 0)  # a number, because the interpreter of Triton 3.9 takes no scalar into a mask
+    tl.store(bias_ptr + cols, new.to(tl.float32), mask=cols < moved)
 
 
 @triton.jit
