@@ -5,10 +5,10 @@ FLOPs, everything else in bytes moved, collectives in bytes sent. docs/paralleli
 and says which rates are measured and which are assumed.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log2
+from math import inf, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ class Network:
 
     Attributes:
         nvlink: what the link carries within a node of `node_size` GPUs; NCCL reaches `SHARES` of it.
-        ib: what is reached between nodes.
+        ib: what a GPU sends to other nodes, by a network adapter of its own.
         overlap: fraction of the compute time that FSDP's collectives can use.
     """
 
@@ -128,7 +128,8 @@ class StepCost:
             "float32 matmul", "grouped matmul", "attention W" (of heads of width W), "experts forward F",
             "experts backward F", "experts again F" (z at save_percent 0), these three also with " float32",
             "elementwise", "optimizer".
-        sent: (True in a microbatch; collective; True for FSDP's; True between nodes) -> Work.
+        sent: (True in a microbatch; collective; True for FSDP's; `lanes`) -> Work. Lanes are the GPUs of a node that
+            take part, where there are several nodes, and 0 within a node.
         num_microbatches: how many were traced.
     """
 
@@ -196,8 +197,9 @@ class StepCost:
             group = _resolve_process_group(group_name)
         ranks = dist.get_process_group_ranks(group)
         tensors = _tensors([out if index is None else args[index]])
-        between = len({rank // self.node_size for rank in ranks}) > 1
-        work = self.sent[micro, name, packet in _FSDP, between]
+        nodes = Counter(rank // self.node_size for rank in ranks)
+        lanes = max(nodes.values()) if len(nodes) > 1 else 0
+        work = self.sent[micro, name, packet in _FSDP, lanes]
         work.num_bytes += times * sum(map(_num_bytes, tensors)) * (len(ranks) - 1) / len(ranks)
         work.count += 1
 
@@ -266,9 +268,16 @@ def seconds(kind: str, work: Work, gpu: Gpu, fused: bool = False) -> float:
     return work.num_bytes / 1e12 / (gpu.optimizer if kind == "optimizer" else gpu.fused if fused else gpu.memory)
 
 
-def collective_seconds(name: str, work: Work, network: Network, between: bool = False) -> float:
-    """Of one kind of collective, within a node or between nodes."""
-    bandwidth = network.ib if between else network.nvlink * SHARES[name]
+def collective_seconds(name: str, work: Work, network: Network, lanes: int = 0) -> float:
+    """Of one kind of collective, within a node or, with `lanes` GPUs of each, between nodes.
+
+    Between nodes NCCL lays as many rings as lanes, each of which leaves a node by another GPU's adapter. What a GPU
+    sends in all rings goes through NVLink, and an adapter carries no more than its ring. In an all-to-all each GPU's
+    adapter carries what that GPU sends.
+    """
+    within = network.nvlink * SHARES[name] if lanes != 1 else inf
+    between = network.ib * (1 if name == "all-to-all" else lanes) if lanes else inf
+    bandwidth = min(within, between)
     return work.count * CALL + work.num_bytes / 1e9 / bandwidth
 
 
@@ -325,9 +334,9 @@ def step_time(
             count += work.count * times * launches
     collectives: dict[str, float] = defaultdict(float)
     hideable = open_ = 0.0
-    for (micro, name, fsdp, between), work in cost.sent.items():
-        taken = collective_seconds(name, work, network, between) * (repeated if micro else 1) / stages
-        collectives[f"{name}{', FSDP' if fsdp else ''}{', between nodes' if between else ''}"] += taken
+    for (micro, name, fsdp, lanes), work in cost.sent.items():
+        taken = collective_seconds(name, work, network, lanes) * (repeated if micro else 1) / stages
+        collectives[f"{name}{', FSDP' if fsdp else ''}{', between nodes' if lanes else ''}"] += taken
         hideable, open_ = hideable + taken * fsdp, open_ + taken * (not fsdp)
     compute, host = sum(by_kind.values()), count * gpu.launch / 1e6
     busy = max(compute, host)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torchtitan.train as titan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
@@ -19,7 +20,7 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
-from momoe_titan.components.loss import LossInModel
+from momoe_titan.components.loss import Loss, LossInModel
 from momoe_titan.components.training_step import TrainingStep
 from momoe_titan.config.checks import job as checks
 from momoe_titan.config.compile import compiles_model
@@ -27,6 +28,7 @@ from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.machine import Machine, checking_for
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
 from momoe_titan.kernels.gpu import Load, PlannedGpu
+from momoe_titan.kernels.multi_tensor import plan_traffic
 from momoe_titan.memory.plan import MemoryPlan, Moment
 from momoe_titan.model.experts import SavingExperts
 from momoe_titan.model.model import MomoeLlama
@@ -143,6 +145,37 @@ class FakeTrainer(TrainingStep, LossInModel, titan.Trainer):
             yield {"input": torch.empty(shape, dtype=torch.int64)}, torch.empty(shape, dtype=torch.int64)
 
 
+class CompiledCrossEntropy(torch.autograd.Function):
+    """What a cross entropy of whole logits does to memory where torch.compile fuses it.
+
+    Between forward and backward nothing is kept but the logits themselves, and the backward writes one gradient of
+    their dtype. Without torch.compile there are float32 copies of the logits, of their softmax and of both gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        plan_traffic([logits], [])
+        return logits.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        (logits,) = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        plan_traffic([logits], [grad])
+        return grad
+
+
+def as_compiled(loss_fn: Loss) -> Loss:
+    """A loss with the memory that `loss_fn` has under torch.compile; of sharded logits, that without."""
+
+    def compiled(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        whole = pred.dim() > 1 and not isinstance(pred, DTensor)
+        return CompiledCrossEntropy.apply(pred) if whole else loss_fn(pred, labels)
+
+    return compiled
+
+
 class GradientBuckets:
     """What DistributedDataParallel holds beside a model and its gradients: buckets into which these are copied, and
     which are reduced when full. It stands in for its reducer, which takes no fake tensors.
@@ -237,9 +270,10 @@ def trace_job(
     notes = []
     ep = config.parallelism.expert_parallel_degree
     gpu = PlannedGpu(capability, compiled=compiles_model(config) and ep == 1)  # with the experts' op in its graphs
+    fuses_loss = config.compile.enable and "loss" in config.compile.components
     if config.compile.enable:
         config.compile.enable = False
-        notes.append("compile.enable: planned as without torch.compile, but with dz beside z")
+        notes.append("compile.enable: planned as without torch.compile, but for the loss, and with dz beside z")
     config.checkpoint.enable = config.validation.enable = False
     evicts = ep > 1 and momoe is not None and momoe.save_percent == AUTO and not job_gathers_tokens(config)
     if momoe is not None:
@@ -253,18 +287,26 @@ def trace_job(
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
     with checking_for(Machine(world_size, has_gpu=True)):
         dims = _parallel_dims(config, world_size)
-        plan = trace_training(config, dims, gpu, cost)
+        plan = trace_training(config, dims, gpu, cost, fuses_loss)
         if evicts and plan.layers:
             loads = Load(tokens=ep), Load(tokens=ep, rows=ep)
-            tokens, rows = (trace_training(config, dims, dataclasses.replace(gpu, load=load)) for load in loads)
+            gpus = [dataclasses.replace(gpu, load=load) for load in loads]
+            tokens, rows = (trace_training(config, dims, loaded, None, fuses_loss) for loaded in gpus)
             plan = plan.with_growth(tokens, rows, ep)
     return dataclasses.replace(plan, notes=notes)
 
 
-def trace_training(config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost: StepCost | None = None) -> MemoryPlan:
-    """The memory of a training step of this job, as it is configured, on such a GPU."""
+def trace_training(
+    config: JobConfig, dims: ParallelDims, gpu: PlannedGpu, cost: StepCost | None = None, fuses_loss: bool = False
+) -> MemoryPlan:
+    """The memory of a training step of this job, as it is configured, on such a GPU.
+
+    Its loss is planned `as_compiled` if `fuses_loss`.
+    """
     with as_on_gpu(gpu):
         trainer = FakeTrainer(config, dims, gpu.load)
+        if fuses_loss:
+            trainer.loss_fn = as_compiled(trainer.loss_fn)
         model = trainer.model_parts[0]
         places = _places(model)
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace(places.get, cost) as trace:

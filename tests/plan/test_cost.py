@@ -88,6 +88,15 @@ def test_communication_hides_behind_compute_or_not():
     assert step_time(c, GPU, network, 100, 1)["exposed"] == pytest.approx(0.11 + 100 * CALL)
 
 
+@pytest.mark.parametrize("lanes, bandwidth", [(0, 257), (1, 50), (2, 100), (4, 200), (8, 257)])
+def test_rings_leave_a_node_by_all_its_adapters(lanes, bandwidth):
+    """Until NVLink, through which all rings go, is the limit."""
+    took = collective_seconds("all-gather", Work(num_bytes=1e9), Network(), lanes)
+    assert took == pytest.approx(1 / bandwidth, rel=0.01)
+    alone = collective_seconds("all-to-all", Work(num_bytes=1e9), Network(), lanes)
+    assert alone == pytest.approx(1 / (50 if lanes else 297), rel=0.01)
+
+
 def test_collectives_take_what_was_measured():
     rows = json.loads((RESULTS / "link_2xh200.json").read_text())["rows"]
     for row in rows:
@@ -184,7 +193,7 @@ def _collectives_are_named_by_what_they_do() -> None:
         "all-gather": Work(num_bytes=num_bytes * 3 / 4, count=1),
         "all-to-all": Work(num_bytes=2 * num_bytes * 3 / 4, count=2),
     }
-    assert c.sent == {(True, kind, False, True): work for kind, work in sent.items()}
+    assert c.sent == {(True, kind, False, 2): work for kind, work in sent.items()}  # two GPUs of each node
 
 
 def test_collectives_are_named_by_what_they_do():

@@ -164,6 +164,42 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
 
 
 @pytest.mark.parametrize(
+    "enable, components, fused", [(True, ["loss"], True), (True, ["model"], False), (False, ["loss"], False)]
+)
+def test_the_loss_is_planned_as_it_is_compiled(enable, components, fused, monkeypatch):
+    used = []
+
+    def traced(*args):
+        used.append(args[4])
+        return MemoryPlan([], [], {}, 0)
+
+    monkeypatch.setattr(plan_job, "trace_training", traced)
+    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    config = job()
+    config.compile.enable, config.compile.components = enable, components
+    plan_job.trace_job(config)
+    assert used == [fused]
+
+
+def test_a_compiled_loss_keeps_the_logits_and_writes_one_gradient():
+    """As measured on an H200 (docs/performance.md, "The loss"); without torch.compile it is several times as much."""
+    config = job(save_percent=100.0, loss_chunk_mib=0)
+    config.model.flavor, config.training.local_batch_size = "debugmodel", 8 * BATCH
+    config.momoe.vocab_size = 16_384
+    logits = 8 * BATCH * SEQ * config.momoe.vocab_size * 2
+    costs = plan_job.StepCost(8), plan_job.StepCost(8)
+    eager = trace_training(config, NO_MESH, H100, costs[0])
+    fused = trace_training(config, NO_MESH, H100, costs[1], True)
+    assert fused.kept["output and loss"] == logits and fused.kept["loss"] <= 512 < 2 * logits <= eager.kept["loss"]
+    moment = fused.peak_moment(100)
+    assert moment.phase == "backward" and moment.parts["temporary, backward"] == pytest.approx(logits, rel=0.02)
+    assert eager.peak(100, "backward") - fused.peak(100, "backward") > 3.9 * logits
+    traffic = [cost.work[True, "elementwise"].num_bytes for cost in costs]
+    assert traffic[0] - traffic[1] > 10 * logits  # three passes of two bytes in place of eighteen
+    assert fused.num_parameters == eager.num_parameters
+
+
+@pytest.mark.parametrize(
     "degree, dispatch, growing", [(2, "auto", False), (2, "chosen_ranks", True), (4, "auto", True)]
 )
 def test_memory_grows_with_the_routing_where_tokens_go_to_chosen_ranks(degree, dispatch, growing, monkeypatch):
