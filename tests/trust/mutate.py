@@ -251,7 +251,9 @@ def put_in(mutant: dict, count: Iterator[int]) -> Iterator[None]:
 def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float, limit: float, most: int) -> None:
     """Run faults, each when its turn comes, in the copy of the repository that this process is in.
 
-    A test that has failed runs again without the fault. One that fails then too says nothing and is left out.
+    A test that has failed runs again without the fault. One that fails then too says nothing and is left out. Tests
+    that do not end in time have seen the fault ("late") if they end in a third of the time without it; otherwise they
+    say nothing ("no verdict").
     """
     sys.path.insert(0, os.getcwd())
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "momoe_titan")]:
@@ -264,6 +266,7 @@ def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float
 
     torch.set_num_threads(1)
     passes: dict[str, bool] = {}  # test that failed with a fault: whether it passes without
+    quick: dict[str, bool] = {}  # tests that were late: whether they are quick without the fault
     count, failing = itertools.count(), results.parent / "failing.txt"
     while time.monotonic() < deadline:
         with turn.get_lock():
@@ -289,6 +292,11 @@ def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float
                 file.write(by + "\n")
         if time.monotonic() >= deadline:
             break  # without a verdict
+        if verdict == "late":
+            tests = tests_of(mutant, most)
+            if str(tests) not in quick:
+                quick[str(tests)] = run_tests(tests, broken, limit / 3)[0] == "survived"
+            verdict = "late" if quick[str(tests)] else "no verdict"
         row = {key: mutant[key] for key in ("room", "file", "line", "fault", "id", "old", "new")}
         row |= {"verdict": verdict, "by": by, "seconds": round(time.monotonic() - begin, 1)}
         with open(results, "a") as file:
@@ -331,7 +339,7 @@ def told(out: Path) -> str:
     rows = results_in(out)
     lines = ["| room | faults | seen | of these by time | score |", "| --- | ---: | ---: | ---: | ---: |"]
     for room in CONCERNS:
-        verdicts = [row["verdict"] for row in rows if row["room"] == room]
+        verdicts = [row["verdict"] for row in rows if row["room"] == room and row["verdict"] != "no verdict"]
         if verdicts:
             seen = len(verdicts) - verdicts.count("survived")  # an endless loop is seen too
             share = f"{100 * seen / len(verdicts):.0f}%"
