@@ -47,6 +47,11 @@ def takes_hopper_kernels() -> bool:
     return TRITON in HOPPER_RELEASES or os.environ.get(ANY_RELEASE) == "1"
 
 
+def hopper_releases() -> str:
+    """Those with Hopper kernels, in words."""
+    return " and ".join(".".join(map(str, release)) for release in HOPPER_RELEASES)
+
+
 @functools.cache
 def warn_of_release() -> None:
     """Say once that this release has no Hopper kernels, for a GPU that could run them."""
@@ -54,6 +59,6 @@ def warn_of_release() -> None:
         "momoe_titan: the Hopper kernels are not used under Triton %s, and the portable ones are slower. "
         "Releases with them: %s. %s=1 uses them here too, where they compile but were never run.",
         triton.__version__,
-        " and ".join(".".join(map(str, release)) for release in HOPPER_RELEASES),
+        hopper_releases(),
         ANY_RELEASE,
     )

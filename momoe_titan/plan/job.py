@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchtitan.train as titan
+import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ from momoe_titan.config.compile import compiles_model
 from momoe_titan.config.flavor import configured_args
 from momoe_titan.config.machine import Machine, checking_for
 from momoe_titan.config.section import STOCK_BACKEND, Momoe
+from momoe_titan.kernels import versions
 from momoe_titan.kernels.gpu import Load, PlannedGpu
 from momoe_titan.kernels.multi_tensor import plan_traffic
 from momoe_titan.memory.plan import MemoryPlan, Moment
@@ -282,6 +284,8 @@ def trace_job(
     if momoe is not None and momoe.document_mask:
         momoe.document_mask = False
         notes.append("momoe.document_mask: planned as without it, which takes as much memory and more time")
+    if capability[0] == H100[0] and getattr(momoe, "backend", STOCK_BACKEND) != STOCK_BACKEND:
+        notes += portable_kernels_note()
     if config.activation_checkpoint.mode == "memory_budget":
         config.activation_checkpoint.mode = "none"
         notes.append("activation_checkpoint.mode = 'memory_budget': planned as 'none'")
@@ -294,6 +298,16 @@ def trace_job(
             tokens, rows = (trace_training(config, dims, loaded, None, fuses_loss) for loaded in gpus)
             plan = plan.with_growth(tokens, rows, ep)
     return dataclasses.replace(plan, notes=notes)
+
+
+def portable_kernels_note() -> list[str]:
+    """Why a plan for a Hopper GPU is one of portable kernels, if it is."""
+    if versions.takes_hopper_kernels():
+        return []
+    release = f"Triton {triton.__version__}, {versions.ANY_RELEASE} not set"
+    return [
+        f"{release}: planned with the portable kernels; the Hopper kernels need Triton {versions.hopper_releases()}"
+    ]
 
 
 def trace_training(
