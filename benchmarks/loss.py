@@ -3,8 +3,9 @@
     python benchmarks/loss.py 32768,32768,768 16384,151936,2048 --chunk_mib 128 256 384 --out loss.json
 
 Needs a GPU. A shape is tokens, classes and width of the model. As in a job on one GPU under autocast: bfloat16 input,
-float32 weight. Each row is the median of `--repeats`. "beyond" is the peak of memory less input, weight and their
-gradients; the weight's bfloat16 copy is in it.
+float32 weight; with `--weight bfloat16` as in one with momoe.mixed_precision = "weights". Each row is the median of
+`--repeats`. "beyond" is the peak of memory less input, weight and their gradients, of which the weight's counts as
+float32; under autocast the weight's bfloat16 copy is in it.
 """
 
 import argparse
@@ -22,11 +23,11 @@ WARM_UP = 2
 
 
 def steps(
-    tokens: int, classes: int, dim: int, chunks_mib: list[float]
+    tokens: int, classes: int, dim: int, chunks_mib: list[float], dtype: torch.dtype = torch.float32
 ) -> tuple[list[torch.Tensor], dict[str, Callable[[], torch.Tensor]]]:
     """Input and weight, and by name functions that give the loss; one token in fifty has none."""
     x_BTD = torch.randn(1, tokens, dim, device="cuda").bfloat16().requires_grad_()
-    weight_VD = (torch.randn(classes, dim, device="cuda") / dim**0.5).requires_grad_()
+    weight_VD = (torch.randn(classes, dim, device="cuda") / dim**0.5).to(dtype).requires_grad_()
     labels_BT = torch.randint(classes, (1, tokens), device="cuda")
     labels_BT[:, ::50] = IGNORE_INDEX
     of_logits = torch.compile(cross_entropy_loss)
@@ -42,7 +43,8 @@ def steps(
 def measure(loss_of: Callable[[], torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> dict[str, float]:
     """Milliseconds, and MiB beyond inputs and gradients."""
     scale = torch.tensor(1e-4, device="cuda")
-    own = torch.cuda.memory_allocated() + sum(t.nbytes for t in inputs)
+    x_BTD, weight_VD = inputs
+    own = torch.cuda.memory_allocated() + x_BTD.nbytes + 4 * weight_VD.numel()
     times = []
     for i in range(WARM_UP + repeats):
         for t in inputs:
@@ -66,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", help="TOKENS,CLASSES,WIDTH")
     parser.add_argument("--chunk_mib", nargs="+", type=float, default=[128, 256, 384, 512])
+    parser.add_argument("--weight", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", help="write the rows as JSON")
     args = parser.parse_args()
     rows = []
     for shape in args.shapes:
         tokens, classes, dim = map(int, shape.split(","))
-        inputs, runs = steps(tokens, classes, dim, args.chunk_mib)
+        inputs, runs = steps(tokens, classes, dim, args.chunk_mib, getattr(torch, args.weight))
         for name, loss_of in runs.items():
             row = {"tokens": tokens, "classes": classes, "dim": dim, "loss": name}
             rows.append(row | measure(loss_of, inputs, args.repeats))
