@@ -77,8 +77,10 @@ def combine(
     """
     ids_TK, bias_ED = biases or (routing.row_TK, rows_RD)
     num_tokens, d_model = out_TD.shape
-    row_TK, ids_TK = routing.row_TK[first:], ids_TK[first:]
-    scores_TK = None if scores_TK is None else scores_TK[first:]
+    row_TK = routing.row_TK
+    if first:
+        row_TK, ids_TK = row_TK[first:], ids_TK[first:]
+        scores_TK = None if scores_TK is None else scores_TK[first:]
     block_d = min(next_power_of_2(d_model), _BLOCK_D)
     block_t = _ELEMENTS // block_d
     launch(

@@ -126,5 +126,7 @@ def validate_experts(experts: Experts) -> None:
         if t is not None and t.shape != (num_experts, width):
             raise ValueError(f"{name} must be (E, {width}) = {(num_experts, width)}, got {tuple(t.shape)}")
     for name, t in (("w1", w1), ("w2", w2), ("gate", gate)):
-        if t is not None and t.numel() and any(n > 1 and s < 1 for n, s in zip(t.shape, t.stride(), strict=True)):
+        if t is None or min(t.stride()) > 0:
+            continue
+        if t.numel() and any(n > 1 and s < 1 for n, s in zip(t.shape, t.stride(), strict=True)):
             raise ValueError(f"{name} must not be an expanded view, got strides {t.stride()}")

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from momoe_titan.kernels import biases, combine, decode, gpu
 from momoe_titan.kernels.activations import is_gated
+from momoe_titan.kernels.derivative import register_derivative
 from momoe_titan.kernels.experts import Experts, validate_experts
 from momoe_titan.kernels.gemms import ZRows, select_gemms
 from momoe_titan.kernels.launch import on_its_device
@@ -27,9 +28,9 @@ from momoe_titan.kernels.routing import (
     MAX_EXPERTS,
     MAX_TILES,
     RoutingMetadata,
-    build_routing,
     build_routing_ref,
     packed_size,
+    route_rows,
     unpack_routing,
 )
 from momoe_titan.save_percent import num_saved_rows, validate_save_percent
@@ -74,9 +75,8 @@ class SavedForBackward:
     backend: str  # "triton" or "torch"
     usual_rows: int | None = None  # see `momoe_mlp`
 
-    def routing(self) -> RoutingMetadata:
+    def routing(self, tile_rows: int) -> RoutingMetadata:
         num_experts = self.experts.w2.shape[0]
-        tile_rows = _tile_rows(self.x_TD, self.experts, self.backend)
         num_tokens, num_chosen = self.scores_TK.shape
         return unpack_routing(self.packed_routing, num_tokens, num_chosen, num_experts, tile_rows, self.num_rows)
 
@@ -116,6 +116,9 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone() if gpu.planned() is None and t.data_ptr() % 16 else t
 
 
+_layer_sizes = functools.lru_cache(maxsize=1024)(LayerSizes)  # to make one takes longer than to find it
+
+
 def _schedule(
     gemms, x_TD: Tensor, experts: Experts, num_rows: int, inference: bool, *, trains_w1: bool = True,
     trains_w2: bool = True,
@@ -123,7 +126,7 @@ def _schedule(
     """What suits `num_rows`, the usual number of rows if more are allocated, and the weights that get a gradient."""
     num_experts, ffn, d_model = experts.w2.shape
     gated = is_gated(experts.activation)
-    sizes = LayerSizes(
+    sizes = _layer_sizes(
         x_TD.shape[0], num_rows, num_experts, d_model, ffn, x_TD.element_size(), gated, trains_w1, trains_w2
     )
     if (planned := gpu.planned()) is not None:
@@ -151,14 +154,18 @@ def _combined(
     sending: takes the rows of others before this rank's own are combined.
     """
     num_rows = rows.shape[0]
+    bias2 = None if ids_TK is None else experts.bias2
+    if sending is None and len(ranges) == 1:
+        y = out_TD.new_empty(num_rows, out_TD.shape[1])
+        gemm(rows, experts, routing, y, 0)
+        combine.combine(y, routing, scores_TK, out_TD, None if bias2 is None else (ids_TK, bias2))
+        return
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     blocks = None if sending is None else sending.stage(out_TD)
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
         gemm(rows, experts, routing, y, begin)
-        biases = None
-        if ids_TK is not None and experts.bias2 is not None:
-            biases = ids_TK, experts.bias2[:, begin:end]
+        biases = None if bias2 is None else (ids_TK, bias2[:, begin:end])
         if blocks is None:
             combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
             continue
@@ -179,12 +186,14 @@ def _forward(
     num_experts, ffn, _ = w2_EFD.shape
     usual_rows = num_rows if usual_rows is None else usual_rows
     num_tokens, num_chosen = ids_TK.shape
-    tile_rows = _tile_rows(x_TD, experts, backend)
+    # Before weights are copied to be aligned, which may change their strides: backward and fake tensors ask for these.
+    gemms = None if backend == "torch" else select_gemms(x_TD, experts)
+    tile_rows = _REFERENCE_TILE_ROWS if gemms is None else gemms.tile_rows
     max_rows = tile_rows * MAX_TILES * (1 if (planned := gpu.planned()) is None else planned.load.rows)
     num_saved = num_saved_rows(usual_rows, save_percent)
     if num_rows > max_rows:
         raise ValueError(f"T * K must be at most {max_rows}, got {num_rows}: split the batch")
-    if backend == "torch":
+    if gemms is None:
         packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
         routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -197,9 +206,7 @@ def _forward(
         out_TD, counts_E = decode.forward(x_TD, experts, ids_TK, scores_TK)
         _send_all(sending, out_TD)
         return out_TD, counts_E, x_TD.new_empty(0, experts.width), ids_TK.new_empty(0, dtype=torch.int32)
-    gemms = select_gemms(x_TD, experts)
-    packed, counts_E = build_routing(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
-    routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
+    packed, counts_E, routing = route_rows(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
     z_SZ = x_TD.new_empty(num_saved, experts.width)
     act_RF = x_TD.new_empty(num_rows, ffn)
     gemms.up_proj(x_TD, experts, routing, act_RF, z_SZ, saves_z=save_percent > 0)
@@ -240,7 +247,7 @@ def _backward(
     saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend, usual_rows)
     if backend == "triton":
         return _triton_backward(dout_TD.contiguous(), saved, needs, over_z, sending)
-    grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing())
+    grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing(_REFERENCE_TILE_ROWS))
     _send_all(sending, *(grads[name] for name in ("scores", "x") if getattr(needs, name)))
     return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in zip(_INPUTS, needs, strict=True))
 
@@ -251,10 +258,10 @@ def _triton_backward(
     """The gradients of `Needs`, empty where not needed. What is deleted here, and when, decides the memory peak."""
     num_rows, scores_TK = saved.num_rows, saved.scores_TK
     usual_rows = num_rows if saved.usual_rows is None else saved.usual_rows
-    z_SZ, routing = saved.rows_of_z(), saved.routing()
+    gemms: Any = select_gemms(saved.x_TD, saved.experts)  # z and dz have the form that this family of kernels takes
+    z_SZ, routing = saved.rows_of_z(), saved.routing(gemms.tile_rows)
     num_saved = z_SZ.shape[0]
     dout_TD, x_TD, experts = _aligned(dout_TD), _aligned(saved.x_TD), _aligned_experts(saved.experts)
-    gemms: Any = select_gemms(x_TD, experts)  # z and dz have the form that this family of kernels takes
     trains_w1 = needs.w1 or needs.gate
     schedule = _schedule(gemms, x_TD, experts, usual_rows, False, trains_w1=trains_w1, trains_w2=needs.w2)
 
@@ -424,7 +431,7 @@ _INPUTS = {"x": 0, "w1": 1, "w2": 2, "scores": 4, "gate": 12, "bias1": 13, "bias
 
 def _is_needed(ctx, name: str, place: int) -> bool:
     """Whether an input gets a gradient."""
-    # The dispatcher leaves out arguments that have their default.
+    # The dispatcher leaves out arguments that have their default; the last of these is none of the op's.
     if place >= len(ctx.needs_input_grad) or not ctx.needs_input_grad[place]:
         return False
     if name not in ("x", "scores") or not any(ctx.kind[_NUM_KIND - 3 :]):
@@ -457,7 +464,7 @@ def _autograd_backward(ctx, dout_TD, *_):
     return tuple(result)
 
 
-torch.library.register_autograd("momoe_titan::moe_forward", _autograd_backward, setup_context=_setup_context, lib=_lib)
+register_derivative(_lib, torch.ops.momoe_titan.moe_forward.default, _autograd_backward, _setup_context)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -501,12 +508,13 @@ def _validate(x_TD, experts: Experts, ids_TK, scores_TK, num_rows):
         raise ValueError(f"scores must be of a floating dtype, got {scores_TK.dtype}")
     if x_TD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x must be bfloat16, float16 or float32, got {x_TD.dtype}")
-    if any(t.dtype != x_TD.dtype for t in experts.tensors):
+    weights = experts.tensors
+    if any(t.dtype != x_TD.dtype for t in weights):
         raise ValueError(
             f"x, weights and biases must share a dtype outside of autocast, got {x_TD.dtype}, "
-            f"{', '.join(str(t.dtype) for t in experts.tensors)}"
+            f"{', '.join(str(t.dtype) for t in weights)}"
         )
-    tensors = x_TD, ids_TK, scores_TK, *experts.tensors
+    tensors = x_TD, ids_TK, scores_TK, *weights
     if len({t.device for t in tensors}) != 1:
         devices = [str(t.device) for t in tensors]
         raise ValueError(f"x, ids, scores, weights and biases must be on one device, got {devices}")
@@ -553,17 +561,17 @@ def _wants_grad(*inputs: Tensor) -> bool:
     return False
 
 
-def _gathered(w1: Tensor | tuple[Tensor, Tensor], w2: Tensor, dtype: torch.dtype | None, kind: dict) -> Experts:
+def _gathered(
+    w1: Tensor | tuple[Tensor, Tensor], w2: Tensor, bias1: Any, bias2: Tensor | None, dtype: torch.dtype | None, *kind
+) -> Experts:
     """Experts of what the caller gave, in `dtype` if that is one."""
     up, gate = w1 if isinstance(w1, tuple | list) else (w1, None)
-    bias1 = kind.pop("bias1")
     if isinstance(bias1, tuple | list):
         bias1 = torch.cat(bias1, dim=1)
-    bias1, bias2 = (t.contiguous() if t is not None else None for t in (bias1, kind.pop("bias2")))
-    tensors = {"w1": up, "w2": w2, "gate": gate, "bias1": bias1, "bias2": bias2}
+    tensors = up, w2, gate, None if bias1 is None else bias1.contiguous(), None if bias2 is None else bias2.contiguous()
     if dtype is not None:
-        tensors = {name: t.to(dtype) if t is not None else None for name, t in tensors.items()}
-    return Experts(**tensors, **kind)
+        tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+    return Experts(*tensors, *kind)
 
 
 def momoe_mlp(
@@ -643,8 +651,7 @@ def momoe_mlp(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x_TD = x_TD.to(dtype)
-    kind = dict(bias1=bias1, bias2=bias2, activation=activation, order=order, scores_on_input=scores_on_input)
-    experts = _gathered(w1_EDZ, w2_EFD, dtype, kind)
+    experts = _gathered(w1_EDZ, w2_EFD, bias1, bias2, dtype, activation, order, scores_on_input)
     _validate(x_TD, experts, ids_TK, scores_TK, num_rows)
     if usual_rows is not None and not 0 <= usual_rows <= (most := ids_TK.numel() if num_rows is None else num_rows):
         raise ValueError(f"usual_rows must be from 0 to num_rows = {most}, got {usual_rows}")

@@ -340,6 +340,13 @@ def build_routing(
         The packed int32 buffer (see :func:`unpack_routing`) and the tokens per
         expert, int64 (E).
     """
+    return route_rows(ids_TK, scores_TK, num_experts, tile_rows, num_rows)[:2]
+
+
+def route_rows(
+    ids_TK: torch.Tensor, scores_TK: torch.Tensor | None, num_experts: int, tile_rows: int, num_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, RoutingMetadata]:
+    """The same, and the packed buffer unpacked."""
     num_tokens, num_chosen = ids_TK.shape
     shape = (num_tokens, num_chosen, num_experts, tile_rows, num_rows)
     packed = ids_TK.new_empty(packed_size(*shape), dtype=torch.int32)
@@ -352,7 +359,7 @@ def build_routing(
         _ready.add(kind)
         _sort(ids_TK, scores_TK, routing, counts_E, not few)
     _sort(ids_TK, scores_TK, routing, counts_E, few)
-    return packed, counts_E
+    return packed, counts_E, routing
 
 
 def _sort(ids_TK, scores_TK, r: RoutingMetadata, counts_E, few: bool) -> None:

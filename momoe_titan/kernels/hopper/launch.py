@@ -4,6 +4,7 @@ Letters: T tokens, D model width, E experts, F expert width, R routed rows, sort
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +82,7 @@ def refusal(experts: Experts) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Stacked:
+class Stacked(NamedTuple):
     """How weights, logically (E, K, N) with the contraction K, lie in memory as one matrix.
 
     Attributes:
