@@ -247,7 +247,9 @@ def _backward(
     saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend, usual_rows)
     if backend == "triton":
         return _triton_backward(dout_TD.contiguous(), saved, needs, over_z, sending)
-    grads = torch_backward(dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing(_REFERENCE_TILE_ROWS))
+    grads = torch_backward(
+        dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing(_REFERENCE_TILE_ROWS)
+    )
     _send_all(sending, *(grads[name] for name in ("scores", "x") if getattr(needs, name)))
     return tuple(grads[name] if need else x_TD.new_empty(0) for name, need in zip(_INPUTS, needs, strict=True))
 
@@ -636,7 +638,8 @@ def momoe_mlp(
             `z.untyped_storage().resize_(0)`: the backward then computes all of z again, with the same result. The
             last backward that needs z frees it.
         outlet: the name of an outlet (see outlet.py) that takes rows of the result, and in the backward of the
-            gradients of x and scores, to other GPUs, and brings theirs. All three are under way then.
+            gradients of x and scores, to other GPUs, and brings theirs. All three are under way then, so that autocast
+            must not have to cast x.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per
@@ -650,6 +653,10 @@ def momoe_mlp(
     device_type, dtype = x_TD.device.type, None
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
+        if outlet and x_TD.requires_grad and x_TD.dtype != dtype:
+            raise ValueError(
+                f"outlet: x must be {dtype}, autocast's, got {x_TD.dtype}: a cast's backward does not wait"
+            )
         x_TD = x_TD.to(dtype)
     experts = _gathered(w1_EDZ, w2_EFD, bias1, bias2, dtype, activation, order, scores_on_input)
     _validate(x_TD, experts, ids_TK, scores_TK, num_rows)

@@ -115,3 +115,18 @@ def test_a_backward_for_the_weights_alone_sends_nothing(backend, log):
         found = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
         assert [len(together) for together in log] == sent and all(gradient.any() for gradient in found)
         log.clear()
+
+
+def test_autocast_casts_no_tokens_whose_gradients_are_under_way(log):
+    """The gradient of a cast would be read before what others send has arrived."""
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(E, D, 2 * F, requires_grad=True), torch.randn(E, F, D, requires_grad=True)
+    x, scores, ids = torch.randn(T, D), torch.rand(T, K), torch.arange(T * K).view(T, K) % E
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="outlet: x must be torch.bfloat16, as autocast, got torch.float32"):
+            momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, backend="torch", outlet=NAME)
+        assert not log
+        narrow = x.detach().bfloat16().requires_grad_()
+        for tokens in (narrow, x.detach()):  # no cast, and one without a backward
+            momoe_mlp(tokens, w1, w2, ids, scores, backend="torch", outlet=NAME)[0].sum().backward()
+    assert [len(sent) for sent in log] == [1, 1, 1] and narrow.grad is not None and w1.grad is not None
