@@ -123,7 +123,7 @@ def test_autocast_casts_no_tokens_whose_gradients_are_under_way(log):
     w1, w2 = torch.randn(E, D, 2 * F, requires_grad=True), torch.randn(E, F, D, requires_grad=True)
     x, scores, ids = torch.randn(T, D), torch.rand(T, K), torch.arange(T * K).view(T, K) % E
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(ValueError, match="outlet: x must be torch.bfloat16, as autocast, got torch.float32"):
+        with pytest.raises(ValueError, match="outlet: x must be torch.bfloat16, autocast's, got torch.float32"):
             momoe_mlp(x.requires_grad_(), w1, w2, ids, scores, backend="torch", outlet=NAME)
         assert not log
         narrow = x.detach().bfloat16().requires_grad_()
