@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple, overload
 
-from momoe_titan.memory.allocator import MIB, OutOfMemory, block_bytes, replay
+from momoe_titan.memory.allocator import MIB, OutOfMemory, block_bytes, peak_with_graph, replay
 
 GIB = 1 << 30
 # cuBLAS on a Hopper GPU keeps 32 MiB for each of its handles: forward, backward and optimizer
@@ -82,6 +82,8 @@ class MemoryPlan:
         notes: what the numbers leave out.
         events: allocations in order, (block, bytes or 0 to free, which rows of z it holds or None): for
             `reserved`. Not part of `to_dict`.
+        step: numbers (first, beyond the last) of the events of the last step's forward and backward.
+        from_graph: whether a CUDA graph of these is captured. `reserved` and `slack` then count its memory.
     """
 
     layers: list[str]
@@ -94,6 +96,8 @@ class MemoryPlan:
     layer_growth: dict[str, tuple[float, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     events: list[tuple[int, int, ZRows | None]] = field(default_factory=list)
+    step: tuple[int, int] = (0, 0)
+    from_graph: bool = False
 
     def __post_init__(self):
         if self.events:
@@ -149,10 +153,12 @@ class MemoryPlan:
             found = z_bytes(num_bytes, percent)
             return found + block_bytes(rows.tile_bytes) if 0 < percent < 100 and found else found
 
-        scaled = ((block, scale(num_bytes, rows)) for block, num_bytes, rows in self.events)
+        scaled = [(block, scale(num_bytes, rows)) for block, num_bytes, rows in self.events]
         if capacity is not None:
             capacity -= CUBLAS_BYTES
         try:
+            if self.from_graph:
+                return peak_with_graph(scaled, range(*self.step), capacity) + CUBLAS_BYTES
             return replay(scaled, capacity).peak_reserved + CUBLAS_BYTES
         except OutOfMemory:
             return None

@@ -21,6 +21,7 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.utils import set_default_dtype
 
+from momoe_titan.components.cuda_graph import would_capture
 from momoe_titan.components.loss import Loss, LossInModel
 from momoe_titan.components.training_step import TrainingStep
 from momoe_titan.config.checks import job as checks
@@ -267,6 +268,7 @@ def trace_job(
         raise ValueError(f"parallelism.pipeline_parallel_degree is {degree}: pipeline stages are not planned yet")
     if config.training.enable_cpu_offload:
         raise ValueError("training.enable_cpu_offload is True: what is kept on the host is not planned")
+    captures = would_capture(config, world_size)
     config = copy.deepcopy(config)
     momoe: Any = getattr(config, "momoe", None)
     notes = []
@@ -297,7 +299,7 @@ def trace_job(
             gpus = [dataclasses.replace(gpu, load=load) for load in loads]
             tokens, rows = (trace_training(config, dims, loaded, None, fuses_loss) for loaded in gpus)
             plan = plan.with_growth(tokens, rows, ep)
-    return dataclasses.replace(plan, notes=notes)
+    return dataclasses.replace(plan, notes=notes, from_graph=captures)
 
 
 def portable_kernels_note() -> list[str]:
@@ -331,7 +333,7 @@ def trace_training(
                 trace.relabel(tensor, PARAMETERS)
             for tensor in trainer.weights.copies.values() if trainer.weights else ():
                 trace.relabel(tensor, NARROW_WEIGHTS)
-            kept, layer_kept = _watch_phases(trainer, trace)
+            kept, layer_kept, begun = _watch_phases(trainer, trace)
             batches = trainer.batches()
             for _ in range(2):  # the first makes the optimizer state
                 trace.begin_step()
@@ -358,6 +360,7 @@ def trace_training(
         staging=_staging(model, dims, config) if isinstance(model, MomoeLlama) else 0,
         layer_kept={layer: layer_kept.get(layer, 0) for layer in layers},
         events=events,
+        step=(begun["forward"], begun["clip"]),
     )
 
 
@@ -388,13 +391,23 @@ def _parallel_dims(config: JobConfig, world_size: int) -> ParallelDims:
     return dims
 
 
-def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, int], dict[str | None, int]]:
-    """Let the trace know what the trainer does; what is alive after the last loss, by part and by layer."""
-    kept, layer_kept = {}, {}
+def _watch_phases(
+    trainer: FakeTrainer, trace: MemoryTrace
+) -> tuple[dict[str, int], dict[str | None, int], dict[str, int]]:
+    """Let the trace know what the trainer does.
+
+    Returns:
+        What is alive after the last loss, by part and by layer; and at which event each phase of the last step has
+        begun, "forward" that of its first microbatch.
+    """
+    kept, layer_kept, begun = {}, {}, {}
     loss_fn = trainer.loss_fn
 
     def forward(*args):
+        first = begun.get("forward", 0)
         begin("forward")
+        if trainer.microbatches_left < trainer.gradient_accumulation_steps:
+            begun["forward"] = first
 
     def loss(*args):
         begin("loss")
@@ -408,6 +421,7 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
 
     def begin(phase):
         trace.phase = phase
+        begun[phase] = len(trace.events)
 
     def output(module, args, kwargs):
         if "labels" in kwargs:  # the loss is computed in the model
@@ -421,7 +435,7 @@ def _watch_phases(trainer: FakeTrainer, trace: MemoryTrace) -> tuple[dict[str, i
     trainer.loss_fn = loss
     trainer.on_phase = begin
     trainer.optimizers.register_step_pre_hook(optimizer)
-    return kept, layer_kept
+    return kept, layer_kept, begun
 
 
 def _places(model: nn.Module) -> dict[nn.Module, Place]:

@@ -7,6 +7,7 @@ from momoe_titan.memory.allocator import (
     CachingAllocator,
     OutOfMemory,
     block_bytes,
+    peak_with_graph,
     replay,
 )
 
@@ -55,3 +56,17 @@ def test_cached_segments_go_back_before_memory_runs_out():
     assert allocator.reserved == 60 * MIB and allocator.retries == 1
     with pytest.raises(OutOfMemory):
         replay(events, capacity=60 * MIB - 1)
+
+
+def test_a_graph_has_memory_of_its_own():
+    """It keeps what a step frees; the rest keeps whole segments in which something of the first step lies."""
+    begin, step = [(9, 40 * MIB), (9, 0)], [(0, 12 * MIB), (1, 12 * MIB), (0, 0)]  # 1 is a gradient
+    first = [*begin, *step, (2, 16 * MIB), (1, 0)]  # 2 the optimizer's, in what is free of the 40 MiB
+    captured = range(len(first), len(first) + len(step))
+    events = [*first, *((number + 10, n) for number, n in step)]
+    assert replay(events).peak_reserved == 40 * MIB and replay(step).peak_reserved == 24 * MIB
+    assert peak_with_graph(events, captured) == 64 * MIB
+    assert peak_with_graph([*events, (11, 0)], captured) == 64 * MIB
+    assert peak_with_graph(events, captured, capacity=64 * MIB) == 64 * MIB
+    with pytest.raises(OutOfMemory):
+        peak_with_graph(events, captured, capacity=64 * MIB - 1)

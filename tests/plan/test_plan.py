@@ -219,6 +219,22 @@ def test_memory_grows_with_the_routing_where_tokens_go_to_chosen_ranks(degree, d
     assert loads == [Load(), *more] if growing else loads == [Load()]
 
 
+@pytest.mark.parametrize("fields, captures", [({"cuda_graphs": True}, True), ({}, False)])
+def test_a_graph_is_planned_where_one_is_captured(fields, captures, monkeypatch):
+    monkeypatch.setattr(plan_job, "trace_training", lambda *args: MemoryPlan([], [], {}, 0))
+    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    assert plan_job.trace_job(job(**fields)).from_graph is captures
+
+
+def test_what_a_graph_leaves_are_the_gradients(plan, model):
+    alive = {}
+    for number, num_bytes, _ in plan.events[slice(*plan.step)]:
+        alive[number] = num_bytes
+    rounded = sum(block_bytes(2 * p.numel()) for p in model.parameters())  # bfloat16
+    assert rounded <= sum(alive.values()) < 1.2 * rounded
+    assert replace(plan, from_graph=True).reserved(0) > plan.reserved(0)
+
+
 def test_a_job_with_document_masks_is_planned_without_them(monkeypatch):
     """A trace has no documents; the plan says what it left out."""
     masked = []
