@@ -85,3 +85,9 @@ def test_a_captured_forward_asks_when_it_runs(monkeypatch):
     assert switch == 0 and records_entropy(nn.Module())
     monkeypatch.undo()
     assert recording_entropy(gpu) is None and not records_entropy(nn.Module())
+
+
+def test_an_eager_training_forward_records_while_the_entropy_is_wanted(entropy_wanted):
+    assert records_entropy(nn.Module()) and not records_entropy(nn.Module().eval())
+    want_entropy(False)
+    assert not records_entropy(nn.Module())
