@@ -1,0 +1,42 @@
+"""What the scripts of tests/trust make of what they find."""
+
+import pytest
+
+from tests.trust import mutate, sanitize
+
+REPORT = """========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at {kernel}
+=========     by thread (32,0,0) in block (2,0,0)
+=========         Host Frame: _run_kernel in cross_entropy.py:105
+=========
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at void at::native::reduce_kernel<(int)128>(T3)+0xaeb0
+=========         Host Frame: test_kernel in test_cross_entropy.py:70
+=========
+========= ERROR SUMMARY: {number} errors
+"""
+OURS, OTHERS = "_cross_entropy_kernel+0x220 in cross_entropy.py:74", "nvjet_sm90_tst_64x8+0xaf0"
+
+
+@pytest.mark.parametrize(
+    ("tool", "kernel", "number", "found"),
+    [
+        ("initcheck", OURS, 2, (2, 1)),
+        ("initcheck", OTHERS, 2, (2, 0)),
+        ("initcheck", OTHERS, 5, (5, 3)),  # three were not printed
+        ("memcheck", OTHERS, 2, (2, 2)),
+        ("racecheck", OTHERS, 2, (-1, -1)),  # has another summary: did not come to its end
+    ],
+)
+def test_findings_of_the_sanitizer_are_ours_or_of_other_libraries(tool, kernel, number, found):
+    assert sanitize.findings(tool, REPORT.format(kernel=kernel, number=number)) == found
+
+
+def test_a_fault_without_a_verdict_does_not_count(tmp_path):
+    rows = [
+        {"id": number, "room": "moe", "file": "momoe_titan/moe/layers.py", "line": 1, "verdict": verdict}
+        for number, verdict in enumerate(["killed", "late", "no verdict", "killed"])
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(mutate.json.dumps(row) + "\n" for row in rows))
+    assert "| moe | 3 | 3 | 1 | 100% |" in mutate.told(tmp_path)
