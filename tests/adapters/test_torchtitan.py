@@ -427,7 +427,8 @@ def two_ranks(name: str, *options: str, **dims) -> None:
     whole = dict(single.named_parameters())
     for key, parameter in model.named_parameters():
         # TorchTitan's trainer divides the loss by the tokens of all ranks, and its FSDP does not divide gradients.
-        found, wanted = parameter.grad.full_tensor() / 2, whole[key.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")].grad
+        plain = key.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        found, wanted = parameter.grad.full_tensor() / 2, whole[plain].grad
         assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max(), key
 
 
