@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args, **options) -> None:
         device = driver.active.get_current_device()  # pyright: ignore[reportAttributeAccessIssue] - all GPUs' drivers have it
     except OSError:  # Triton builds its driver in its cache, which is not usable: mended below
         device = None
-    key = (kernel.fn, device, *_specialisation(args), *options.items())
+    key = (kernel.fn, device, *_specialisation(args), *options, *options.values())
     found = _compiled.get(key)
     if found is not None:
         compiled, constants = found
@@ -128,14 +128,19 @@ def _may_go_past_triton() -> bool:
     return _past_triton
 
 
+@functools.lru_cache(maxsize=4096)  # to find it takes half as long
+def _kind_of(number: int) -> int:
+    # 1 is compiled in, multiples of 16 are known to be ones, and the type is the first that fits
+    int32, uint64 = -(2**31) <= number < 2**31, number >= 2**63
+    return (number == 1) + 2 * (number % 16 == 0) + 4 * int32 + 8 * uint64
+
+
 def _specialisation(args) -> list:
     """A key that differs whenever Triton would compile the kernel anew; it may differ more often."""
     found = []
     for arg in args:
         if type(arg) is int:
-            # 1 is compiled in, multiples of 16 are known to be ones, and the type is the first that fits
-            int32, uint64 = -(2**31) <= arg < 2**31, arg >= 2**63
-            found.append((arg == 1) + 2 * (arg % 16 == 0) + 4 * int32 + 8 * uint64)
+            found.append(_kind_of(arg))
         elif isinstance(arg, torch.Tensor):
             found += arg.dtype, arg.data_ptr() % 16 == 0
         elif type(arg) is float or arg is None:

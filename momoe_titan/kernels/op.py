@@ -154,28 +154,28 @@ def _combined(
     sending: takes the rows of others before this rank's own are combined.
     """
     num_rows = rows.shape[0]
-    bias2 = None if ids_TK is None else experts.bias2
+    biases = None if ids_TK is None or experts.bias2 is None else (ids_TK, experts.bias2)
     if sending is None and len(ranges) == 1:
         y = out_TD.new_empty(num_rows, out_TD.shape[1])
         gemm(rows, experts, routing, y, 0)
-        combine.combine(y, routing, scores_TK, out_TD, None if bias2 is None else (ids_TK, bias2))
+        combine.combine(y, routing, scores_TK, out_TD, biases)
         return
     buffer = out_TD.new_empty(num_rows * max(end - begin for begin, end in ranges))
     blocks = None if sending is None else sending.stage(out_TD)
     for begin, end in ranges:
         y = buffer[: num_rows * (end - begin)].view(num_rows, end - begin)
         gemm(rows, experts, routing, y, begin)
-        biases = None if bias2 is None else (ids_TK, bias2[:, begin:end])
+        some = None if biases is None else (biases[0], biases[1][:, begin:end])
         if blocks is None:
-            combine.combine(y, routing, scores_TK, out_TD[:, begin:end], biases)
+            combine.combine(y, routing, scores_TK, out_TD[:, begin:end], some)
             continue
         assert sending is not None
         for first, _, place in blocks.sent:
-            combine.combine(y, routing, scores_TK, place[:, begin:end], biases, first)
+            combine.combine(y, routing, scores_TK, place[:, begin:end], some, first)
         if end == ranges[-1][1]:
             sending.start()
         first, last = blocks.kept
-        combine.combine(y, routing, scores_TK, out_TD[first:last, begin:end], biases, first)
+        combine.combine(y, routing, scores_TK, out_TD[first:last, begin:end], some, first)
 
 
 def _forward(
@@ -570,10 +570,12 @@ def _gathered(
     up, gate = w1 if isinstance(w1, tuple | list) else (w1, None)
     if isinstance(bias1, tuple | list):
         bias1 = torch.cat(bias1, dim=1)
-    tensors = up, w2, gate, None if bias1 is None else bias1.contiguous(), None if bias2 is None else bias2.contiguous()
+    bias1 = None if bias1 is None else bias1.contiguous()
+    bias2 = None if bias2 is None else bias2.contiguous()
     if dtype is not None:
-        tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-    return Experts(*tensors, *kind)
+        up, w2 = up.to(dtype), w2.to(dtype)
+        gate, bias1, bias2 = (None if t is None else t.to(dtype) for t in (gate, bias1, bias2))
+    return Experts(up, w2, gate, bias1, bias2, *kind)
 
 
 def momoe_mlp(
