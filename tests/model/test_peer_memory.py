@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed._symmetric_memory import get_signal_pad_size
 
 from momoe_titan.model.parallel import gathered, peer_memory
 from tests.support import commands
@@ -121,10 +122,11 @@ def test_tokens_go_to_all_ranks_where_that_sends_little_more(ranks, chosen, expe
     assert not gathered.gathers_tokens("chosen_ranks", ranks, chosen, experts)
 
 
-@pytest.mark.parametrize("host, dispatch, granules", [(8, "auto", 24 + 3), (1, "auto", 0), (8, "chosen_ranks", 0)])
+@pytest.mark.parametrize("host, dispatch, granules", [(8, "auto", 25 + 3), (1, "auto", 0), (8, "chosen_ranks", 0)])
 def test_the_plan_knows_what_is_staged(host, dispatch, granules, monkeypatch):
     """Four buffers of 48 MiB for tokens and results of two ranks, and small ones for choices, gradients of scores and
-    the trial, in granules of 2 MiB."""
+    the trial, in granules of 2 MiB, each with what its barriers need."""
+    assert peer_memory._SIGNALS >= get_signal_pad_size()
     args = tiny_args(moe={"num_experts": 32, "top_k": 4}, dim=768)
     monkeypatch.setattr(gathered, "configured_args", lambda config: args)
     config = job_config(expert_dispatch=dispatch)

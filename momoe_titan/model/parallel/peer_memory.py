@@ -43,6 +43,7 @@ from momoe_titan.kernels.outlet import OUTLETS, Blocks
 RANKS_OF_A_HOST = 8  # where no launcher says how many: as the planner has it
 _GRANULE = 2 * 2**20  # bytes
 _SMALLEST = 16  # bytes of a buffer
+_SIGNALS = 9216  # bytes that torch puts beside each, for barriers
 _BUFFERS = 4  # of each size; a layer has up to three transfers under way
 _peers: "dict[str, PeerCopies]" = {}  # by the group's name
 _tried: set[str] = set()
@@ -303,8 +304,8 @@ def staging_bytes(sizes: Iterable[int]) -> int:
 
 
 def whole_granules(num_bytes: int) -> int:
-    """What the driver gives for so many bytes."""
-    return -(-num_bytes // _GRANULE) * _GRANULE
+    """What the driver gives for a buffer of so many bytes."""
+    return -(-(num_bytes + _SIGNALS) // _GRANULE) * _GRANULE
 
 
 def _on_one_host(group: ProcessGroup) -> bool:
