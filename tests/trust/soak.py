@@ -9,7 +9,7 @@ by 0.1 MB per 100 steps or more by the line of least squares, or the files do.
 Three things grow and end, and must not be taken for a leak. The tokenizer library remembers 10,000 words, which takes
 3.6 MB and, with the debug model's tokenizer, 300,000 tokens of new text: a step has 2,048 tokens here, so that the
 warm-up has more. The C library keeps free memory in pieces that it cannot give back, so that private pages come and go
-by 15 MB. And torch keeps a record of the last 2,000 collective operations, about 1 kB each, which grows for 3,000 steps:
+by 15 MB. And torch keeps a record of the last 2,000 collective operations, about 1 kB each, which grows for long:
 the job runs without it.
 """
 
