@@ -21,4 +21,8 @@ if [[ ! -e $stamp ]]; then
     "torchtitan==0.3.0" "datasets>=3.6,<4.8" "torch_checkpointing>=0.1" "spmd_types==0.2.3"
   touch "$stamp"
 fi
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then # as test.sh does
+  unset PYTHONDONTWRITEBYTECODE
+  export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$(realpath "$usual")/pycache}
+fi
 PYTHONPATH=$PWD exec "$venv/bin/python" -m pytest tests/torchtitan_03 "$@"
