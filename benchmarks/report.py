@@ -198,8 +198,8 @@ def torchtitan_step() -> str:
     header = {
         "shape": "layers of", "layers": "MoE layers", "tokens": "tokens", "variant": "MoE layers are",
         "tokens_per_second": "tokens/s", "step_ms": "step, ms", "moe_ms": "MoE layer, ms",
-        "moe_speedup": "MoE layer, times faster", "step_speedup": "step, times faster", "bound": "step, at most",
-        "peak_gib": "peak, GiB",
+        "moe_tflops": "MoE layer, TFLOPS", "moe_speedup": "MoE layer, times faster",
+        "step_speedup": "step, times faster", "bound": "step, at most", "peak_gib": "peak, GiB",
     }  # fmt: skip
     return _plain("torchtitan_h200", **header)
 
