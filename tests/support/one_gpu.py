@@ -1,9 +1,6 @@
 """Two ranks that share one GPU read each other's memory; what they compute goes to FOLDER/WHAT.RANK.pt.
 
-    python -m tests.support.one_gpu FOLDER WHAT ...       the parts WHAT of this page
-    python -m tests.support.one_gpu job OPTION ...        a training job
-
-each as a rank, with RANK and the like in the environment.
+    python -m tests.support.one_gpu FOLDER PART ...     for each rank, with RANK and the like in the environment
 
 torch's symmetric memory takes ranks of one device where TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES says so. NCCL does
 not, so that gloo has all collectives. A kernel that waits at a barrier and the one that it waits for take turns on the
@@ -18,6 +15,7 @@ import functools
 import gc
 import os
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,13 +26,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Backend, DeviceMesh
+from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.distributed import ParallelDims, parallel_dims
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.moe import MoEArgs
 
-from momoe_titan import train
 from momoe_titan.kernels import outlet
 from momoe_titan.model import parallelize_momoe_llama
 from momoe_titan.model.moe import MomoeMoE
@@ -42,13 +38,14 @@ from momoe_titan.model.parallel import peer_memory
 from momoe_titan.model.parallel.expert import spread_experts
 from momoe_titan.model.parallel.fsdp import reduce_by_sums
 from momoe_titan.moe.expert_stats import prepare_capture, want_entropy
+from momoe_titan.train import end_process, one_gloo_thread
 from tests.support.fake_peers import FakePeers
 from tests.support.forks import in_gloo_forks
 from tests.support.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
 from tests.support.transfers import exchange
 
 RANKS = 2
-SECONDS = 70  # of one part; kernels are compiled in it
+SECONDS = 85  # of one part; kernels are compiled in it
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
@@ -81,6 +78,11 @@ def connected(peers: FakePeers | None) -> Iterator[None]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Any) -> torch.Tensor:
+    """What this rank has. gloo's threads end a process now and then where DTensor gathers the whole on a GPU."""
+    return _local(tensor).detach().clone()
 
 
 def _clean(name: str) -> str:
@@ -255,7 +257,8 @@ def of_layer_alone(peers: FakePeers | None) -> dict:
 
 def _trained(peers: FakePeers | None, dtype: str, ranks: int = RANKS, dispatch: str = "all_ranks", ep: int = RANKS,
              **momoe: Any) -> dict[str, list[torch.Tensor]]:  # fmt: skip
-    """Losses, counts, first gradients and last weights of a model, trained on this rank's part of the batches."""
+    """Losses, counts, and this rank's part of the first gradients and the last weights of a model, which it trains on
+    its part of the batches."""
     config = job_config(expert_dispatch=dispatch, **momoe)
     config.training.mixed_precision_param = dtype
     config.parallelism.fsdp_reshard_after_forward = "never"
@@ -281,7 +284,7 @@ def _trained(peers: FakePeers | None, dtype: str, ranks: int = RANKS, dispatch: 
         fill(model)
         optimizers = optimizers_for(model, **({} if dims is None else {"parallel_dims": dims}), implementation="fused")
         part = dist.get_rank() if ranks > 1 else 0
-        losses, counts, norms, grads = [], [], [], []
+        losses, counts, grads = [], [], []
         for step in range(TRAINED):
             tokens, labels = (t.chunk(ranks)[part].to(DEVICE) for t in batch(step))
             loss = loss_of(model, tokens, labels, 1 / ranks)
@@ -290,18 +293,16 @@ def _trained(peers: FakePeers | None, dtype: str, ranks: int = RANKS, dispatch: 
             if ranks > 1:
                 dist.all_reduce(total)
             losses.append(total)
-            grads = grads or [_whole(p.grad) for _, p in sorted(model.named_parameters())]
-            norms.append(dist_utils.clip_grad_norm_(list(model.parameters()), 1.0, ep_enabled=ranks > 1 and ep > 1))
+            grads = grads or [part_of(p.grad) for _, p in sorted(model.named_parameters())]
             optimizers.step()
             optimizers.zero_grad()
             counts.append(optimizers.load_balancer.counts_LE)
         found = {
             "losses": losses,
-            "norms": norms,
             "counts": counts,
             "grads": grads,
             "bias": [moe.expert_bias for moe in moes(model)],
-            "weights": [_whole(p) for _, p in sorted(model.named_parameters())],
+            "weights": [part_of(p) for _, p in sorted(model.named_parameters())],
         }
         found = {name: [t.detach().to("cpu", copy=True) for t in tensors] for name, tensors in found.items()}
         if ranks > 1 and peers is not NOBODY:
@@ -311,10 +312,6 @@ def _trained(peers: FakePeers | None, dtype: str, ranks: int = RANKS, dispatch: 
         del model, optimizers, loss
         gc.collect()
     return found
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 NOBODY: Any = SimpleNamespace()  # for `peers`: no ranks are connected
@@ -361,6 +358,7 @@ PARTS: dict[str, Callable[[FakePeers | None], dict]] = {
 def run_parts(folder: str, names: list[str], peers: FakePeers | None) -> None:
     rank, parallel_dims.device_type = dist.get_rank(), DEVICE.type  # whoever imported it first
     for name in names:
+        begin = time.monotonic()
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
             results = PARTS[name](peers)
@@ -368,6 +366,7 @@ def run_parts(folder: str, names: list[str], peers: FakePeers | None) -> None:
             Path(folder, f"{name}.{rank}.txt").write_text(traceback.format_exc())
             raise
         faulthandler.cancel_dump_traceback_later()
+        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         torch.save(results, Path(folder, f"{name}.{rank}.tmp"))
         Path(folder, f"{name}.{rank}.tmp").rename(Path(folder, f"{name}.{rank}.pt"))
 
@@ -378,27 +377,14 @@ def on_cpus(folder: str, names: list[str], ranks: int) -> bool:
     return in_gloo_forks(ranks, f"{folder}/store", work)
 
 
-def train_job(arguments: list[str]) -> int:
-    """The training command, with gloo in place of NCCL; its exit status."""
-    Backend.default_device_backend_map["cuda"] = "gloo"
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
-    sys.argv = [train.__file__, *arguments]
-    with connected(None):
-        return train.main()
-
-
-def main(what: str, *more: str) -> None:
+def main(folder: str, *names: str) -> None:
     torch.cuda.set_device(0)
-    with train.one_gloo_thread():
-        if what == "job":
-            status = train_job(list(more))
-        else:
-            status, (rank, ranks) = 0, (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-            dist.init_process_group("gloo", f"file://{what}/store", rank=rank, world_size=ranks)
-            run_parts(what, list(more), None)
+    rank, ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    with one_gloo_thread():
+        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+        run_parts(folder, list(names), None)
     torch.cuda.synchronize()
-    sys.stdout.flush()
-    os._exit(status)
+    end_process()
 
 
 if __name__ == "__main__":
