@@ -660,7 +660,8 @@ def momoe_mlp(
                 f"outlet: x must be {dtype}, autocast's, got {x_TD.dtype}: a cast's backward does not wait"
             )
         x_TD = x_TD.to(dtype)
-    experts = _gathered(w1_EDZ, w2_EFD, bias1, bias2, dtype, activation, order, scores_on_input)
+    kind = activation, order, scores_on_input
+    experts = _gathered(w1_EDZ, w2_EFD, bias1, bias2, dtype, *kind)
     _validate(x_TD, experts, ids_TK, scores_TK, num_rows)
     if usual_rows is not None and not 0 <= usual_rows <= (most := ids_TK.numel() if num_rows is None else num_rows):
         raise ValueError(f"usual_rows must be from 0 to num_rows = {most}, got {usual_rows}")
@@ -684,9 +685,7 @@ def momoe_mlp(
         experts.gate,
         experts.bias1,
         experts.bias2,
-        activation,
-        order,
-        scores_on_input,
+        *kind,
         outlet,
     )
     if on_saved is not None and z_SZ.shape[0]:
