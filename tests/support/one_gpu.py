@@ -81,7 +81,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def part_of(tensor: Any) -> torch.Tensor:
-    """What this rank has. gloo's threads end a process now and then where DTensor gathers the whole on a GPU."""
+    """What this rank has. gloo ends the process where DTensor gathers the whole on a GPU (pytorch issue 152645)."""
     return _local(tensor).detach().clone()
 
 
