@@ -1,7 +1,7 @@
 """The time of a large model's step from small ones with its layers: a line through the times of 2, 4 and 6 layers.
 
     python benchmarks/layers_fit.py --out fit.json --layers 2,4,6 --of 48 --ranks 16 --microbatches 32 \
-        -- --job.config_file train_configs/30b.toml --training.global_batch_size 2 --training.dataset python_stdlib
+        -- --job.config_file train_configs/30b.toml --training.local_batch_size 2 --training.global_batch_size 2
 
 For models that need more memory than one GPU has. What follows `--` are the options of the job, whose microbatch is
 that of the large one. Forward and backward take `at 0 layers` (embedding, output layer and loss) and `per layer`; so

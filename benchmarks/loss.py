@@ -44,6 +44,7 @@ def measure(loss_of: Callable[[], torch.Tensor], inputs: list[torch.Tensor], rep
     """Milliseconds, and MiB beyond inputs and gradients."""
     scale = torch.tensor(1e-4, device="cuda")
     x_BTD, weight_VD = inputs
+    x_BTD.grad = weight_VD.grad = None  # of the loss before
     own = torch.cuda.memory_allocated() + x_BTD.nbytes + 4 * weight_VD.numel()
     times = []
     for i in range(WARM_UP + repeats):

@@ -529,6 +529,33 @@ def balance_1_4b_long() -> str:
     return with_source(table(header, body), "balance_1.4b_long")
 
 
+def step_batches() -> str:
+    """What a sequence takes by the number of them in a microbatch, checkpointing and save_percent, some layers."""
+    header = {"sequences": "sequences", "checkpointing": "activation checkpointing", "save_percent": "save_percent"}
+    header |= {"backward_ms": "forward and backward, ms", "sequence_ms": "of these a sequence, ms"}
+    return _plain("step_batches_h200", model="model", **header, reserved="reserved, GiB")
+
+
+def file_plans() -> str:
+    """Memory and speed of whole jobs by the planner."""
+    header = {"gpus": "GPUs", "sequences": "sequences", "checkpointing": "activation checkpointing"}
+    header |= {"save_percent": "save_percent", "total": "planned, GiB", "tokens_per_s": "tokens/s per GPU, predicted"}
+    return _plain("file_plans", file="file", **header, chosen="in the file")
+
+
+def goals_step() -> str:
+    """What the training step was to reach."""
+    return _plain("goals_step", **GOALS)
+
+
+def goals_balance() -> str:
+    """What load balancing was to reach."""
+    return _plain("goals_balance", **GOALS)
+
+
+GOALS = {"what": "what", "goal": "goal", "measured": "measured", "reached": "reached"}
+
+
 def balance_replay() -> str:
     """Where the rest of MaxVio comes from: the biases of the long runs, solved on other text and recomputed."""
     header = {"sigmoid": "sigmoid", "sigmoid_worst": "sigmoid, worst layer"}
@@ -556,8 +583,8 @@ def balance_lr() -> str:
 
 def balance_time() -> str:
     """Seconds of training until a loss is reached, beside TorchTitan's MoE."""
-    header = {"val_loss": "validation loss", "new_s": "rate 1e-3, s", "ours_s": "rate 5e-4, s"}
-    header |= {"stock_s": "TorchTitan, rate 5e-4, s", "new_share": "share at 1e-3", "share": "share at 5e-4"}
+    header = {"val_loss": "validation loss", "new_s": "rate 1e-3, s", "stock_new_s": "TorchTitan, rate 1e-3, s"}
+    header |= {"new_share": "share", "ours_s": "rate 5e-4, s", "stock_s": "TorchTitan, rate 5e-4, s", "share": "share "}
     return _plain("balance_time_h200", **header)
 
 
@@ -671,7 +698,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
-    + (layer_before, gpu_busy, step_variants)
+    + (layer_before, gpu_busy, step_variants, step_batches, file_plans, goals_step, goals_balance)
     + (balance_average, balance_ep, balance_1_4b_long, balance_replay, balance_lr, balance_time, balance_steep)
     + (data_training, data_loader, versions)
     + (balance_debug_seeds, seed_curve, inference, kernel_times)
