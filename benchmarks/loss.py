@@ -42,8 +42,8 @@ def steps(
 
 def measure(loss_of: Callable[[], torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> dict[str, float]:
     """Milliseconds, and MiB beyond inputs and gradients."""
-    scale = torch.tensor(1e-4, device="cuda")
     x_BTD, weight_VD = inputs
+    scale = torch.tensor(1e-4, device=x_BTD.device)
     x_BTD.grad = weight_VD.grad = None  # of the loss before
     own = torch.cuda.memory_allocated() + x_BTD.nbytes + 4 * weight_VD.numel()
     times = []
@@ -55,7 +55,7 @@ def measure(loss_of: Callable[[], torch.Tensor], inputs: list[torch.Tensor], rep
             torch.cuda.reset_peak_memory_stats()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(x_BTD.device.type, torch.bfloat16):
             loss = loss_of() * scale
         loss.backward()
         end.record()
