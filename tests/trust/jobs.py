@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,10 +16,10 @@ TINY = (  # a model that takes a step in milliseconds
 )
 
 
-def command(out: Path, *options: str, ranks: int = 1, port: int = 0) -> list[str]:
-    """The debug model's job, with its files in `out`."""
+def command(out: Path, *options: str, ranks: int = 1, port: int = 0, config: str = "debug_model.toml") -> list[str]:
+    """The job of a file in train_configs, with its files in `out`."""
     job = [
-        *("-m", "momoe_titan.train", "--job.config_file", "train_configs/debug_model.toml"),
+        *("-m", "momoe_titan.train", "--job.config_file", f"train_configs/{config}"),
         *("--job.dump_folder", str(out), "--metrics.disable_color_printing", *options),
     ]
     if ranks == 1:
@@ -27,12 +28,15 @@ def command(out: Path, *options: str, ranks: int = 1, port: int = 0) -> list[str
     return [sys.executable, *launch, *job]
 
 
-def start(out: Path, *options: str, ranks: int = 1, port: int = 0, device: str = "") -> subprocess.Popen:
-    """Start it; what it says goes to a file in `out`. `device` is the GPU to use, or all that are visible."""
+def start(out: Path, *options: str, device: str = "", **how: Any) -> subprocess.Popen:
+    """Start it; what it says goes to a file in `out`. `device` is the GPU to use, or all that are visible.
+
+    `how`: see `command`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
     with open(out / "log.txt", "a") as log:
-        line = command(out, *options, ranks=ranks, port=port)
+        line = command(out, *options, **how)
         return subprocess.Popen(line, cwd=ROOT, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
