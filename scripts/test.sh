@@ -12,7 +12,7 @@ scripts/install.sh test
 # Tests on a GPU measure its memory, so that they must be alone on it.
 processes=0
 if ! nvidia-smi -L >/dev/null 2>&1; then
-  processes=$(nproc)
+  processes=$(($(nproc) * 3 / 2)) # while some wait: for ranks, for agents that meet, for a job that is killed
   processes=$((processes < 8 ? processes : 8))
 fi
 # Without files of bytecode each process, and each that a test starts, would compile torch and the rest anew: 18 seconds

@@ -24,6 +24,8 @@ FIRST = (
     *("test_finds_nothing[basedpyright]", "test_parallel.py", "test_expert_parallel.py", "test_kills.py"),
     *("test_two_processes_learn", "test_ctrl_c_under_torchrun", "kernels/test_fuzz.py", "test_compile_ahead.py"),
     *("within_limits", "test_growth_foresees", "test_agents.py", "test_inductor_copies_nothing"),
+    *("test_where_nothing_fits", "test_ctrl_c_before", "test_launch.py", "test_command_line_and_shards"),
+    *("test_transformers_continues", "test_fsdp.py", "test_same_seed_same_losses", "test_other_layouts"),
 )
 
 
