@@ -29,6 +29,7 @@ import momoe_titan.register  # noqa: F401 - makes the converter known
 from momoe_titan.adapters.torchtitan import CONVERTED, ConvertedMoE
 from momoe_titan.components import auto_save_percent
 from momoe_titan.config.checks.converter import check_converter
+from momoe_titan.config.checks.job import check_job
 from momoe_titan.memory.auto_save_percent import MEASURED_STEPS
 from momoe_titan.memory.plan import GIB, MemoryPlan, Moment
 from momoe_titan.model.router import MomoeRouter
@@ -502,6 +503,18 @@ def test_our_dispatch_computes_the_same_in_compiled_blocks(tmp_path):
 def test_jobs_that_cannot_work_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         check_converter(config_of("qwen3", *options))
+
+
+def test_such_jobs_are_refused_where_they_are_read():
+    with pytest.raises(ValueError, match="parallelism.tensor_parallel_degree is 2, must be 1"):
+        check_job(config_of("qwen3", "--parallelism.tensor_parallel_degree=2"))
+
+
+def test_fields_without_effect_on_a_converted_model_are_named(caplog):
+    check_converter(config_of("qwen3"))
+    assert "Without effect" not in caplog.text
+    check_converter(config_of("qwen3", "--momoe.data_packing=best_fit"))
+    assert "Without effect on a converted model: momoe.data_packing" in caplog.text.splitlines()[-1]
 
 
 def test_models_that_cannot_be_converted_are_refused_by_name():
