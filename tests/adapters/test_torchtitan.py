@@ -478,6 +478,12 @@ def test_our_dispatch_computes_the_same_in_compiled_blocks(tmp_path):
     assert in_gloo_forks(2, tmp_path / "store", both_ways)
 
 
+INTERLEAVED = [
+    *("--momoe.expert_dispatch=all_ranks", "--parallelism.expert_parallel_degree=2"),
+    *("--parallelism.pipeline_parallel_schedule=DualPipeV", "--activation_checkpoint.mode=none"),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -498,11 +504,16 @@ def test_our_dispatch_computes_the_same_in_compiled_blocks(tmp_path):
             ],
             "momoe.expert_dispatch is 'all_ranks', must be 'auto' with torch.compile and activation_checkpoint.mode",
         ),
+        ([*INTERLEAVED, "--parallelism.pipeline_parallel_degree=2"], "pipeline_parallel_schedule = 'DualPipeV' inter"),
     ],
 )
 def test_jobs_that_cannot_work_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         check_converter(config_of("qwen3", *options))
+
+
+def test_a_schedule_without_a_pipeline_is_no_reason_to_refuse():
+    check_converter(config_of("qwen3", *INTERLEAVED))
 
 
 def test_such_jobs_are_refused_where_they_are_read():
