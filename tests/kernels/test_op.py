@@ -450,6 +450,8 @@ def test_shedding_frees_z(device, backend, shed):
         storage().resize_(0)
         assert storage().data_ptr() == 0
     out.backward(dout)
+    if backend == "triton" and interpreting():
+        gc.collect()  # Triton's interpreter leaves circles of objects that hold its arguments
     assert storage() is None
 
 
