@@ -83,7 +83,8 @@ def loss_of(model) -> torch.Tensor:
 
 def test_gradients_and_state_are_those_of_the_stock_model():
     stock, ours = build(), build((NAME, {"save_percent": 50}))
-    assert all(isinstance(layer.moe.routed_experts, MomoeRoutedExperts) for layer in ours.layers.values())
+    experts = [layer.moe.routed_experts for layer in ours.layers.values()]
+    assert all(isinstance(e, MomoeRoutedExperts) and e.inner_experts.save_percent == 50 for e in experts)
     of_stock, of_ours = stock.state_dict(), ours.state_dict()
     assert {k: (v.shape, v.dtype) for k, v in of_ours.items()} == {k: (v.shape, v.dtype) for k, v in of_stock.items()}
     wanted, found = loss_of(stock), loss_of(ours)
