@@ -679,7 +679,11 @@ def auto_500m() -> str:
 
 def versions() -> str:
     """What was run with each release of PyTorch and Triton."""
-    header = {"cpu": "tests without a GPU", "portable": "portable kernels compiled ahead", "gpu": "GPU tests, H200"}
+    header = {
+        "cpu": "tests without a GPU",
+        "portable": "portable kernels for sm_80, sm_90, sm_100",
+        "gpu": "GPU tests, H200",
+    }
     header |= {"hopper": "Hopper kernels compiled ahead", "used": "Hopper kernels used"}
     return _plain("versions", torch="PyTorch", triton="Triton", **header)
 
