@@ -145,17 +145,23 @@ def test_traced_at_any_save_percent_the_plan_is_the_same(plan):
     assert at_50.reserved(100) == plan.reserved(50)
 
 
-@pytest.mark.parametrize("compiled, degree, beside", [(False, 1, False), (True, 1, True), (True, 2, False)])
-def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, monkeypatch):
-    """Under expert parallelism the experts are not compiled."""
+def traced_arguments(monkeypatch, place: int) -> list:
+    """What `trace_training` gets there from `trace_job`, which traces nothing."""
     used = []
 
     def traced(*args):
-        used.append(args[2])
+        used.append(args[place])
         return MemoryPlan([], [], {}, 0)
 
     monkeypatch.setattr(plan_job, "trace_training", traced)
     monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    return used
+
+
+@pytest.mark.parametrize("compiled, degree, beside", [(False, 1, False), (True, 1, True), (True, 2, False)])
+def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, monkeypatch):
+    """Under expert parallelism the experts are not compiled."""
+    used = traced_arguments(monkeypatch, 2)
     config = job()
     config.compile.enable, config.parallelism.expert_parallel_degree = compiled, degree
     notes = plan_job.trace_job(config, degree).notes
@@ -167,14 +173,7 @@ def test_a_compiled_job_is_planned_with_dz_beside_z(compiled, degree, beside, mo
     "enable, components, fused", [(True, ["loss"], True), (True, ["model"], False), (False, ["loss"], False)]
 )
 def test_the_loss_is_planned_as_it_is_compiled(enable, components, fused, monkeypatch):
-    used = []
-
-    def traced(*args):
-        used.append(args[4])
-        return MemoryPlan([], [], {}, 0)
-
-    monkeypatch.setattr(plan_job, "trace_training", traced)
-    monkeypatch.setattr(plan_job, "_parallel_dims", lambda *args: None)
+    used = traced_arguments(monkeypatch, 4)
     config = job()
     config.compile.enable, config.compile.components = enable, components
     plan_job.trace_job(config)
