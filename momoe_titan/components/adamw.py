@@ -1,4 +1,4 @@
-"""AdamW: one kernel of ours on a GPU, torch's own step elsewhere, with the same state."""
+"""AdamW, each rank on its own shards: by one kernel of ours on a GPU, by torch's elsewhere, with the same state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from momoe_titan.kernels.adamw import Adamw, Rates, Updated
 from momoe_titan.kernels.multi_tensor import runs_here
@@ -35,7 +36,9 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step on a GPU reads every gradient once and writes none.
 
     The state is torch's, under the same names. If the parameters are not all contiguous, on one GPU and of a dtype that
-    the kernel takes, the step is torch's own, after the gradients were scaled and laid out as that step needs them.
+    the kernel takes, torch's own fused kernel updates them, after the gradients were scaled and laid out as it needs
+    them. It gets plain tensors: DTensor would work out a sharding for each list of parameters, which on a CPU takes
+    longer than the update of a small model.
 
     Attributes:
         clip_coefficient: float32 of no dimension, by which the next step multiplies the gradients; None for 1.
@@ -75,7 +78,8 @@ class AdamW(torch.optim.AdamW):
         self.wrote_copies = self._kernel_takes([local(p) for p in parameters])
         if not self.wrote_copies:
             self._prepare_for_torch(parameters, scale)
-            super().step()
+            for group in self.param_groups:
+                self._step_of_torch(group)
             return loss
         device = local(parameters[0]).device
         scale = torch.ones((), device=device) if scale is None else scale
@@ -96,18 +100,23 @@ class AdamW(torch.optim.AdamW):
             p.device == device and p.dtype in _DTYPES and p.is_contiguous() for p in parameters
         )
 
-    def _updated(self, parameter: Tensor) -> Updated:
-        """What the kernel needs of a parameter, whose state is made in the first step."""
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state, which is made in its first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter)
+        if state["step"].device != parameter.device:  # of a state that an unfused optimizer has saved
+            state["step"] = state["step"].to(parameter.device)
+        return state
+
+    def _updated(self, parameter: Tensor) -> Updated:
+        """What the kernel needs of a parameter."""
+        state = self._state_of(parameter)
         for name in ("exp_avg", "exp_avg_sq"):
             if not local(state[name]).is_contiguous():
                 state[name] = state[name].contiguous()
-        if state["step"].device != parameter.device:  # of a state that an unfused optimizer has saved
-            state["step"] = state["step"].to(parameter.device)
         copy = self.copies.get(parameter)
         return Updated(
             parameter=local(parameter),
@@ -116,6 +125,27 @@ class AdamW(torch.optim.AdamW):
             exp_avg_sq=local(state["exp_avg_sq"]),
             step=state["step"],
             copy=None if copy is None else local(copy),
+        )
+
+    def _step_of_torch(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states = [self._state_of(p) for p in parameters]
+        adamw(
+            [local(p) for p in parameters],
+            [local_gradient(p) for p in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
         )
 
     def _prepare_for_torch(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """The optimizer around AdamW's kernel: torch's state, torch's step where the kernel cannot run, clipping, skipping."""
 
+import contextlib
 import copy
 
 import pytest
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from momoe_titan.components import adamw as component
 from momoe_titan.components.adamw import AdamW
@@ -118,8 +120,44 @@ def test_copies_are_written_with_the_parameters(kernel_runs):
     assert not optimizer.copies[parameters[2]].any() and not optimizer.state[parameters[2]]
 
 
-def test_parts_of_a_sum_are_added_up_over_ranks(kernel_runs):
+class NoDTensors(TorchDispatchMode):
+    """Fails where an operation is asked of DTensors, each of which has its sharding worked out."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(issubclass(kind, DTensor) for kind in types), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_kernel", [True, False])
+def test_each_rank_steps_on_its_shards(on_kernel, request):
+    """As without ranks on the same numbers, state and all."""
+    if on_kernel:
+        request.getfixturevalue("kernel_runs")
+    dist.init_process_group("fake", rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        shard, gradients = torch.randn(3, 5), torch.randn(2, 3, 5)
+        alone = nn.Parameter(shard.clone())
+        shared = nn.Parameter(DTensor.from_local(shard.clone(), mesh, [Shard(0)]))
+        optimizers = AdamW([alone], lr=0.1), AdamW([shared], lr=0.1)
+        for step, gradient in enumerate(gradients):
+            alone.grad = gradient.clone()
+            shared.grad = DTensor.from_local(gradient.clone(), mesh, [Shard(0)])
+            optimizers[0].step()
+            with NoDTensors() if step else contextlib.nullcontext():  # the first step makes the state
+                optimizers[1].step()
+        mine, its = (optimizer.state[p] for optimizer, p in zip(optimizers, (alone, shared), strict=True))
+        assert torch.equal(component.local(shared), alone) and its["exp_avg"].placements == shared.placements
+        assert all(torch.equal(component.local(its[name]), mine[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("on_kernel", [True, False])
+def test_parts_of_a_sum_are_added_up_over_ranks(on_kernel, request):
     """Under tensor parallelism without FSDP autograd leaves the gradients of norms so."""
+    if on_kernel:
+        request.getfixturevalue("kernel_runs")
     dist.init_process_group("fake", rank=0, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
@@ -129,7 +167,7 @@ def test_parts_of_a_sum_are_added_up_over_ranks(kernel_runs):
         assert any(placement.is_partial() for placement in norm.weight.grad.placements)
         with CommDebugMode() as counted:
             optimizer.step()
-        assert optimizer.wrote_copies  # the kernel ran
+        assert optimizer.wrote_copies == on_kernel
         assert counted.get_total_counts() == 1
     finally:
         dist.destroy_process_group()
