@@ -193,6 +193,11 @@ def transformers_step() -> str:
     return _plain("transformers_h200", **header)
 
 
+def layer_parts() -> str:
+    """What OLMoE's experts spend their time on, beside dense products."""
+    return _plain("layer_parts_h200", part="part", launches="launches", ms="ms", tflops="TFLOPS")
+
+
 def host_time() -> str:
     """How long the host takes for a layer that is not compiled."""
     header = {"shape": "shape", "tokens": "tokens", "weights": "weights", "code": "code"}
@@ -697,7 +702,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
-    + (layer_layouts, layer_kinds, transformers_step, torchtitan_step, host_time)
+    + (layer_layouts, layer_kinds, transformers_step, torchtitan_step, layer_parts, host_time)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
