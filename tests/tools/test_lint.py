@@ -3,9 +3,12 @@
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -19,8 +22,17 @@ COMMANDS = {
 }
 
 
+def is_allowed(package: str) -> bool:
+    """Whether the release that is installed lies in the range of pyproject.toml."""
+    wanted = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    (specifier,) = (w.specifier for w in wanted if w.name == package)
+    return specifier.contains(metadata.version(package))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_finds_nothing(name):
+    if name == "basedpyright" and not is_allowed("triton"):
+        pytest.skip("type hints of another release of Triton describe the inside of kernels in another way")
     tool, *arguments = COMMANDS[name]
     path = shutil.which(tool, path=BIN)
     if path is None:
