@@ -159,6 +159,22 @@ def test_no_line_speaks_of_an_autocast_that_torchtitan_does_not_have(parallelism
     assert record.levelname == "WARNING" and "float32 throughout" in record.getMessage()
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_experts_that_fsdp_leaves_out_compute_with_copies(precision):
+    """FSDP casts all other weights itself."""
+    trainer = Trainer(precision, dims=SimpleNamespace(**{**vars(ONE_PROCESS), "fsdp_enabled": True}))
+    assert trainer.weights is None
+    dtype, moe = getattr(torch, precision), trainer.model_parts[0].layers["1"].moe
+    moe.experts.compute_dtype = dtype
+    trainer.set_up_precision()
+    with trainer.maybe_enable_amp:
+        parameters = dict(trainer.model_parts[0].named_parameters())
+        cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
+        assert moe.experts.w1.dtype == dtype
+    assert cast == ({"layers.1.moe.experts.w1", "layers.1.moe.experts.w2"} if precision == "bfloat16" else set())
+    assert (trainer.weights is None) == (precision == "float32")
+
+
 def test_validation_computes_with_the_copies():
     trainer = Trainer("bfloat16")
     with torch.no_grad(), trainer.maybe_enable_amp:

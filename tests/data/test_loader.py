@@ -304,11 +304,19 @@ def test_the_text_field_of_the_job_reaches_the_loader(tmp_path, tokenizer):
 
 
 def test_validation_on_what_is_trained_on_is_said(tmp_path, tokenizer, caplog):
-    for name in ("a.jsonl", "b.jsonl"):
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
         write(tmp_path / name)
+    (tmp_path / "a").mkdir()  # whose path is the begin of a file's
+    write(tmp_path / "a" / "other.jsonl")
+    (tmp_path / "job.toml").write_text(f'[[momoe.data]]\npath = ["{tmp_path}/b.jsonl", "{tmp_path}/c.jsonl"]\n')
+    one, several = local(tmp_path / "a.jsonl"), [f"--job.config_file={tmp_path}/job.toml"]
+    for trained_on, name, said in (
+        *((one, "a.jsonl", True), (one, "b.jsonl", False), (one, "a", False)),
+        *((several, "a.jsonl", False), (several, "c.jsonl", True)),
+    ):
         options = [f"--validation.dataset_path={tmp_path}/{name}", "--validation.dataset=local"]
-        build_validation_dataloader(1, 0, tokenizer, job(*local(tmp_path / "a.jsonl"), *options))
-        assert ("validation reads data that is trained on" in caplog.text) == (name == "a.jsonl")
+        build_validation_dataloader(1, 0, tokenizer, job(*trained_on, *options))
+        assert ("validation reads data that is trained on" in caplog.text) == said, name
         caplog.clear()
 
 

@@ -47,6 +47,7 @@ class Memory:
     layers: list[MomoeExperts]
     more: int = 0
     total_mib: int = 20_000
+    outside_mib: int = 0  # beyond what is assumed of a GPU
     reads: int = 0
     given_back: int = 0
 
@@ -54,7 +55,7 @@ class Memory:
         return self.total_mib * MIB
 
     def outside(self) -> int:
-        return context_bytes(1)
+        return context_bytes(1) + self.outside_mib * MIB
 
     def peak_reserved(self) -> int:
         self.reads += 1
@@ -84,6 +85,13 @@ def steps(auto: AutoSavePercent, number: int) -> list[float]:
 def test_the_plan_chooses_and_leaves_room_for_its_error(tmp_path, room, expected):
     auto = start(tmp_path, room * (1 + PLAN_ERROR) + 0.01)
     assert auto.choice == [layer.save_percent for layer in auto.layers] == expected
+
+
+@pytest.mark.parametrize("outside_mib, expected", [(-400, [25, 100]), (750, [0, 50])])
+def test_what_others_take_of_the_gpu_is_left_to_them(tmp_path, outside_mib, expected):
+    """At least what is assumed of a job's first steps."""
+    room = (10_500 if outside_mib > 0 else 11_250) * (1 + PLAN_ERROR) + 0.01
+    assert start(tmp_path, room + max(outside_mib, 0), outside_mib=outside_mib).choice == expected
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment, ZRows
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("save_percent, saved, others", [(0, 0, 60), (20, 20, 48 + 4), (100, 100, 0)])
+@pytest.mark.parametrize("save_percent, saved, others", [(0, 0, 60), (20, 20, 48 + 16), (100, 100, 0)])
 def test_saved_rows_grow_with_save_percent_and_the_others_fall(save_percent, saved, others):
     """The others have a tile of both kinds beyond their share, where there are both."""
     events = [
         (0, 100 * MIB, ZRows("a", saved=True)),
-        (1, 60 * MIB, ZRows("a", saved=False, tile_bytes=4 * MIB)),
+        (1, 60 * MIB, ZRows("a", saved=False, tile_bytes=16 * MIB)),
         (2, 30 * MIB, ZRows("b", saved=True)),
         (3, 10 * MIB, None),
     ]

@@ -109,6 +109,28 @@ def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monke
     assert record.getMessage().startswith("momoe.fsdp_copies has no effect") and says in record.getMessage()
 
 
+@pytest.mark.parametrize("hosts_of_experts", [1, 2])
+def test_gradients_of_experts_go_by_the_ranks_that_have_the_same_experts(hosts_of_experts, monkeypatch):
+    """Which may be of one host where all ranks together are not, and the reverse."""
+    ranks = {
+        "fsdp": [0, 1, 2, 3] if hosts_of_experts == 1 else [0, 1],
+        "efsdp": [0, 1] if hosts_of_experts == 1 else [0, 2],
+    }
+    dims = SimpleNamespace(
+        pp_enabled=False,
+        ep_enabled=True,
+        get_mesh=lambda name: SimpleNamespace(get_group=lambda: name, device_type="cpu"),
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: ranks[group])
+    first, block, experts, dense, last = groups = [nn.Linear(1, 1) for _ in range(5)]
+    given = []
+    for module in groups:
+        module.set_custom_reduce_scatter = lambda collective, module=module: given.append(module)
+    _set_collectives([[first], [block, experts], [dense], [last]], dims, NARROW, copies=False)
+    assert given == ([experts] if hosts_of_experts == 1 else [first, block, dense, last])
+
+
 def test_fsdp_is_the_single_process_run(one, two):
     assert_same_run(two["fsdp"], one, rtol=1e-4, atol=1e-4)
     assert one["bias"][0].any() and not one["bias"][1].any()

@@ -82,7 +82,7 @@ def test_a_rank_that_captures_alone_keeps_its_turn(monkeypatch):
         ring.turn = 2
         for _ in range(captures):
             with peer_memory.one_sequence():
-                assert [ring.next(barriers=1) for _ in range(2)] == [1, 2]
+                assert [ring.next(barriers=1) for _ in range(3)] == [1, 2, 3]
         assert ring.next(barriers=1) == 3
 
 

@@ -1,7 +1,8 @@
 """GPUs of one host that read each other's memory, played by processes on gloo that share some.
 
 What a GPU reads on its side stream is read here as late as it may be: when it is waited for. A rank that wrote to a
-staging buffer too early would change what the others get.
+staging buffer too early would change what the others get. A GPU may also read at once, which is refused here unless
+the stream has waited for the barrier behind which the others have written.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
@@ -21,20 +23,41 @@ from momoe_titan.model.parallel import peer_memory
 BYTES = 1 << 20  # that a rank can share
 
 
+class CurrentStream:
+    """What runs at once.
+
+    Attributes:
+        barriers: that it has passed.
+    """
+
+    barriers = 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+        self.barriers += 1
+
+
+CURRENT = CurrentStream()
+
+
 class SideStream(TorchDispatchMode):
     """Keeps copies for later."""
 
     def __init__(self):
         super().__init__()
         self.kept: list[tuple[Any, tuple]] = []
+        self.waited_for = -1  # barriers
 
     def wait_stream(self, stream: Any) -> None:
-        if isinstance(stream, SideStream):
+        if stream is CURRENT:
+            self.waited_for = CURRENT.barriers
+        else:
             self.kept += stream.kept
             stream.kept = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default:
+            assert self.waited_for == CURRENT.barriers, "reads before the others have written"
             self.kept.append((func, args))
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -48,7 +71,9 @@ def _keep(work) -> None:
 
 def _read(work, *_) -> bool:
     for func, args in work.kept:
-        func(*args)
+        # On a GPU the host has started the copy long ago: it changes no version that autograd has noted since.
+        with _unsafe_preserve_version_counter(args[0]):
+            func(*args)
     work.kept = []
     return True
 
@@ -69,7 +94,7 @@ class FakePeers:
         def get_buffer(rank, shape, dtype):
             return self.memory[rank, mine.begin : mine.begin + shape[0]]
 
-        return SimpleNamespace(get_buffer=get_buffer, barrier=dist.barrier)
+        return SimpleNamespace(get_buffer=get_buffer, barrier=CURRENT.barrier)
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -83,7 +108,7 @@ class FakePeers:
             mock.patch.object(symmetric_memory.Work, "wait", _read),
             mock.patch.object(torch.cuda, "Stream", SideStream),
             mock.patch.object(torch.cuda, "stream", lambda stream: stream),
-            mock.patch.object(torch.cuda, "current_stream", lambda: None),
+            mock.patch.object(torch.cuda, "current_stream", lambda: CURRENT),
         ]
         with contextlib.ExitStack() as stack:
             for patch in patched:
