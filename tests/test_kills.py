@@ -69,7 +69,7 @@ class Job:
         options = (
             f"--job.config_file {self.folder}/job.toml --job.dump_folder {self.folder}/out --model.flavor tiny "
             f"--model.hf_assets_path {self.folder}/tokenizer --experimental.custom_import tests.support.recorded_data "
-            "--training.dataset local --training.seq_len 15 --training.local_batch_size 2 --training.steps 100000 "
+            "--training.dataset local --training.seq_len 15 --training.local_batch_size 8 --training.steps 100000 "
             "--training.dataloader.num_workers 2 --validation.no-enable --metrics.no-enable_tensorboard "
             "--checkpoint.enable --checkpoint.interval 2 --checkpoint.keep_latest_k 2"
         ).split()
@@ -134,7 +134,7 @@ def test_every_document_of_a_pass_is_read_once_however_often_a_job_is_killed(tmp
     for kill, ranks in enumerate(all_ranks):
         is_last = kill == KILLS
         saved = job.last_checkpoint()
-        wanted = saved + (chosen.randrange(1, 8) if not is_last else 120)  # in the end more than one pass
+        wanted = saved + (chosen.randrange(1, 8) if not is_last else 32)  # in the end more than one pass
         processes = job.start(ranks, *(["--training.steps", str(wanted)] if is_last else []))
         while not is_last and not all((taken := job.taken(r)) and taken[-1][0] >= wanted for r in range(ranks)):
             assert all(process.is_alive() for process in processes), (tmp_path / "log").read_text()[-3000:]
