@@ -1,12 +1,14 @@
 """Models of transformers with our experts against their own: results, gradients, checkpoints, training, generation."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -369,32 +371,53 @@ def test_adapters_on_attention_leave_frozen_experts_without_gradients(qwen):
         torch.testing.assert_close(found[0][name], wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
 
 
-def test_sharded_over_two_ranks_it_trains_the_same(tmp_path):
-    """As accelerate does it with FSDP2: `fully_shard` on every layer, then on the model."""
+def sharded_by_torch(model, optimizer):
+    for layer in [*model.model.layers, model]:
+        fully_shard(layer)
+    return model, type(optimizer)(model.parameters(), **optimizer.defaults)
 
-    def losses(rank: int, sharded: bool) -> list[float]:
+
+def sharded_by_accelerate(model, optimizer):
+    """By its FSDP2, which it otherwise does on accelerators alone: nothing but its state says so."""
+    accelerate, state = pytest.importorskip("accelerate"), pytest.importorskip("accelerate.state")
+    layer = type(model.model.layers[0]).__name__
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[layer]
+    )
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, though the group is there
+    accelerator = accelerate.Accelerator(cpu=True)
+    state.AcceleratorState._shared_state |= {"distributed_type": state.DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator.prepare(model, optimizer)
+
+
+@pytest.mark.parametrize("shard", [sharded_by_torch, sharded_by_accelerate], ids=["torch", "accelerate"])
+def test_sharded_over_two_ranks_it_trains_the_same(shard, tmp_path):
+    """A layer at a time, then the rest of the model."""
+
+    def losses(rank: int, is_sharded: bool) -> list[float]:
         model = build("qwen3_moe")
-        model.set_experts_implementation("momoe" if sharded else "eager")
-        if sharded:
-            for layer in [*model.model.layers, model]:
-                fully_shard(layer)
+        model.set_experts_implementation("momoe" if is_sharded else "eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        if is_sharded:
+            model, optimizer = shard(model, optimizer)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         rows, found = tokens(4), []
         for _ in range(3):
-            part = rows[2 * rank : 2 * rank + 2] if sharded else rows
+            part = rows[2 * rank : 2 * rank + 2] if is_sharded else rows
             loss = model(part, labels=part).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             mean = loss.detach().clone()
-            if sharded:
+            if is_sharded:
                 dist.all_reduce(mean)
-            found.append(mean.item() / (2 if sharded else 1))
+            found.append(mean.item() / (2 if is_sharded else 1))
         return found
 
     def work() -> None:
         assert losses(dist.get_rank(), True) == pytest.approx(losses(0, False), rel=1e-5)
 
+    pytest.importorskip("accelerate")  # in the forks it is imported already
     assert in_gloo_forks(2, tmp_path / "store", work)
 
 

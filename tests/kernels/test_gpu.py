@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from momoe_titan.kernels import gemms, momoe_mlp, momoe_mlp_ref
+from momoe_titan.kernels import gemms, momoe_grouped_mlp, momoe_mlp, momoe_mlp_ref
 from momoe_titan.kernels.compile_count import cache_load_count, compile_count, install
 from momoe_titan.kernels.experts import Experts
 from momoe_titan.kernels.hopper import launch as hopper
@@ -243,13 +243,34 @@ def test_cuda_graph_replays_forward_and_backward(path, sync_flops, monkeypatch):
     assert all(torch.equal(c, w) for c, w in zip(captured, step(), strict=True))
 
 
-def test_does_not_wait_for_the_gpu(path, monkeypatch):
+def of_tokens(x, w1, w2, ids, scores):
+    return momoe_mlp(x, w1, w2, ids, scores, 50)[0]
+
+
+def with_ids_of_no_expert(x, w1, w2, ids, scores):
+    """How many only the device knows."""
+    return momoe_mlp(x, w1, w2, ids.where(ids % 3 > 0, w1.shape[0]), scores, 50)[0]
+
+
+def of_rows_by_expert(x, w1, w2, ids, scores):
+    """As many for each as chose the one before it, and rows of no expert behind them."""
+    counts_E = (ids[:, :1] == torch.arange(1, w1.shape[0] + 1, device=ids.device)).sum(0)
+    return momoe_grouped_mlp(x, w1, w2, counts_E, scores[:, 0], 50)
+
+
+@pytest.mark.parametrize("experts", [of_tokens, with_ids_of_no_expert, of_rows_by_expert])
+def test_does_not_wait_for_the_gpu(experts, path, monkeypatch):
     monkeypatch.setattr(hopper, "SYNC_FLOPS", 0)
     x, w1, w2, ids, scores, dout = make_inputs((512, 512, 256, 16, 2), torch.bfloat16, "cuda")
-    run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
+    leaves = [t.requires_grad_() for t in (x, w1, w2, scores)]
+
+    def step():
+        torch.autograd.grad(experts(*leaves[:3], ids, leaves[3]), leaves, dout)
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(momoe_mlp, x, w1, w2, ids, scores, dout, 50)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(RuntimeError):  # what the mode would have said
