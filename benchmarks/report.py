@@ -480,9 +480,11 @@ OTHER_BALANCE_ARMS = {
 
 
 def _digits(column: str, value: object) -> object:
-    """A loss with three digits behind the point, a MaxVio with two."""
+    """A loss or an entropy with three digits behind the point, a MaxVio with two; of values by step, the last."""
+    if isinstance(value, dict):
+        value = list(value.values())[-1]
     if isinstance(value, float):
-        return f"{value:.3f}" if "loss" in column else f"{value:.2f}"
+        return f"{value:.3f}" if "loss" in column or column == "entropy" else f"{value:.2f}"
     return value
 
 
@@ -495,29 +497,28 @@ def _balance(name: str, arms: dict[str, str], **columns: str) -> str:
 
 VIOLATIONS = {"maxvio_40": "MaxVio, step 40", "maxvio_late": "MaxVio, steps after 100"}
 OF_VALIDATION = {"val_loss": "validation loss", "maxvio_global": "MaxVio, validation text"}
+AT_THE_END = {"entropy": "router's entropy", "tokens_per_s": "tokens/s"}
 
 
 def balance_long() -> str:
     """The rules at full length, one row for each seed."""
-    return _balance(
-        "balance_500m_1200", BALANCE_ARMS, seed="seed", **OF_VALIDATION, **VIOLATIONS, tokens_per_s="tokens/s"
-    )
+    return _balance("balance_500m_1200", BALANCE_ARMS, seed="seed", **OF_VALIDATION, **VIOLATIONS, **AT_THE_END)
 
 
 def balance_all() -> str:
     """All rules, short and with one seed."""
-    return _balance("balance_500m_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS)
+    return _balance("balance_500m_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS, entropy="router's entropy")
 
 
 def balance_1_4b() -> str:
     """The flavor of 128 experts, short and with one seed."""
-    return _balance("balance_1.4b_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS, tokens_per_s="tokens/s")
+    return _balance("balance_1.4b_400", BALANCE_ARMS, **OF_VALIDATION, **VIOLATIONS, **AT_THE_END)
 
 
 def balance_1_4b_long() -> str:
     """The flavor of 128 experts with the default rule, longer, beside the floor."""
     header = ["scores", "learning rate", "steps", "validation loss", *VIOLATIONS.values(), "floor of a batch"]
-    header += ["MaxVio, validation text", "its floor"]
+    header += ["MaxVio, validation text", "its floor", "its floor, files apart"]
     body = (
         [
             row["scores"],
@@ -527,6 +528,7 @@ def balance_1_4b_long() -> str:
             _digits("", row["floor"]["other_half_batch"]),
             _digits("", row["maxvio_global"]),
             _digits("", row["floor"]["other_half"]),
+            _digits("", row["floor"].get("other_files")),
         ]
         for row in rows_of("balance_1.4b_long")
         if "floor" in row
