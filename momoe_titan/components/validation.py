@@ -108,15 +108,15 @@ class TextValidator(LossInModel, Validator):
         return torch.stack([loss.detach().to(tokens.device).double(), tokens.double()])
 
     def _mean(self, sums: torch.Tensor) -> float:
-        """The mean loss over the tokens of all ranks; -1 where this pipeline stage does not see it."""
-        if self.pp_schedule is not None and not self.pp_has_last_stage:
-            return -1.0
-        if not self.parallel_dims.dp_cp_enabled:
-            loss, tokens = sums.tolist()
-        else:
-            mesh = self.parallel_dims.get_optional_mesh("loss")
+        """The mean loss over the tokens of all ranks, on every pipeline stage."""
+        loss, tokens = sums
+        mesh = self.parallel_dims.get_optional_mesh("loss") if self.parallel_dims.dp_cp_enabled else None
+        if mesh is not None:
             loss, tokens = (dist_utils.dist_sum(each, mesh) for each in sums)
-        return loss / tokens
+        if self.pp_schedule is not None:  # all stages count the tokens, and only the last has losses
+            of_stages = torch.full_like(sums[0], float(loss))
+            loss = dist_utils.dist_sum(of_stages, self.parallel_dims.get_mesh("pp"))
+        return float(loss) / float(tokens)
 
     def should_validate(self, step: int) -> bool:
         """Also after the last step, whatever validation.freq is."""

@@ -222,6 +222,9 @@ def merged(everyone: list[dict]) -> dict:
     bias, grads = {}, {}
     logged = [one["logged"] for one in everyone if one["sees_loss"]]
     assert all(steps == logged[0] for steps in logged), logged
+    key = "validation_metrics/loss"
+    validated = [[entry[key] for entry in one["logged"] if key in entry] for one in everyone]
+    assert all(losses == validated[0] for losses in validated), validated  # also of stages that see none
     for one in everyone:
         grads.update(one["grads"])
         for name, value in one["bias"].items():
