@@ -5,7 +5,7 @@
 #
 # CONFIG is train_configs/debug_model.toml unless given.
 # NPROC  processes, one per GPU (1)
-# LOG_RANK  the one whose output is shown (0); the last knows the loss of a pipeline
+# LOG_RANK  the one whose output is shown (0)
 # VENV, PYTHON: see install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,6 @@
 """Runs forward and backward from CUDA graphs: the host starts one graph in place of thousands of kernels."""
 
 import gc
-import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -29,7 +28,6 @@ from momoe_titan.moe.expert_stats import prepare_capture
 
 Body = Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
 CALLS_BEFORE_CAPTURE = 3  # the first compile kernels, and allocate what is allocated once
-TRY_THEM = "MOMOE_TITAN_UNTRIED_GRAPHS"  # an environment variable: 1 also where no two GPUs have run them yet
 PIPELINE_SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS")  # the others' backward comes in two parts
 
 
@@ -45,10 +43,6 @@ def reason_against(config: JobConfig, dims: ParallelDims, model_parts: Sequence[
         (several and _dispatches(model_parts), "expert parallelism waits for the number of rows that arrive"),
         (several and dims.cp_enabled, "there is context parallelism"),
         (sum(divided) > 1, "there are two of FSDP, tensor and pipeline parallelism"),
-        (
-            several and (dims.tp_enabled or dims.pp_enabled) and os.environ.get(TRY_THEM) != "1",
-            f"no two GPUs have run them with tensor or pipeline parallelism yet; {TRY_THEM}=1 tries it",
-        ),
         (several and dims.pp_enabled and not scheduled, f"the pipeline's schedule is none of {PIPELINE_SCHEDULES}"),
         (config.training.enable_cpu_offload, "training.enable_cpu_offload waits for the GPU"),
         (momoe.backend in (STOCK_BACKEND, "torch"), f'momoe.backend = "{momoe.backend}" waits for the GPU'),

@@ -206,11 +206,12 @@ class Momoe:
     cuda_graphs: bool = False
     """
     Run the forward and the backward of a step from a CUDA graph, which
-    the host starts by one call, with the Triton kernels, on one GPU or
-    with FSDP or HSDP. The kernels are the same. A job that cannot be
-    captured runs without, and a line says why; where capturing fails
-    with FSDP, the job ends. The activations' memory stays reserved
-    between steps, except where a validation may need it.
+    the host starts by one call, with the Triton kernels, on one GPU, with
+    FSDP or HSDP, or with tensor or pipeline parallelism alone. The kernels
+    are the same. A job that cannot be captured runs without, and a line
+    says why; where capturing fails with FSDP or in a pipeline, the job
+    ends. The activations' memory stays reserved between steps, except
+    where a validation may need it.
     """
 
     fsdp_copies: bool = False

@@ -13,7 +13,6 @@ import momoe_titan.register  # noqa: F401 - the model of the jobs below
 from momoe_titan.components import cuda_graph
 from momoe_titan.components.cuda_graph import (
     CALLS_BEFORE_CAPTURE,
-    TRY_THEM,
     CapturedStep,
     StepFromGraph,
     reason_against,
@@ -255,19 +254,9 @@ def test_says_why_not(section, field, value, says):
         ({"fsdp": False, "pp": True, "tp": True}, "two of"),
     ],
 )
-def test_says_which_parallelism_has_none(kinds, says, monkeypatch):
-    monkeypatch.setenv(TRY_THEM, "1")
+def test_says_which_parallelism_has_none(kinds, says):
     reason = reason_against(job_with_graphs(), several_ranks(**kinds), [nn.Linear(1, 1)])
     assert reason is None if says is None else says in reason
-
-
-@pytest.mark.parametrize("kind", ["tp", "pp"])
-def test_what_no_two_gpus_have_run_has_to_be_asked_for(kind, monkeypatch):
-    dims = several_ranks(fsdp=False, **{kind: True})
-    monkeypatch.delenv(TRY_THEM, raising=False)
-    assert TRY_THEM in reason_against(job_with_graphs(), dims, [nn.Linear(1, 1)])
-    monkeypatch.setenv(TRY_THEM, "1")
-    assert reason_against(job_with_graphs(), dims, [nn.Linear(1, 1)]) is None
 
 
 @pytest.mark.parametrize(
@@ -279,8 +268,7 @@ def test_what_no_two_gpus_have_run_has_to_be_asked_for(kind, monkeypatch):
         ("pipeline_parallel_schedule_csv", "schedule.csv", False),
     ],
 )
-def test_says_which_schedules_have_none(name, value, captured, monkeypatch):
-    monkeypatch.setenv(TRY_THEM, "1")
+def test_says_which_schedules_have_none(name, value, captured):
     config, dims = job_with_graphs(), several_ranks(fsdp=False, pp=True)
     setattr(config.parallelism, name, value)
     reason = reason_against(config, dims, [nn.Linear(1, 1)])
@@ -316,8 +304,7 @@ EP = ["--parallelism.expert_parallel_degree", "2"]
         (["--parallelism.context_parallel_degree", "2"], 2, False),
     ],
 )
-def test_a_plan_knows_whether_steps_run_from_graphs(options, ranks, captured, monkeypatch):
-    monkeypatch.setenv(TRY_THEM, "1")
+def test_a_plan_knows_whether_steps_run_from_graphs(options, ranks, captured):
     assert would_capture(read_job(["--job.config_file", "train_configs/500m.toml", *options]), ranks) == captured
 
 

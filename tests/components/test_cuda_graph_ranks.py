@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from momoe_titan.components.cuda_graph import TRY_THEM
 from tests.components.test_cuda_graph_jobs import JOB, assert_same_losses, at_once, logged
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -35,9 +34,7 @@ def outputs(tmp_path_factory):
     for (name, options), graphs in itertools.product(RUNS.items(), (True, False)):
         switch = "--momoe.cuda_graphs" if graphs else "--momoe.no-cuda_graphs"
         jobs[name, graphs] = [*TORCHRUN, f"--master_port={next(ports)}", *JOB, *options, switch]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(TRY_THEM, "1")
-        return at_once(jobs, tmp_path_factory.mktemp, gpus="0,1")
+    return at_once(jobs, tmp_path_factory.mktemp, gpus="0,1")
 
 
 @pytest.mark.gpu

@@ -635,8 +635,7 @@ def test_command_line_and_shards():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_pipeline_stages_are_timed_in_bfloat16_with_fsdp_and_without(world_size, monkeypatch):
-    monkeypatch.setenv("MOMOE_TITAN_UNTRIED_GRAPHS", "1")
+def test_pipeline_stages_are_timed_in_bfloat16_with_fsdp_and_without(world_size):
     options = ["--parallelism.pipeline_parallel_degree", "2", "--momoe.cuda_graphs"]
     out = run("--world_size", str(world_size), "--json", "--time", *options)
     assert out.returncode == 0, out.stderr
