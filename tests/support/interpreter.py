@@ -247,8 +247,21 @@ def _init_handle(self, data, dtype, attr=None):
         self.__post_init__()
 
 
+def _numbers_of_one(patch):
+    """numpy 2.4 takes no array of one number for a number, as Triton 3.6 does."""
+
+    @functools.wraps(patch)
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch_tensor
+
+
 def without_repeated_work() -> None:
-    """Make it so for this process."""
+    """Make it so for this process, once."""
+    if REPLACED:
+        return
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
         _replace(interpreter, "_patch_lang", _ReplacedOnce(interpreter._patch_lang))
     if hasattr(interpreter, "_get_np_dtype"):
@@ -257,6 +270,8 @@ def without_repeated_work() -> None:
     options = getattr(builder, "options", None)
     if dataclasses.is_dataclass(options) and not options.debug and hasattr(options, "sanitize_overflow"):
         _replace(builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+    if triton.__version__.startswith("3.6."):
+        _replace(interpreter, "_patch_lang_tensor", _numbers_of_one(interpreter._patch_lang_tensor))
     if not triton.__version__.startswith("3.7."):
         return
     alike = _Alike()
