@@ -5,7 +5,7 @@
     python benchmarks/adapters.py transformers tiny --device cpu      # checks the script, not the speed
 
 Models have the layers of the published ones, but few of them, a small vocabulary and random weights in bfloat16. All
-variants of a model share its weights and take turns. The columns:
+variants of a model share its weights and take turns, in a new order each time. The columns:
     step ms    forward, backward and a step of AdamW, by the host's clock; medians.
     moe ms     forward and backward of one MoE layer alone, by the device's clock; medians. transformers: of the
                experts, with the routing given.
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -223,7 +224,10 @@ def timed_on_device(run: Callable[[], Any], device: str, calls: int = 3) -> floa
 
 
 def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """One row per variant; each is run `rounds` times, in turns with the others, after two runs that warm it up."""
+    """One row per variant; each is run `rounds` times, in turns with the others, after two runs that warm it up.
+
+    The order of a turn is a new one each time.
+    """
     optimizer = torch.optim.AdamW(case.model.parameters(), lr=1e-5, fused=device == "cuda")
     dim = next(p for p in case.model.parameters() if p.dim() == 2).shape[1]
     dtype = next(case.model.parameters()).dtype
@@ -247,8 +251,9 @@ def measure(case: Case, rows: torch.Tensor, device: str, rounds: int) -> Iterato
     times: dict[str, tuple[list[float], list[float]]] = {v.name: ([], []) for v in case.variants}
     saved: dict[str, float] = {}
     peaks: dict[str, float] = {}
+    shuffled = random.Random(0)  # a GPU at its limit of power is slower after the variant that draws most
     for turn in range(rounds + 2):
-        for variant in case.variants:
+        for variant in shuffled.sample(case.variants, len(case.variants)):
             variant.use()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
