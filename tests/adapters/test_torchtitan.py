@@ -495,14 +495,17 @@ INTERLEAVED = [
         (["--parallelism.expert_parallel_comm_backend=deepep"], "comm_backend is 'deepep', must be 'standard'"),
         (["--momoe.backend=torchtitan"], "momoe.backend is 'torchtitan', which leaves nothing"),
         (["--momoe.save_percent=auto", "--parallelism.expert_parallel_degree=2"], "'auto', which does not know"),
-        (
-            [
-                "--momoe.expert_dispatch=all_ranks",
-                "--parallelism.expert_parallel_degree=2",
-                "--activation_checkpoint.mode=full",
-                "--compile.enable",
-            ],
-            "momoe.expert_dispatch is 'all_ranks', must be 'auto' with torch.compile and activation_checkpoint.mode",
+        *(
+            (
+                [
+                    "--momoe.expert_dispatch=all_ranks",
+                    "--parallelism.expert_parallel_degree=2",
+                    f"--activation_checkpoint.mode={mode}",
+                    "--compile.enable",
+                ],
+                "momoe.expert_dispatch is 'all_ranks', must be 'auto' with torch.compile and activation_checkpoint",
+            )
+            for mode in ("full", "selective")
         ),
         ([*INTERLEAVED, "--parallelism.pipeline_parallel_degree=2"], "pipeline_parallel_schedule = 'DualPipeV' inter"),
     ],
@@ -523,7 +526,10 @@ def test_such_jobs_are_refused_where_they_are_read():
 
 def test_fields_without_effect_on_a_converted_model_are_named(caplog):
     check_converter(config_of("qwen3"))
-    assert "Without effect" not in caplog.text
+    assert "effect" not in caplog.text
+    check_converter(config_of("qwen3", "--momoe.expert_dispatch=all_ranks"))
+    assert "momoe.expert_dispatch = 'all_ranks' has no effect without expert parallelism" in caplog.text
+    caplog.clear()
     check_converter(config_of("qwen3", "--momoe.data_packing=best_fit"))
     assert "Without effect on a converted model: momoe.data_packing" in caplog.text.splitlines()[-1]
 
