@@ -39,4 +39,19 @@ def test_a_fault_without_a_verdict_does_not_count(tmp_path):
         for number, verdict in enumerate(["killed", "late", "no verdict", "killed"])
     ]
     (tmp_path / "results.jsonl").write_text("".join(mutate.json.dumps(row) + "\n" for row in rows))
-    assert "| moe | 3 | 3 | 1 | 100% |" in mutate.told(tmp_path)
+    (tmp_path / mutate.FAILING).write_text('["tests/test_a.py::test_b", "why"]\n' * 2)
+    told = mutate.told(tmp_path)
+    assert "| moe | 3 | 3 | 1 | 100% |" in told
+    assert told.count("fails without a fault too: tests/test_a.py::test_b") == 1
+
+
+def test_tests_that_fail_without_a_fault_are_found_at_once(tmp_path, monkeypatch):
+    """With the reason, all of a file where one of them was seen; none of them if that one passes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_of_it.py").write_text(
+        "def test_a():\n    assert 1 == 2\n\n\ndef test_b():\n    pass\n\n\ndef test_c():\n    assert 3 == 4\n"
+    )
+    found = dict(mutate.failing_without("test_of_it.py::test_c", 60))
+    assert found.keys() == {"test_of_it.py::test_a", "test_of_it.py::test_c"}
+    assert "1 == 2" in found["test_of_it.py::test_a"]
+    assert mutate.failing_without("test_of_it.py::test_b", 60) == []

@@ -44,6 +44,7 @@ SWAPS = {  # in the source, with what stands around a name
     **{".sum(": ".mean(", ".mean(": ".sum(", "int64": "int32", "float32": "bfloat16", "reverse=True": "reverse=False"},
 }
 COPIED = "momoe_titan", "tests", "benchmarks", "docs", "train_configs", "scripts", "pyproject.toml", "README.md"
+FAILING = "failing.jsonl"
 QUIET = ("logger", "warnings", "print", "log", "_log", "say", "parser")  # what they say is not tested word by word
 
 
@@ -181,23 +182,25 @@ def tests_of(mutant: dict, most: int) -> list[str]:
     return modules[longest][:most]
 
 
-class FirstFailure:
-    """A plugin of pytest that writes down which test failed first."""
+class Failures:
+    """A plugin of pytest that writes down which tests failed, and why."""
 
     def __init__(self, path: str):
         self.path = path
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not os.path.exists(self.path):
-            Path(self.path).write_text(report.nodeid)
+        if report.failed:
+            with open(self.path, "a") as file:
+                file.write(json.dumps([report.nodeid, report.longreprtext[-300:]]) + "\n")
 
-    def pytest_collectreport(self, report):
-        if report.failed and not os.path.exists(self.path):
-            Path(self.path).write_text(report.nodeid)
+    pytest_collectreport = pytest_runtest_logreport
 
 
-def run_tests(tests: list[str], but: list[str], limit: float) -> tuple[str, str]:
-    """What the tests of a forked process say: "killed", "survived" or "late"; and which test has failed."""
+def run_tests(tests: list[str], but: list[str], limit: float, every: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    """What the tests of a forked process say: "killed", "survived" or "late"; and which have failed, and why.
+
+    The first that fails is the last to run, unless `every`.
+    """
     scratch = tempfile.mkdtemp(dir=".")
     child = os.fork()
     if child == 0:
@@ -207,11 +210,12 @@ def run_tests(tests: list[str], but: list[str], limit: float) -> tuple[str, str]
             os.dup2(null, stream)
         import pytest
 
-        options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--basetemp", f"{scratch}/tests"]
+        options = ["-q", "-p", "no:cacheprovider", "--no-header", "--basetemp", f"{scratch}/tests"]
+        options += [] if every else ["-x"]
         without = [f"--deselect={test}" for test in but]
         status = 1
         with contextlib.suppress(BaseException):
-            plugin = FirstFailure(os.path.abspath(f"{scratch}/failed"))
+            plugin = Failures(os.path.abspath(f"{scratch}/failed"))
             status = pytest.main([*options, "-m", "not slow", *without, *tests], plugins=[plugin])
         os._exit(int(status))
     end, verdict = time.monotonic() + limit, "late"
@@ -226,9 +230,18 @@ def run_tests(tests: list[str], but: list[str], limit: float) -> tuple[str, str]
     if verdict == "late":
         os.waitpid(child, 0)
     failed = Path(scratch) / "failed"
-    by = failed.read_text() if failed.exists() else ""
+    by = [tuple(json.loads(line)) for line in failed.read_text().splitlines()] if failed.exists() else []
     shutil.rmtree(scratch, ignore_errors=True)
     return verdict, by
+
+
+def failing_without(test: str, limit: float) -> list[tuple[str, str]]:
+    """(test, why) of this test and others of its file that fail though no fault is put in; empty if it passes."""
+    verdict, failed = run_tests([test], [], limit)
+    if verdict == "survived":
+        return []
+    others = run_tests([test.partition("::")[0]], [test], limit, every=True)[1]
+    return [*(failed or [(test, "not in time")]), *others]
 
 
 @contextlib.contextmanager
@@ -251,9 +264,9 @@ def put_in(mutant: dict, count: Iterator[int]) -> Iterator[None]:
 def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float, limit: float, most: int) -> None:
     """Run faults, each when its turn comes, in the copy of the repository that this process is in.
 
-    A test that has failed runs again without the fault. One that fails then too says nothing and is left out. Tests
-    that do not end in time have seen the fault ("late") if they end in a third of the time without it; otherwise they
-    say nothing ("no verdict").
+    A test that has failed runs again without the fault. One that fails then too says nothing and is left out, as are
+    all others of its file that fail. Tests that do not end in time have seen the fault ("late") if they end in a third
+    of the time without it; otherwise they say nothing ("no verdict").
     """
     sys.path.insert(0, os.getcwd())
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "momoe_titan")]:
@@ -265,31 +278,34 @@ def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float
     import torchtitan.train  # noqa: F401  - the forks find it imported
 
     torch.set_num_threads(1)
-    passes: dict[str, bool] = {}  # test that failed with a fault: whether it passes without
+    passes: set[str] = set()  # tests that failed with a fault and pass without
     quick: dict[str, bool] = {}  # tests that were late: whether they are quick without the fault
-    count, failing = itertools.count(), results.parent / "failing.txt"
+    count, failing = itertools.count(), results.parent / FAILING
     while time.monotonic() < deadline:
         with turn.get_lock():
             number, turn.value = turn.value, turn.value + 1
         if number >= len(mutants):
             break
         mutant, begin = mutants[number], time.monotonic()
-        broken = failing.read_text().splitlines() if failing.exists() else []  # with or without a fault
         at, old = mutant["at"], mutant["old"]
         if Path(mutant["file"]).read_text()[at : at + len(old)] != old:
             continue  # the file has changed since the sample was drawn
         while True:
+            broken = list(failing_in(results.parent))  # with or without a fault
             with put_in(mutant, count):
-                verdict, by = run_tests(tests_of(mutant, most), broken, min(limit, deadline - time.monotonic()))
-            if verdict != "killed" or not by:
+                verdict, failed = run_tests(tests_of(mutant, most), broken, min(limit, deadline - time.monotonic()))
+            by = failed[0][0] if failed and verdict == "killed" else ""
+            verdict = "no verdict" if by in broken else verdict  # it could not be left out
+            if not by or by in passes or by in broken:
                 break
-            if by not in passes:
-                passes[by] = run_tests([by], [], min(limit, deadline - time.monotonic()))[0] == "survived"
-            if passes[by] or by in broken:
+            without = failing_without(by, min(limit, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                break  # what was not in time then says nothing
+            if not without:
+                passes.add(by)
                 break
-            broken.append(by)
-            with open(failing, "a") as file:
-                file.write(by + "\n")
+            with open(failing, "ab", buffering=0) as file:  # at once: other processes read it
+                file.write("".join(json.dumps(row) + "\n" for row in without).encode())
         if time.monotonic() >= deadline:
             break  # without a verdict
         if verdict == "late":
@@ -301,6 +317,12 @@ def work(mutants: list[dict], turn: Synchronized, results: Path, deadline: float
         row |= {"verdict": verdict, "by": by, "seconds": round(time.monotonic() - begin, 1)}
         with open(results, "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def failing_in(out: Path) -> dict[str, str]:
+    """Tests that have failed without a fault, and why."""
+    path = out / FAILING
+    return dict(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else {}
 
 
 def results_in(out: Path) -> list[dict]:
@@ -349,8 +371,7 @@ def told(out: Path) -> str:
             lines.append(f"\n{row['id']}: {row['file']}:{row['line']} {row['fault']}")
             source = (ROOT / row["file"]).read_text().splitlines()
             lines += [f"    {source[row['line'] - 1].strip()}", f"    {row['old']!r} -> {row['new']!r}"]
-    failing = set((out / "failing.txt").read_text().splitlines()) if (out / "failing.txt").exists() else ()
-    return "\n".join(lines + [f"\nfails without a fault too: {test}" for test in sorted(failing)])
+    return "\n".join(lines + [f"\nfails without a fault too: {test}" for test in sorted(failing_in(out))])
 
 
 def main(argv: list[str]) -> int:
