@@ -136,8 +136,12 @@ class MomoeBlock(nn.Module):
 
         For a layer with a gatherer: its experts are an FSDP module of their own, whose hooks no graph can hold.
         """
+        # In the order of the program, which begins a transfer ahead of the work that it is to be hidden behind. By
+        # default Inductor moves transfers to the end, where their results take the least memory.
+        options: Any = {"reorder_for_peak_memory": False} if backend == "inductor" else None
         before_experts, after_experts = (
-            torch.compile(part, backend=backend, fullgraph=True) for part in (self._before_experts, self._after_experts)
+            torch.compile(part, backend=backend, fullgraph=True, options=options)
+            for part in (self._before_experts, self._after_experts)
         )
         self.compiled_parts = before_experts, after_experts
 

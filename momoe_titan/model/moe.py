@@ -196,7 +196,7 @@ class MomoeMoE(BalancedMoE):
         x_MD = self.gatherer.gather(x_TD)
         scores_tK, ids_tK = self.router(x_tD, self.expert_bias, x_BLD.shape[0])
         scores_TK, ids_TK = (gather_rows(t, self.tp_mesh) for t in (scores_tK, ids_tK))
-        choice = self.gatherer.gather_choice(ids_TK, scores_TK)
+        choice = self.gatherer.gather_choice(ids_TK, scores_TK, x_MD)
         record_counts(self, self.tokens_per_expert, self.gatherer.count_chosen(ids_TK))
         return x_TD, x_MD, *choice
 

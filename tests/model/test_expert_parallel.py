@@ -2,11 +2,16 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.distributed.checkpoint import load
 
+from momoe_titan.model.model import MomoeBlock
+from momoe_titan.model.parallel import gathered
 from momoe_titan.model.parallel.gathered import transfer_sizes
 from tests.support import ep_worker
 from tests.support.shared import made_once
@@ -309,3 +314,23 @@ def test_stock_layer_is_refused_on_a_cpu():
     config.parallelism.expert_parallel_degree = 2
     with pytest.raises(ValueError, match="must be 1 for momoe.backend = 'torchtitan' on a CPU"):
         tiny_args(moe={"num_experts": 4}, backend="torchtitan").update_from_config(config)
+
+
+def test_a_compiled_block_sends_before_it_works_on(monkeypatch):
+    """Inductor would start transfers behind all work that they are to be hidden behind, to save memory."""
+    peers = SimpleNamespace(gather=lambda rows, first: [t.clone() for t in rows])
+    monkeypatch.setattr(gathered, "connect", lambda group: None)
+    monkeypatch.setattr(gathered, "peers_of", lambda name: peers)
+    block = MomoeBlock(1, tiny_args(moe={"num_shared_experts": 1}))
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1, group_name="of a test")
+    block.moe.gatherer = gathered.TokenGatherer(group, block.moe.num_experts, "torch")
+    block.compile_parts("inductor")
+    assert block.compiled_parts is not None
+    x_TD, y_MD = (torch.randn(8, 24, requires_grad=True) for _ in range(2))
+
+    def after_experts():
+        block.compiled_parts[1](x_TD.view(2, 4, 24), x_TD, y_MD).sum().backward()
+
+    _, (forward, backward) = run_and_get_code(after_experts)
+    assert forward.index("mm(") < forward.index("sum_tokens.default(")
+    assert backward.index("gather_tokens.default(") < backward.index("mm(")

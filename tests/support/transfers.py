@@ -19,7 +19,7 @@ def exchange(rank: int, name: str, rows: torch.Tensor) -> list[torch.Tensor]:
         x, scores = rows + i, rows[:, :8].float() - i
         gathered_x = ops.gather_tokens(x, rank, ranks, name, True)
         x.fill_(torch.nan)  # the input may be freed at once
-        choice = ops.gather_choice(scores, scores.long(), rank, ranks, name)
+        choice = ops.gather_choice(scores, scores.long(), gathered_x, rank, ranks, name)
         found += [wait(gathered_x).clone(), *(wait(t).clone() for t in choice)]
         both = _send_together(ranks, name, found[-3] - rank, found[-2] + rank)
         found += [ops.sum_tokens(t, rank, ranks, name) for t in both]

@@ -45,7 +45,8 @@ MOST_SENT = 1.3
 _lib = torch.library.Library("momoe_titan", "FRAGMENT")
 _lib.define("gather_tokens(Tensor rows, int rank, int ranks, str group_name, bool first=False) -> Tensor")
 _lib.define(
-    "gather_choice(Tensor scores, Tensor ids, int rank, int ranks, str group_name) -> (Tensor scores, Tensor ids)"
+    "gather_choice(Tensor scores, Tensor ids, Tensor behind, int rank, int ranks, str group_name)"
+    " -> (Tensor scores, Tensor ids)"
 )
 _lib.define("send_blocks(Tensor rows, int ranks, str group_name) -> Tensor")
 _lib.define("sum_tokens(Tensor rows, int rank, int ranks, str group_name) -> Tensor")
@@ -65,9 +66,13 @@ def _gather_tokens(rows_TC: torch.Tensor, rank: int, ranks: int, group_name: str
 
 
 def _gather_choice(
-    scores_TK: torch.Tensor, ids_TK: torch.Tensor, rank: int, ranks: int, group_name: str
+    scores_TK: torch.Tensor, ids_TK: torch.Tensor, behind: torch.Tensor, rank: int, ranks: int, group_name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Starts to gather scores and chosen experts of all ranks, float32 and int32, both (M, K)."""
+    """Starts to gather scores and chosen experts of all ranks, float32 and int32, both (M, K).
+
+    Args:
+        behind: what the gather of x, the layer's first transfer, has returned; else a compiler might exchange the two.
+    """
     rows = scores_TK.float(), ids_TK.int()
     if (peers := peers_of(group_name)) is not None:
         scores_MK, ids_MK = peers.gather(rows, first=False)
@@ -109,7 +114,7 @@ def _(rows_TC, rank, ranks, group_name, first=False):
 
 
 @torch.library.register_fake("momoe_titan::gather_choice", lib=_lib)
-def _(scores_TK, ids_TK, rank, ranks, group_name):
+def _(scores_TK, ids_TK, behind, rank, ranks, group_name):
     shape = ranks * ids_TK.shape[0], ids_TK.shape[1]
     return scores_TK.new_empty(shape, dtype=torch.float32), ids_TK.new_empty(shape, dtype=torch.int32)
 
@@ -143,13 +148,13 @@ def _sum_backward(ctx, drows_TC):
 
 
 def _keep_ranks_of_choice(ctx, inputs, output):
-    _, _, *ctx.ranks = inputs
+    _, _, _, *ctx.ranks = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.dtype = inputs[0].dtype
 
 
 def _gather_choice_backward(ctx, dscores_MK, _):
-    return torch.ops.momoe_titan.sum_tokens(dscores_MK, *ctx.ranks).to(ctx.dtype), None, None, None, None
+    return torch.ops.momoe_titan.sum_tokens(dscores_MK, *ctx.ranks).to(ctx.dtype), None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -257,12 +262,15 @@ class TokenGatherer:
         self.backend = backend
 
     def gather(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """x_TD -> x_MD, under way: for `receive`. To be called before `gather_choice`."""
+        """x_TD -> x_MD, under way: for `gather_choice` and `receive`."""
         return torch.ops.momoe_titan.gather_tokens(x_TD.contiguous(), *self._ranks, True)
 
-    def gather_choice(self, ids_TK: torch.Tensor, scores_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_choice(
+        self, ids_TK: torch.Tensor, scores_TK: torch.Tensor, x_MD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and scores -> scores float32, ids int32, both (M, K), under way: for `receive`."""
-        return torch.ops.momoe_titan.gather_choice(scores_TK.contiguous(), ids_TK.contiguous(), *self._ranks)
+        choice = scores_TK.contiguous(), ids_TK.contiguous()
+        return torch.ops.momoe_titan.gather_choice(*choice, x_MD.detach(), *self._ranks)
 
     @property
     def _ranks(self) -> tuple[int, int, str]:
