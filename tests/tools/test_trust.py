@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.trust import mutate, sanitize
+from tests.trust import long, mutate, sanitize
 
 REPORT = """========= COMPUTE-SANITIZER
 ========= Uninitialized __global__ memory read of size 2 bytes
@@ -55,3 +55,16 @@ def test_tests_that_fail_without_a_fault_are_found_at_once(tmp_path, monkeypatch
     assert found.keys() == {"test_of_it.py::test_a", "test_of_it.py::test_c"}
     assert "1 == 2" in found["test_of_it.py::test_a"]
     assert mutate.failing_without("test_of_it.py::test_b", 60) == []
+
+
+def test_long_jobs_are_compared_by_the_means_of_their_seeds():
+    ends = {"stock": (2.0, 3.0), "ours-0": (2.1, 2.9), "ours-100": (2.0, 3.1)}
+    rows = [
+        {"arm": arm, "seed": seed, "validation": {400: 9.0, 800: loss}}
+        for arm, losses in ends.items()
+        for seed, loss in enumerate(losses)
+    ]
+    assert long.compared(rows, ["stock", "ours-0", "ours-100"], 800) == pytest.approx(
+        {"stock": 0, "ours-0": 0, "ours-100": 0.02}
+    )
+    assert long.compared(rows, ["stock"], 1200)["stock"] != 0  # not ended: not a number
