@@ -1,5 +1,6 @@
 """FSDP's collectives by reading other ranks' buffers, with ranks of one process that share its memory."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -120,8 +121,10 @@ class LocalScatter(PeerReduceScatter):
         torch.sum(received.view(group.size(), -1), dim=0, dtype=torch.float32, out=output_tensor)
 
 
-def trains_with_these_buffers() -> None:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+def trains_with_these_buffers(replicas: int) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("replicas", "shards"))
+    shards = mesh["shards"]
+    mesh = mesh if replicas > 1 else shards
     results = []
     for reshard, ours in itertools.product((False, True), (False, True)):
         torch.manual_seed(0)
@@ -130,7 +133,7 @@ def trains_with_these_buffers() -> None:
         for module in (*model, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         reduce_by_sums(model)
-        gather, scatter = Local(mesh.get_group()), LocalScatter(mesh.get_group(), torch.bfloat16)
+        gather, scatter = Local(shards.get_group()), LocalScatter(shards.get_group(), torch.bfloat16)
         for module in model:
             module.set_gradient_divide_factor(1.0)
             if ours:
@@ -157,9 +160,11 @@ def trains_with_these_buffers() -> None:
         assert torch.equal(result, results[0])
 
 
-def test_fsdp_needs_no_more_buffers(tmp_path, monkeypatch):
-    """With and without weights kept for the backward, over microbatches and validations."""
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_fsdp_needs_no_more_buffers(replicas, tmp_path, monkeypatch):
+    """With and without weights kept for the backward, over microbatches and validations; with HSDP too."""
     symmetric = peer_collectives.symmetric_memory
     monkeypatch.setattr(symmetric, "empty", lambda n, dtype, device: torch.empty(n, dtype=dtype))
     monkeypatch.setattr(symmetric, "rendezvous", lambda memory, group_name: memory)
-    assert in_gloo_forks(2, tmp_path / "store", trains_with_these_buffers)
+    work = functools.partial(trains_with_these_buffers, replicas)
+    assert in_gloo_forks(2 * replicas, tmp_path / "store", work)
