@@ -70,6 +70,13 @@ def test_a_gradient_set_without_autograds_hooks_is_not_lost():
     assert torch.equal(layer.weight.grad, torch.ones(2, 2))
 
 
+def test_a_weight_without_a_gradient_hides_no_other():
+    layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
+    with ComputeWeights([layers], torch.bfloat16):
+        layers[1](torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    assert layers[0].weight.grad is None and torch.equal(layers[1].weight.grad, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_copies_follow_the_parameters(fused):
     """An optimizer that is not ours, and a checkpoint that is loaded."""

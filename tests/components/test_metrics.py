@@ -245,6 +245,7 @@ def test_time_per_step_counts_the_steps(processor, monkeypatch):
     processor.log(10, 2.0, 3.0, 0.5)
     values = processor.logger.steps[10]
     assert values["time_metrics/step(s)"] == 2 and values["throughput(tps)"] == 10
+    assert values["tflops"] == pytest.approx(10 * processor.num_flops_per_token / 1e12)
 
 
 def test_an_interval_begins_anew_after_a_validation(processor, monkeypatch):

@@ -196,6 +196,20 @@ def test_counts_of_the_last_step():
     assert not balancer.counts_LE.any()
 
 
+def test_what_routers_of_a_tensor_parallel_group_see_is_summed_and_their_counts_are_not(monkeypatch):
+    """They count the same tokens."""
+    layer = moe_layer(load_balance_rule="quantile")
+    balancer = ExpertLoadBalancer([layer], "of data", router_group="of routers")
+    layer.tokens_per_expert.fill_(3)
+    layer.router.margins_EB.fill_(5)
+    times = {"of data": 2, "of routers": 10}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: tensor.mul_(times[group]))
+    found = []
+    monkeypatch.setattr(balancer._step, "solve", lambda biases, histogram_LEB, *_: found.append(histogram_LEB.clone()))
+    balancer()
+    assert (balancer.counts_LE == 6).all() and (found[0] == 100).all()
+
+
 def test_a_decision_on_the_cpu_is_taken_to_the_biases():
     """Weights offloaded to the CPU have their gradients there, and with them found_inf; a kernel cannot read it."""
     balancer = ExpertLoadBalancer([moe_layer(load_balance_rule="quantile").to("meta")])

@@ -138,6 +138,9 @@ def test_the_order_stays_the_same_from_version_to_version():
     now = order.described()
     then = {key: value for key, value in now.items() if key != "mixing"}
     assert "mixed sources in another order" in why_other_data(then, now, "data") and not why_other_data(now, now, "")
+    one = Order(order.sources[:1]).described()
+    then = {key: value for key, value in one.items() if key != "mixing"}
+    assert now["mixing"] == 2 and not why_other_data(then, one, "data")  # of one source nothing was mixed
 
 
 def test_ranks_of_a_later_pass_share_it(caplog):

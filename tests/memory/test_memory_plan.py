@@ -2,7 +2,7 @@
 
 import pytest
 
-from momoe_titan.memory.plan import CUBLAS_BYTES, MemoryPlan, Moment, ZRows
+from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, ZRows, context_bytes
 
 MIB = 1 << 20
 
@@ -24,3 +24,7 @@ def test_saved_rows_grow_with_save_percent_and_the_others_fall(save_percent, sav
     assert plan.reserved([save_percent, 100]) == (saved + others + 30 + 10) * MIB + CUBLAS_BYTES
     assert plan.saved_z([save_percent, 100]) == (saved + 30) * MIB  # of the end of the forward
     assert plan.slack == 60 * MIB  # the others, at 0; nothing at 100
+
+
+def test_more_is_assumed_of_a_gpu_with_others_beside_it():
+    assert [round(context_bytes(ranks) / GIB, 3) for ranks in (1, 2, 8)] == [0.6, 1.6, 1.6]

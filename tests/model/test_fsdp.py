@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from momoe_titan.config.section import Momoe
 from momoe_titan.model.parallel import fsdp
-from momoe_titan.model.parallel.fsdp import _experts_placement, _set_collectives
+from momoe_titan.model.parallel.fsdp import _experts_placement, _set_collectives, apply_fsdp, leaves_experts
 from momoe_titan.moe.balancing import bias_delta
 from tests.support import commands
 from tests.support.shared import made_once
-from tests.support.tiny import assert_same_run, build, tiny_args, train
+from tests.support.tiny import assert_same_run, build, job_config, tiny_args, train
 
 
 def launch(folder, processes, runs):
@@ -97,7 +98,8 @@ def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monke
     dims = SimpleNamespace(pp_enabled=kind == "pp", ep_enabled=kind == "ep", get_mesh=lambda name: mesh)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: ranks)
-    monkeypatch.setattr(fsdp, "connect", lambda group: None)
+    connected = []
+    monkeypatch.setattr(fsdp, "connect", connected.append)
     monkeypatch.setattr(fsdp, "MOST_COPIED", 8 * 2)
     group = nn.Linear(4, 2 if says != "more than" else 3, bias=False)
     group.set_custom_reduce_scatter = lambda collective: None
@@ -107,6 +109,62 @@ def test_a_job_that_cannot_have_copies_says_why(kind, policy, ranks, says, monke
     _set_collectives([[], [group]], dims, policy, copies=True)
     (record,) = caplog.records
     assert record.getMessage().startswith("momoe.fsdp_copies has no effect") and says in record.getMessage()
+    assert len(connected) == (says == "no GPUs")  # whether they can is found out where all else allows it
+
+
+def _mesh(size):
+    return SimpleNamespace(size=lambda: size, get_group=lambda: None, device_type="cpu")
+
+
+def _dims(**fields):
+    names = ("dp_replicate_enabled", "pp_enabled", "ep_enabled")
+    return SimpleNamespace(
+        **{
+            **dict.fromkeys(names, False),
+            "ep": 1,
+            "get_mesh": lambda name: _mesh(1 if name == "efsdp" else 2),
+            **fields,
+        }
+    )
+
+
+@pytest.mark.parametrize("reshard", ["never", "default", "always"])
+def test_each_block_is_a_group_and_only_always_frees_the_last(reshard, monkeypatch):
+    model, config, groups = build(tiny_args()), job_config(), []
+    config.parallelism.fsdp_reshard_after_forward = reshard
+    for name in ("disable_fsdp_gradient_division", "_set_collectives", "_prefetch"):
+        monkeypatch.setattr(fsdp, name, lambda *args: None)
+    monkeypatch.setattr(
+        fsdp, "fully_shard", lambda module, **of_it: groups.append((module, of_it["reshard_after_forward"]))
+    )
+    apply_fsdp(model, _dims(), config)
+    frees = reshard != "never"
+    ends = [([model.tok_embeddings], frees), ([model.norm, model.output], reshard == "always")]
+    assert groups == [*ends, *((block, frees) for block in model.layers.values()), (model, frees)]
+
+
+def test_experts_are_left_out_of_fsdp_only_where_no_other_rank_has_them():
+    config, experts = job_config(), build(tiny_args()).layers["1"].moe.experts
+    config.parallelism.fsdp_reshard_after_forward = "never"
+    assert leaves_experts(experts, _dims(ep_enabled=True), config)
+    for name in ("dp_replicate_enabled", "pp_enabled"):
+        assert not leaves_experts(experts, _dims(ep_enabled=True, **{name: True}), config)
+    assert not leaves_experts(experts, _dims(), config)
+    assert not leaves_experts(experts, _dims(ep_enabled=True, get_mesh=lambda name: _mesh(2)), config)
+    config.training.enable_cpu_offload = True
+    assert not leaves_experts(experts, _dims(ep_enabled=True), config)
+
+
+def test_nothing_is_staged_for_fsdp_that_does_not_copy(monkeypatch):
+    model = build(tiny_args())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(fsdp.dist, "get_process_group_ranks", lambda group: [0, 1])
+    for copies in (True, False):
+        config = job_config()
+        config.momoe = Momoe(fsdp_copies=copies)
+        config.training.mixed_precision_param = "bfloat16"
+        assert (fsdp.staging_bytes(model, _dims(fsdp_enabled=True), config) > 0) == copies
+        assert fsdp.staging_bytes(model, _dims(fsdp_enabled=False), config) == 0
 
 
 @pytest.mark.parametrize("hosts_of_experts", [1, 2])

@@ -122,8 +122,11 @@ def test_tokens_go_to_all_ranks_where_that_sends_little_more(ranks, chosen, expe
     assert not gathered.gathers_tokens("chosen_ranks", ranks, chosen, experts)
 
 
-@pytest.mark.parametrize("host, dispatch, granules", [(8, "auto", 25 + 3), (1, "auto", 0), (8, "chosen_ranks", 0)])
-def test_the_plan_knows_what_is_staged(host, dispatch, granules, monkeypatch):
+@pytest.mark.parametrize(
+    "host, dispatch, tp, granules",
+    [(8, "auto", 1, 25 + 3), (8, "auto", 2, 13 + 3), (1, "auto", 1, 0), (8, "chosen_ranks", 1, 0)],
+)
+def test_the_plan_knows_what_is_staged(host, dispatch, tp, granules, monkeypatch):
     """Four buffers of 48 MiB for tokens and results of two ranks, and small ones for choices, gradients of scores and
     the trial, in granules of 2 MiB, each with what its barriers need."""
     assert get_signal_pad_size() <= peer_memory._SIGNALS
@@ -136,7 +139,7 @@ def test_the_plan_knows_what_is_staged(host, dispatch, granules, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(host))
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
     mesh = SimpleNamespace(get_group=lambda: None)
-    dims = SimpleNamespace(cp=1, tp=1, etp_enabled=False, get_mesh=lambda name: mesh)
+    dims = SimpleNamespace(cp=1, tp=tp, etp_enabled=False, get_mesh=lambda name: mesh)
     assert gathered.staging_of_job(config, dims) == granules * 4 << 21
 
 
