@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import preloaded_workers
 from tests.support.command_lines import read_sources_once
 
 read_sources_once()
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Where there is no GPU, test processes are forks of one that has imported torch and the rest."""
+    if not torch.cuda.is_available():
+        python = preloaded_workers.start()
+        specs[:] = [type(spec)(f"{spec}//python={python}") for spec in specs]
 
 
 def seed_everything(name: str) -> None:

@@ -107,6 +107,18 @@ def _run(command: list[str], env: dict[str, str], cwd: str, streams: _Streams, b
         end_process(status)
 
 
+def start_server() -> None:
+    """Start the process that all commands are forks of, if it does not run."""
+    forkserver.set_forkserver_preload(["tests.support.preloaded"])
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver._forkserver.ensure_running()
+
+
+def share_server() -> None:
+    """To be called in a process that the one which has started the server has forked: there the server is no child."""
+    forkserver._forkserver.ensure_running = lambda: None  # it runs
+
+
 def start(
     *command: str | Path,
     stdout: int,
@@ -127,10 +139,8 @@ def start(
         cwd: the folder it is in.
         before: functions that the process calls before the command; they can be pickled.
     """
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.preloaded"])
-    with mock.patch.dict(os.environ, environment(), clear=True):
-        forkserver._forkserver.ensure_running()
     words = [str(word) for word in command]
     with open(os.devnull) as nothing:
         streams = _Streams(nothing.fileno() if stdin is None else stdin, stdout, stdout if stderr is None else stderr)
@@ -203,5 +213,5 @@ class Popen:
 
 def fork_children() -> None:
     """For `before` of `start`: commands that the command starts come from the same fork server."""
-    forkserver._forkserver.ensure_running = lambda: None  # it is of the test's process, and runs
+    share_server()
     subprocess.Popen = Popen
