@@ -12,7 +12,7 @@ from momoe_titan.config.section import DataSource
 from momoe_titan.data.errors import DataError
 from momoe_titan.data.local_files import load_local
 from momoe_titan.data.source import Source, TextList
-from momoe_titan.data.stdlib import load_stdlib
+from momoe_titan.data.stdlib import load_stdlib, read_stdlib
 from momoe_titan.data.token_files import holds_shards, open_tokens
 from momoe_titan.data.tokenizer import TextTokenizer
 
@@ -42,7 +42,7 @@ def open_source(given: DataSource, tokenizer: TextTokenizer, field: str) -> Sour
         return load_local(given.path, given.text_field, field)
     if dataset in STDLIB:
         assert not isinstance(given.path, list)
-        texts = load_stdlib(given.path or sysconfig.get_path("stdlib"), STDLIB[dataset])["text"]
+        texts, _ = read_stdlib(given.path or sysconfig.get_path("stdlib"), STDLIB[dataset])
         content = zlib.crc32("\0".join(texts).encode())
         return TextList(f"{field.removesuffix('_path').removesuffix('.path')} {dataset!r}", texts, f"{content:08x}")
     return None

@@ -67,16 +67,16 @@ def stdlib_files(root: str | os.PathLike, held_out: bool) -> list[str]:
     return sorted(found)
 
 
-def load_stdlib(root: str, held_out: bool = False) -> Dataset:
-    """The standard library's source files as a dataset.
+def read_stdlib(root: str, held_out: bool = False) -> tuple[list[str], list[str]]:
+    """The standard library's source files in pieces.
 
     Args:
         root: Folder of the library (`sysconfig.get_path("stdlib")`).
         held_out: True for the validation split, False for the training split.
 
     Returns:
-        Rows with the columns "text" (a piece of a file) and "path" (of the file, relative to `root`). A hash of path
-        and place orders them: files are mixed, in the same way on every machine with the same library.
+        The pieces, and for each the path of its file, relative to `root`. A hash of path and place orders them: files
+        are mixed, in the same way on every machine with the same library.
 
     Raises:
         DataError: `root` holds no Python sources.
@@ -97,5 +97,11 @@ def load_stdlib(root: str, held_out: bool = False) -> Dataset:
             f"dataset_path {str(root)!r} holds no Python source files for the dataset "
             f"'python_stdlib'; use dataset 'local' with files of your own"
         )
-    _, texts, paths = zip(*sorted(rows), strict=True)
+    rows.sort()
+    return [text for _, text, _ in rows], [path for _, _, path in rows]
+
+
+def load_stdlib(root: str, held_out: bool = False) -> Dataset:
+    """What `read_stdlib` gives, as a dataset with the columns "text" and "path"."""
+    texts, paths = read_stdlib(root, held_out)
     return Dataset.from_dict({"text": texts, "path": paths})

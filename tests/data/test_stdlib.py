@@ -4,7 +4,9 @@ import sysconfig
 
 import pytest
 
+from momoe_titan.config.section import DataSource
 from momoe_titan.data.errors import DataError
+from momoe_titan.data.registration import open_source
 from momoe_titan.data.stdlib import is_held_out, load_stdlib, stdlib_files
 
 HELD_OUT = [32, 49, 73, 74, 75, 126, 128, 172, 191]  # of m0.py to m199.py
@@ -53,3 +55,12 @@ def test_a_source_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="broken.py.*no-such-encoding"):
         for held_out in (False, True):
             load_stdlib(str(tmp_path), held_out)
+
+
+def test_a_job_has_its_pieces_as_they_are_in_memory(tmp_path):
+    """A column of a dataset would decode each of them anew, whenever it is read."""
+    for i in range(30):
+        (tmp_path / f"file_{i}.py").write_text(f"a = {i}\n")
+    source = open_source(DataSource(str(tmp_path), "python_stdlib"), None, "dataset_path")
+    assert type(source.texts) is list and source.texts == load_stdlib(str(tmp_path))["text"][:]
+    assert source.read([0])[0] is source.texts[0]
