@@ -389,19 +389,26 @@ def precision_losses() -> str:
 
 
 def parallel_two() -> str:
-    header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "predicted": "predicted"}
-    return _plain("parallel_2xh100", **header, peak="peak, GiB", planned="plan, GiB", loss_40="loss, step 40")
+    header = {"model": "model, sequences", "run": "run", "implementation": "MoE", "ms": "step, ms"}
+    return _plain(
+        "parallel_2xh200", **header, tokens_per_s="tokens/s per GPU", of_one="of one GPU, %", peak="peak, GiB"
+    )
+
+
+def goals_parallel() -> str:
+    """What two GPUs were to reach."""
+    return _plain("goals_parallel", **GOALS)
+
+
+def exchange() -> str:
+    header = {"model": "model, sequences", "code": "code", "ms": "step, ms", "copies": "copies, ms"}
+    return _plain("exchange_2xh200", **header, barriers="barriers, ms", exposed="exposed, ms", share="of the step, %")
 
 
 def fsdp() -> str:
     header = {"model": "model", "run": "run", "ms": "step, ms", "tokens_per_s": "tokens/s per GPU"}
     header |= {"of_one": "of one GPU, %"}
     return _plain("fsdp_2xh200", **header, collectives="collectives, ms", exposed="exposed, ms", copies="copies, ms")
-
-
-def tp_pp() -> str:
-    header = {"run": "run", "ms": "step, ms", "tokens_per_s": "tokens/s per GPU", "busy": "GPU busy, ms"}
-    return _plain("tp_pp_2xh200", **header, peak="peak, GiB", loss_20="loss, step 20")
 
 
 def link() -> str:
@@ -412,18 +419,6 @@ def link() -> str:
 def token_transfers() -> str:
     header = {"transfer": "transfer", "us": "us", "GB/s": "GB/s", "beside": "added to a layer's forward beside it, us"}
     return _plain("token_transfers_2xh200", **header)
-
-
-def expert_parallel() -> str:
-    header = {"model": "model, sequences per GPU", "run": "run", "implementation": "MoE", "step_ms": "step, ms"}
-    return _plain("expert_parallel_2xh200", **header, tokens_per_s="tokens/s per GPU", predicted="predicted")
-
-
-def parallel_bfloat16() -> str:
-    header = {"run": "run", "implementation": "MoE", "tokens_per_s": "tokens/s per GPU", "lowest": "lowest log"}
-    return _plain(
-        "parallel_bfloat16_2xh100", **header, highest="highest log", peak="peak, GiB", loss_20="loss, step 20"
-    )
 
 
 def parallel_four() -> str:
@@ -476,6 +471,7 @@ OTHER_BALANCE_ARMS = {
     "none": "no balancing",
     "none_centred": "the same, gate sees tokens without their mean",
     "none_init_0.1": "the same, gate drawn a tenth as large",
+    "none_warmup_400": "the same, the learning rate warms up over all steps",
 }
 
 
@@ -525,13 +521,12 @@ def balance_1_4b_long() -> str:
             str(row["lr"]),
             row["steps"],
             *(_digits(column, row[column]) for column in ("val_loss", *VIOLATIONS)),
-            _digits("", row["floor"]["other_half_batch"]),
+            _digits("", row.get("floor", {}).get("other_half_batch")),
             _digits("", row["maxvio_global"]),
-            _digits("", row["floor"]["other_half"]),
-            _digits("", row["floor"].get("other_files")),
+            _digits("", row.get("floor", {}).get("other_half")),
+            _digits("", row.get("floor", {}).get("other_files")),
         ]
         for row in rows_of("balance_1.4b_long")
-        if "floor" in row
     )
     return with_source(table(header, body), "balance_1.4b_long")
 
@@ -707,7 +702,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (layer_layouts, layer_kinds, transformers_step, torchtitan_step, layer_parts, host_time)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
-    + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, parallel_bfloat16, parallel_four, step_time)
+    + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, goals_parallel, parallel_four, step_time)
     + (rates_step_time, eviction, balance_long, balance_all, balance_1_4b, balance_causes, balance_floor, balance_cost)
     + (layer_before, gpu_busy, step_variants, step_batches, file_plans, goals_step, goals_balance)
     + (balance_average, balance_ep, balance_1_4b_long, balance_replay, balance_lr, balance_time, balance_steep)
@@ -723,9 +718,8 @@ TABLES: dict[str, Callable[[], str]] = {
         rms_norm,
         link,
         fsdp,
-        tp_pp,
         token_transfers,
-        expert_parallel,
+        exchange,
     )
 }
 
