@@ -383,6 +383,30 @@ def reliability() -> str:
     return _plain("reliability", **header)
 
 
+LONG_ARMS = {
+    "stock": "TorchTitan's layer",
+    "ours-0": "ours, nothing kept",
+    "ours-100": "ours, all kept",
+    "ours-float32": "ours, float32",
+}
+
+
+def long_runs() -> str:
+    """How long jobs end, by the means of their seeds."""
+    ends = {arm: [float(str(row["last"])) for row in rows_of("long_runs") if row["arm"] == arm] for arm in LONG_ARMS}
+    means = {arm: sum(losses) / len(losses) for arm, losses in ends.items()}
+    header = ["layer", "validation loss, mean", "apart, %", *(f"seed {row['seed']}" for row in _long_of("stock"))]
+    body = [
+        [name, f"{means[arm]:.4f}", f"{100 * (means[arm] / means['stock'] - 1):+.2f}", *(f"{x:.4f}" for x in ends[arm])]
+        for arm, name in LONG_ARMS.items()
+    ]
+    return with_source(table(header, body), "long_runs")
+
+
+def _long_of(arm: str) -> list[Row]:
+    return [row for row in rows_of("long_runs") if row["arm"] == arm]
+
+
 def precision_losses() -> str:
     losses = {f"loss_{step}": f"loss, step {step}" for step in (1, 50, 100, 180, 250, 300)}
     return _plain("precision_losses_h200", model="model, sequences x tokens", run="mixed_precision", **losses)
@@ -712,6 +736,7 @@ TABLES: dict[str, Callable[[], str]] = {
     + (
         precision_losses,
         reliability,
+        long_runs,
         step_breakdown,
         cuda_graph,
         first_step,
@@ -827,6 +852,23 @@ def draw_balance(figure) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
+def draw_long(figure) -> None:
+    """The training losses over steps to the left, the mean of all seeds; the last validation losses to the right."""
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    for place, (arm, name) in enumerate(LONG_ARMS.items()):
+        rows = _long_of(arm)
+        losses = [sum(of_step) / len(of_step) for of_step in zip(*(row["training"] for row in rows), strict=True)]
+        left.plot(range(10, 10 * len(losses) + 1, 10), losses, label=name, alpha=0.8, linewidth=1)
+        right.plot([place] * len(rows), [row["last"] for row in rows], "o", alpha=0.6)
+    left.set_xlabel("optimizer step")
+    left.set_ylabel("training loss, mean of the seeds")
+    right.set_xticks(range(len(LONG_ARMS)), list(LONG_ARMS.values()), rotation=30, ha="right")
+    right.set_ylabel("last validation loss, one dot a seed")
+    left.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 # name: (what draws it, measurements it shows, size in inches)
 CHARTS: dict[str, tuple[Callable, tuple[str, ...], tuple[float, float]]] = {
     "layer": (draw_readme, ("layer_h100",), (10, 3.6)),
@@ -836,6 +878,7 @@ CHARTS: dict[str, tuple[Callable, tuple[str, ...], tuple[float, float]]] = {
     "layer_ratio": (draw_ratio, ("layer_h100", "layer_repeats_h100"), (8, 4)),
     "memory_500m": (_draw_memory("memory_500m_h100"), ("memory_500m_h100",), (7, 4.5)),
     "balance": (draw_balance, ("balance_500m_1200", "balance_500m_400"), (8, 4)),
+    "long_runs": (draw_long, ("long_runs",), (9, 4)),
     "memory_1.4b": (_draw_memory("memory_1.4b_h100"), ("memory_1.4b_h100",), (7, 4.5)),
 }
 
