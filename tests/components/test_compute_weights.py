@@ -32,6 +32,7 @@ def test_modules_see_copies_inside_only(tied):
         assert model(batch(0)[0]).dtype == torch.bfloat16
         assert all(b.dtype != torch.bfloat16 for b in model.buffers())
     assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert not any("." in name for module in model.modules() for name in module._parameters)  # of each its own
     assert {k: v.dtype for k, v in model.state_dict().items()} == {k: v.dtype for k, v in state.items()}
 
 
@@ -70,9 +71,10 @@ def test_a_gradient_set_without_autograds_hooks_is_not_lost():
     assert torch.equal(layer.weight.grad, torch.ones(2, 2))
 
 
-def test_a_weight_without_a_gradient_hides_no_other():
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_weight_without_a_gradient_hides_no_other(summed):
     layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(2))
-    with ComputeWeights([layers], torch.bfloat16):
+    with ComputeWeights([layers], torch.bfloat16, sums_in_parameters_dtype=summed):
         layers[1](torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
     assert layers[0].weight.grad is None and torch.equal(layers[1].weight.grad, torch.ones(2, 2))
 

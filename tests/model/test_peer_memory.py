@@ -122,6 +122,11 @@ def test_tokens_go_to_all_ranks_where_that_sends_little_more(ranks, chosen, expe
     assert not gathered.gathers_tokens("chosen_ranks", ranks, chosen, experts)
 
 
+def test_how_much_a_layer_stages():
+    """Tokens; results and gradients for three others; scores and ids; gradients of scores for three others."""
+    assert gathered.transfer_sizes(num_tokens=5, row_bytes=16, num_chosen=2, ranks=4) == [80, 240, 80, 120]
+
+
 @pytest.mark.parametrize(
     "host, dispatch, tp, granules",
     [(8, "auto", 1, 25 + 3), (8, "auto", 2, 13 + 3), (1, "auto", 1, 0), (8, "chosen_ranks", 1, 0)],
