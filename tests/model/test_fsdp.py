@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from momoe_titan.config.reading import read_job
 from momoe_titan.config.section import Momoe
+from momoe_titan.model.flavors import flavors
+from momoe_titan.model.model import MomoeLlama, blocks_of
 from momoe_titan.model.parallel import fsdp
 from momoe_titan.model.parallel.fsdp import _experts_placement, _set_collectives, apply_fsdp, leaves_experts
 from momoe_titan.moe.balancing import bias_delta
@@ -165,6 +168,15 @@ def test_nothing_is_staged_for_fsdp_that_does_not_copy(monkeypatch):
         config.training.mixed_precision_param = "bfloat16"
         assert (fsdp.staging_bytes(model, _dims(fsdp_enabled=True), config) > 0) == copies
         assert fsdp.staging_bytes(model, _dims(fsdp_enabled=False), config) == 0
+
+
+@pytest.mark.parametrize("file, copied", [("500m", True), ("1.4b", True), ("7b", False), ("mixtral_8x7b", False)])
+def test_files_have_copies_where_their_groups_of_weights_are_small_enough(file, copied):
+    job = read_job(["--job.config_file", f"train_configs/{file}.toml"])
+    with torch.device("meta"):
+        model = MomoeLlama(flavors[job.model.flavor])
+    groups = [[model.tok_embeddings], *([block] for block in blocks_of(model)[:2]), [model.norm, model.output]]
+    assert job.momoe.fsdp_copies == copied == (fsdp._sizes(groups, torch.bfloat16) is not None)
 
 
 @pytest.mark.parametrize("hosts_of_experts", [1, 2])
