@@ -186,7 +186,7 @@ def moe_layer(num_experts=4, cls=MomoeMoE, **kwargs):
 def test_counts_of_the_last_step():
     layers = torch.nn.ModuleList([moe_layer(), moe_layer(cls=StockMoE), moe_layer(load_balance_rate=0.0)])
     balancer = ExpertLoadBalancer([layers])
-    assert balancer.counts_LE is None
+    assert balancer.counts_LE is None and balancer.average_factor() == 1
     counts = [[3, 5, 0, 0], [2, 2, 2, 2], [8, 0, 0, 0]]
     for layer, counts_E in zip(layers, counts, strict=True):
         layer.tokens_per_expert.copy_(torch.tensor(counts_E))

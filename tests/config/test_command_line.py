@@ -2,7 +2,9 @@
 
 import sys
 
-from momoe_titan.config.command_line import SECTION_OPTION, missing_section_option, program, was_given
+import pytest
+
+from momoe_titan.config.command_line import SECTION_OPTION, missing_section_option, program, take_log_level, was_given
 
 
 def test_was_given(tmp_path):
@@ -39,3 +41,15 @@ def test_a_program_is_named_as_short_as_it_can_be(tmp_path, monkeypatch):
     assert program("torchrun") == str(bin / "torchrun")
     monkeypatch.setenv("PATH", str(bin))
     assert program("torchrun") == "torchrun"
+
+
+@pytest.mark.parametrize("given", [["--log_level=ERROR"], ["--log-level", "error"], ["--log_level", "error"]])
+def test_the_log_level_is_taken_out_of_the_options(given):
+    others = ["--checkpoint.enable", "--training.steps=3"]
+    for place in range(3):
+        args = [*others[:place], *given, *others[place:]]
+        assert take_log_level(args) == "error" and args == others
+    assert take_log_level(others) == "info"
+    for wrong in (["--log_level"], ["--log_level", "loud"]):
+        with pytest.raises(ValueError, match="--log_level is .*, must be one of"):
+            take_log_level(wrong)

@@ -97,6 +97,11 @@ INTERLEAVED = {**PP, "pipeline_parallel_schedule": "Interleaved1F1B"}
         ),
         ({"data_parallel_shard_degree": 2, "training.global_batch_size": 4}, {}, "multiple of 8"),
         (
+            {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2} | {"training.global_batch_size": 8},
+            {},
+            "multiple of 16",
+        ),
+        (
             {"data_parallel_shard_degree": 1, "training.global_batch_size": 0},
             {},
             "global_batch_size is 0, must be -1 or",

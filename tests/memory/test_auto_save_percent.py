@@ -87,6 +87,14 @@ def test_the_plan_chooses_and_leaves_room_for_its_error(tmp_path, room, expected
     assert auto.choice == [layer.save_percent for layer in auto.layers] == expected
 
 
+@pytest.mark.parametrize("room, says", [(9_990, True), (10_010, False)])
+def test_a_budget_that_even_0_exceeds_is_said(tmp_path, room, says, caplog):
+    caplog.set_level("INFO")
+    start(tmp_path, room)
+    assert ("but by the plan even save_percent 0 takes 9.77 GiB" in caplog.text) == says
+    assert f"hold 9.77 GiB of {room / 1024:.2f}" in caplog.text
+
+
 @pytest.mark.parametrize("outside_mib, expected", [(-400, [25, 100]), (750, [0, 50])])
 def test_what_others_take_of_the_gpu_is_left_to_them(tmp_path, outside_mib, expected):
     """At least what is assumed of a job's first steps."""
@@ -130,6 +138,7 @@ def test_a_correction_goes_by_the_rows_that_came(tmp_path, monkeypatch, rows):
     assert auto.choice == [0, 81] and steps(auto, MEASURED_STEPS) == [33, 100]
     resumed = start(tmp_path, 11_500)
     assert resumed.choice == [33, 100] and resumed.steps_left == 0
+    assert not resumed.activation_budget.quiet  # what a choice evicts first is said
     for run in (auto, resumed):
         assert run.activation_budget.room == run.room == pytest.approx(11_500 * MIB, abs=MIB)
         assert all(layer.activation_budget is run.activation_budget for layer in run.layers)

@@ -298,3 +298,7 @@ class TestUpdateFromConfig:
         tiny_args().update_from_config(job_config(backend="torchtitan", save_percent=[50.0], check_ids=True))
         assert "momoe.save_percent has no effect" in caplog.text
         assert "momoe.check_ids has no effect" in caplog.text
+        caplog.clear()
+        tiny_args().update_from_config(job_config(backend="torchtitan"))
+        tiny_args().update_from_config(job_config(backend="triton", save_percent=[50.0], check_ids=True))
+        assert "has no effect" not in caplog.text

@@ -333,6 +333,8 @@ def test_bias_is_for_the_choice_only():
     assert all(torch.equal(a, b) for a, b in zip(shift, plain, strict=True))
     biases_N = torch.zeros(N)
     biases_N[2] = 10.0
+    with pytest.raises(ValueError, match="biases_N is on meta, the weights are on cpu"):
+        router.route(x_MD, biases_N.to("meta"))
     ids_TK, scores_TK = router.route(x_MD, biases_N)
     assert (ids_TK == 2).any(dim=1).all()
     logits = x_MD @ router.Wg_DN
