@@ -1,10 +1,11 @@
 """What compiling made of each kernel, so that only kernels that have changed are compiled again.
 
 tests/kernels/compiled.json has the registers, spills and shared memory of every kernel that compile_ahead.py and
-compile_hopper.py compile, by a hash of all that decides them: the kernel's code as Triton's compiler gets it (without
-line numbers), its options, the GPU, and the versions of Triton and ptxas. What is not in the file is compiled, and so
-is one kernel of 16 that is, whose numbers must be those of the file. A kernel that changes has another hash, so that no
-number of the file outlives the code that it was measured on; a file that is out of date only takes time.
+compile_hopper.py compile, by a hash of all that decides them, as Triton's own cache has it but for line numbers: the
+source of the kernel and of what it calls, types and constants, options, the GPU, and the versions of Triton and ptxas.
+What is not in the file is compiled, and so is one kernel of 16 that is, whose numbers must be those of the file. A
+kernel that changes has another hash, so that no number of the file outlives the code that it was measured on; a file
+that is out of date only takes time.
 
     python tests/support/compiled.py         # compile what the file lacks, and write the file
     python tests/support/compiled.py --all   # compile every kernel
@@ -18,13 +19,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 FILE = Path(__file__).parents[1] / "kernels" / "compiled.json"
 NUMBERS = "reg", "stack", "local", "spills", "shared", "w_rows"
@@ -72,48 +74,16 @@ class _NoDevice:
         return name
 
 
-PLACE = re.compile(r" loc\((?:#loc\d*|unknown|\"[^\"]*\"(?:\([^()]*\)|:\d+:\d+)?)\)")
-
-
-def without_places(code: str) -> str:
-    """An IR's text without the files and lines that its operations come from."""
-    return "\n".join(PLACE.sub("", line) for line in code.splitlines() if not line.startswith("#loc"))
-
-
 def is_checked(key: str) -> bool:
     """Whether a kernel of the file is compiled all the same: one of 16 is, another one when it changes."""
     return key.startswith("0")
 
 
-class _Known:
-    """Triton's hook for a compilation's stages: they do nothing for a kernel whose numbers are known."""
+class _Found(NamedTuple):
+    """A kernel's key, and what compiling made of it unless the file has its numbers."""
 
-    def __init__(self, file: str):
-        self.rows: dict[str, dict[str, int]] = json.loads(file)
-        self.file = hashlib.sha256(file.encode()).hexdigest()
-
-    def is_known(self, key: str) -> bool:
-        return key in self.rows and not is_checked(key)
-
-    def __call__(self, backend: Any = None, stages: Any = None, options: Any = None, *about: Any):
-        if stages is None:
-            return self.file, self.file  # part of the keys of Triton's own cache
-        made, first = dict(stages), next(iter(stages))
-
-        def begin(module, metadata):
-            whole = "\n".join([triton.__version__, backend.hash(), options.hash(), *map(str, about)])
-            key = hashlib.sha256(f"{whole}\n{without_places(str(module))}".encode()).hexdigest()[:32]
-            metadata["key"] = key
-            if not self.is_known(key):
-                return made[first](module, metadata)
-            metadata.update(name=key, shared=self.rows[key]["shared"])
-            return module
-
-        def follow(stage: str):
-            nothing = b"" if stage == "cubin" else ""
-            return lambda code, data: nothing if self.is_known(data["key"]) else made[stage](code, data)
-
-        stages.update({stage: begin if stage == first else follow(stage) for stage in stages})
+    key: str
+    compiled: CompiledKernel | None
 
 
 def print_numbers(capability: int, describe: Callable[[], dict[str, Any]]) -> None:
@@ -124,19 +94,28 @@ def print_numbers(capability: int, describe: Callable[[], dict[str, Any]]) -> No
     """
     driver.set_active(_NoDevice(capability))
     knobs.compilation.disable_line_info = True  # a sixth of the time; the code that it makes is the same
-    known = _Known(FILE.read_text() if FILE.exists() else "{}")
-    knobs.runtime.add_stages_inspection_hook = known
-    run, seen = JITFunction.run, set()
+    JITCallable.starting_line_number = property(lambda self: 0, lambda self, line: None)  # which is part of its hash
+    rows = json.loads(FILE.read_text()) if FILE.exists() else {}
+    run, compile_it, seen = JITFunction.run, JITFunction._do_compile, set()
+
+    def compile_unless_known(self, in_cache, signature, device, constants, options, attributes, warmup):
+        cache, _, _, backend, _ = self.device_caches[device]
+        source = self.ASTSource(self, signature, constants, attributes)
+        decide = triton.__version__, backend.hash(), options.hash(), source.hash()
+        key = hashlib.sha256("\n".join(decide).encode()).hexdigest()[:32]
+        is_known = key in rows and not is_checked(key)
+        same = in_cache, signature, device, constants, options, attributes, warmup
+        cache[in_cache] = _Found(key, None if is_known else compile_it(self, *same))
+        return cache[in_cache]
 
     def compile_only(self, *args, grid, warmup, **options):
         """Gives nothing back that a launch could keep and start another time."""
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        if compiled.hash in seen:
+        key, compiled = run(self, *args, grid=grid, warmup=True, **options)
+        if (self, key) in seen:
             return
-        seen.add(compiled.hash)
-        key = compiled.metadata.key
-        numbers = known.rows.get(key)
-        if not known.is_known(key):
+        seen.add((self, key))
+        numbers = rows.get(key)
+        if compiled is not None:
             words = len(re.findall(r"%w_rows\b", compiled.asm["ttgir"]))
             measured = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared, "w_rows": words}
             if numbers not in (None, measured):
@@ -144,7 +123,7 @@ def print_numbers(capability: int, describe: Callable[[], dict[str, Any]]) -> No
             numbers = measured
         print(json.dumps({"kernel": self.fn.__name__, **describe(), **numbers, "key": key}), flush=True)
 
-    JITFunction.run = compile_only
+    JITFunction.run, JITFunction._do_compile = compile_only, compile_unless_known
 
 
 def main(*words: str) -> None:

@@ -10,10 +10,18 @@ KERNEL = """
     import triton.language as tl
 
 
+    TWO = tl.constexpr(2)
+
+
+    @triton.jit
+    def more(x):
+        return x + TWO
+
+
     @triton.jit
     def add(x_ptr, y_ptr):
         at = tl.arange(0, 64)
-        tl.store(y_ptr + at, tl.load(x_ptr + at) + 2)
+        tl.store(y_ptr + at, more(tl.load(x_ptr + at)))
 """
 PROGRAM = """
 import importlib.util
@@ -42,7 +50,8 @@ def test_a_kernel_is_compiled_again_where_its_code_changes_and_nowhere_else(tmp_
     kernel = textwrap.dedent(KERNEL)
     (tmp_path / "first.py").write_text(kernel)
     (tmp_path / "moved.py").write_text(kernel.replace("@triton", "# a line more\n@triton"))
-    (tmp_path / "changed.py").write_text(kernel.replace("+ 2", "+ 3"))
+    (tmp_path / "changed.py").write_text(kernel.replace("x + TWO", "x - TWO"))  # in what it calls
+    (tmp_path / "constant.py").write_text(kernel.replace("constexpr(2)", "constexpr(3)"))
 
     def run(*words: str, status: int = 0) -> tuple[list[dict], str]:
         env = commands.environment(TRITON_CACHE_DIR=str(tmp_path / words[-1]))
@@ -50,8 +59,8 @@ def test_a_kernel_is_compiled_again_where_its_code_changes_and_nowhere_else(tmp_
         assert done.returncode == status, done.stderr[-3000:]
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
-    (first, moved, changed), _ = run("first,moved,changed")
-    assert first == moved and first["key"] != changed["key"]
+    (first, moved, changed, constant), _ = run("first,moved,changed,constant")
+    assert first == moved and len({row["key"] for row in (first, changed, constant)}) == 3
     assert first["kernel"] == "add" and first["reg"] > 0 and first["spills"] == first["shared"] == 0
 
     known = {name: 0 for name in ("stack", "local", "spills", "shared", "w_rows")} | {"reg": 99}
