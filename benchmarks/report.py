@@ -462,9 +462,10 @@ def step_time() -> str:
 
 
 def layers_30b() -> str:
-    header = {"mode": "activation checkpointing", "per_layer": "a layer, ms", "rest": "embedding and loss, ms"}
-    header |= {"sum": "48 layers, ms", "tokens_per_s": "tokens/s", "mfu": "MFU, %", "mfu_layer": "MFU of a layer, %"}
-    return _plain("layers_30b_h200", **header)
+    header = {"sequences": "sequences", "save_percent": "save_percent", "per_layer": "a layer, ms"}
+    header |= {"rest": "embedding and loss, ms", "sum": "48 layers, ms", "tokens_per_s": "tokens/s"}
+    header |= {"mfu": "MFU, %", "mfu_layer": "MFU of a layer, %"}
+    return _plain("layers_30b_h200", mode="activation checkpointing", **header)
 
 
 def rates_step_time() -> str:
