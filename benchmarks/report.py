@@ -636,10 +636,12 @@ def balance_average() -> str:
 def balance_floor() -> str:
     """MaxVio over the validation text beside what a bias solved on the other half of it leaves."""
     rows = [row for row in rows_of("balance_500m_1200") if "floor" in row]
-    header = ["seed", "MaxVio, validation text", "its floor", "MaxVio, batches of it", "floor of a batch"]
+    header = ["rule", "seed", "MaxVio, validation text", "its floor", "MaxVio, batches of it", "floor of a batch"]
     values = ("maxvio_global", "other_half"), ("maxvio_validation_batch", "other_half_batch")
     body = (
-        [row["seed"], *(f"{v:.2f}" for name, floor in values for v in (row[name], row["floor"][floor]))] for row in rows
+        [BALANCE_ARMS[str(row["arm"])], row["seed"]]
+        + [f"{v:.2f}" for name, floor in values for v in (row[name], row["floor"][floor])]
+        for row in rows
     )
     return with_source(table(header, body), "balance_500m_1200")
 
@@ -842,6 +844,8 @@ def draw_balance(figure) -> None:
     axes, colors = figure.subplots(), ("#1b6ca8", "#3a9d6e", "#9b59b6", "#e08a3c", "#8c8c8c")
     drawn = {str(row["arm"]): row["maxvio"] for row in rows_of("balance_500m_1200") if row["seed"] == 0}
     drawn["none"] = next(row["maxvio"] for row in rows_of("balance_500m_400") if row["arm"] == "none")
+    if "quantile" in drawn:
+        drawn.pop("quantile_0.5")
     for arm, color in zip((arm for arm in BALANCE_ARMS if arm in drawn), colors, strict=True):
         axes.plot(range(10, 10 * len(drawn[arm]) + 1, 10), drawn[arm], color=color, label=BALANCE_ARMS[arm])
     axes.set_xscale("log")
