@@ -236,6 +236,17 @@ def test_skipped_steps_are_counted_and_told(processor, caplog):
     assert caplog.text.count("1 optimizer steps were NOT TAKEN") == 2
 
 
+def test_the_configuration_of_a_run_is_recorded_field_by_field():
+    config = JobConfig()
+    config.training.steps, config.optimizer.lr = 7, math.inf
+    config.experimental.custom_args_module = {"own": {"field": 3}}
+    flat = metrics.flat_config(config)
+    assert flat["training.steps"] == 7 and flat["metrics.log_freq"] == config.metrics.log_freq
+    assert flat["optimizer.lr"] == "inf"  # which JSON cannot hold
+    assert flat["experimental.custom_args_module.own"] == {"field": 3}
+    json.dumps(flat, allow_nan=False)
+
+
 def test_time_per_step_counts_the_steps(processor, monkeypatch):
     now = processor.time_last_log
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now + 6)
