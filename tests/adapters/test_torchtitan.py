@@ -606,7 +606,7 @@ def test_the_job_of_the_page_trains_on_a_gpu_by_auto(compiled, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(commands.ROOT), *sys.path])}
     command = [sys.executable, "-m", "momoe_titan.train", *options]
     with (tmp_path / "said.txt").open("w") as file:  # which a test that is cut off leaves behind
-        done = subprocess.run(command, cwd=commands.ROOT, env=environment, stdout=file, stderr=file, timeout=120)
+        done = subprocess.run(command, cwd=commands.ROOT, env=environment, stdout=file, stderr=file, timeout=200)
     said = (tmp_path / "said.txt").read_text()
     assert done.returncode == 0, said[-3000:]
     assert "could not be planned" not in said
