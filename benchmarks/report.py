@@ -383,6 +383,13 @@ def reliability() -> str:
     return _plain("reliability", **header)
 
 
+def mutation() -> str:
+    """How many of the faults put into each part of the package the tests have seen."""
+    header = {"part": "part", "faults": "faults", "once": "seen at first", "since": "seen since"}
+    scores = {"first_score": "score at first, %", "score": "score now, %"}
+    return _plain("mutation", **header, harmless="harmless", unseen="not seen", **scores)
+
+
 LONG_ARMS = {
     "stock": "TorchTitan's layer",
     "ours-0": "ours, nothing kept",
@@ -740,6 +747,7 @@ TABLES: dict[str, Callable[[], str]] = {
         precision_losses,
         reliability,
         long_runs,
+        mutation,
         step_breakdown,
         cuda_graph,
         first_step,
