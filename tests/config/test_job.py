@@ -138,3 +138,9 @@ def test_shipped_jobs_balance_as_their_flavors_do():
             continue
         for name in ("load_balance_rate", "load_balance_rule", "load_balance_average", "aux_loss_weight"):
             assert section.get(name, getattr(Momoe, name)) == getattr(flavors[flavor], name), (file, name)
+
+
+def test_the_module_that_a_job_names_is_imported(job):
+    job.experimental.custom_import = "no.such.module"
+    with pytest.raises(ValueError, match=r"experimental.custom_import 'no.such.module': No module named 'no'"):
+        check_job(job)
