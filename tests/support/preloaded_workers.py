@@ -88,6 +88,7 @@ def serve(address: str) -> str:
         listener.bind(f"\0{address}")
         listener.listen()
         os.write(1, b"1")
+        os.dup2(2, 1)  # nobody reads on: what a library says when it is imported goes to the messages
         import_all()
         at_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # this ends when the first process does
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
