@@ -432,7 +432,7 @@ def goals_parallel() -> str:
 
 
 def exchange() -> str:
-    header = {"model": "model, sequences", "code": "code", "ms": "step, ms", "copies": "copies, ms"}
+    header = {"model": "model, sequences", "ms": "step, ms", "copies": "copies, ms"}
     return _plain("exchange_2xh200", **header, barriers="barriers, ms", exposed="exposed, ms", share="of the step, %")
 
 

@@ -72,15 +72,10 @@ class PortableGemms:
         z: ZRows,
         dz: ZRows,
         act_RF: Tensor | None,
-        dscore: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """See down_proj.down_proj_backward; returns the partial sums of the gradients of scores, and of bias1.
-
-        Args:
-            dscore: what an earlier call for other row tiles has returned, to be completed.
-        """
+        """See down_proj.down_proj_backward; returns the partial sums of the gradients of scores, and of bias1."""
         config = self.tiles["down_proj_backward"]
-        return down_proj.down_proj_backward(config, dout_TD, experts, routing, z, dz, act_RF, dscore)
+        return down_proj.down_proj_backward(config, dout_TD, experts, routing, z, dz, act_RF)
 
     def up_proj_backward(
         self, dz_RZ: ZRows, experts: Experts, routing: RoutingMetadata, dx_RD: Tensor, first_col: int = 0
@@ -132,17 +127,9 @@ class HopperGemms:
         hopper.down_proj(act_RF, experts.w2, routing, y_RD, first_col)
 
     def down_proj_backward(
-        self,
-        dout_TD: Tensor,
-        experts: Experts,
-        routing: RoutingMetadata,
-        z: ZRows,
-        dz: ZRows,
-        act_RF: Tensor | None,
-        dscore: Tensor | None = None,
+        self, dout_TD: Tensor, experts: Experts, routing: RoutingMetadata, z: ZRows, dz: ZRows, act_RF: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if dscore is None:
-            dscore = dout_TD.new_empty(z.shape[0], hopper.dscore_parts(experts.ffn), dtype=torch.float32)
+        dscore = dout_TD.new_empty(z.shape[0], hopper.dscore_parts(experts.ffn), dtype=torch.float32)
         hopper.down_proj_backward(dout_TD, experts, routing, z, dz, act_RF, dscore)
         if experts.bias1 is None:
             return dscore, None

@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -31,7 +31,6 @@ from momoe_titan.kernels.routing import (
     build_routing_ref,
     packed_size,
     route_rows,
-    split_tiles,
     unpack_routing,
 )
 from momoe_titan.save_percent import num_saved_rows, validate_save_percent
@@ -195,7 +194,6 @@ def _forward(
     if num_rows > max_rows:
         raise ValueError(f"T * K must be at most {max_rows}, got {num_rows}: split the batch")
     if gemms is None:
-        _wait(sending, x_TD)
         packed, counts_E = build_routing_ref(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
         routing = unpack_routing(packed, num_tokens, num_chosen, num_experts, tile_rows, num_rows)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -205,38 +203,19 @@ def _forward(
 
     x_TD, experts = _aligned(x_TD), _aligned_experts(experts)
     if inference and decode.supported(x_TD.dtype, *ids_TK.shape):
-        _wait(sending, x_TD)
         out_TD, counts_E = decode.forward(x_TD, experts, ids_TK, scores_TK)
         _send_all(sending, out_TD)
         return out_TD, counts_E, x_TD.new_empty(0, experts.width), ids_TK.new_empty(0, dtype=torch.int32)
     packed, counts_E, routing = route_rows(ids_TK, scores_TK, num_experts, tile_rows, num_rows)
     z_SZ = x_TD.new_empty(num_saved, experts.width)
     act_RF = x_TD.new_empty(num_rows, ffn)
-    for part in _as_rows_arrive(x_TD, routing, sending):
-        gemms.up_proj(x_TD, experts, part, act_RF, z_SZ, saves_z=save_percent > 0)
+    gemms.up_proj(x_TD, experts, routing, act_RF, z_SZ, saves_z=save_percent > 0)
     out_TD = torch.empty_like(x_TD)
     schedule = _schedule(gemms, x_TD, experts, usual_rows, inference, trains_w1=trains_w1, trains_w2=trains_w2)
     weights_TK = None if experts.scores_on_input else scores_TK
     where = weights_TK, out_TD, schedule.y_ranges
     _combined(gemms.down_proj, act_RF, experts, routing, *where, ids_TK=ids_TK, sending=sending)
     return out_TD, counts_E, z_SZ, packed.new_empty(0) if inference else packed
-
-
-def _wait(sending: Sending | None, rows_TD: Tensor) -> None:
-    if sending is not None:
-        sending.wait(rows_TD)
-
-
-def _as_rows_arrive(
-    rows_TD: Tensor, routing: RoutingMetadata, sending: Sending | None, in_parts: bool = True
-) -> Iterator[RoutingMetadata]:
-    """The routing; or two parts of it, where rows are under way: each when the rows of its tokens are there."""
-    if sending is not None and in_parts:
-        of_own, routing = split_tiles(routing, *sending.own_tokens(rows_TD.shape[0]))
-        sending.wait_for_own(rows_TD)
-        yield of_own
-    _wait(sending, rows_TD)
-    yield routing
 
 
 def _send_all(sending: Sending | None, *results: Tensor) -> None:
@@ -265,11 +244,9 @@ def _backward(
 ):
     experts, needs = Experts(w1, w2, *kind[:_NUM_KIND]), Needs(*needs)
     sending = sending_by(*kind[_NUM_KIND:])
-    _wait(sending, x_TD)  # activation checkpointing may have gathered it again, and run no forward
     saved = SavedForBackward(x_TD, experts, scores_TK, z, packed, num_rows, save_percent, backend, usual_rows)
     if backend == "triton":
         return _triton_backward(dout_TD.contiguous(), saved, needs, over_z, sending)
-    _wait(sending, dout_TD)
     grads = torch_backward(
         dout_TD.contiguous(), x_TD, experts, scores_TK, saved.rows_of_z(), saved.routing(_REFERENCE_TILE_ROWS)
     )
@@ -299,12 +276,7 @@ def _triton_backward(
     # A saved z has its bias, but with scores on the input: only its gradient needs it here then.
     has_bias = needs.bias1 or experts.scores_on_input or experts.bias1 is None
     kind = experts if has_bias else replace(experts, bias1=None)
-    # What was computed again above took as long as rows are under way, if it is half of z.
-    in_parts = 2 * num_saved > usual_rows and kind.bias1 is None
-    dscore: Any = None
-    bias_sums: Tensor | None = None
-    for part in _as_rows_arrive(dout_TD, routing, sending, in_parts):
-        dscore, bias_sums = gemms.down_proj_backward(dout_TD, kind, part, z, dz, act_RF, dscore)
+    dscore, bias_sums = gemms.down_proj_backward(dout_TD, kind, routing, z, dz, act_RF)
     dbias1, dbias2 = _bias_grads(experts, routing, dout_TD, dscore, bias_sums, needs)
     dscores_TK = _score_grad(dscore, routing, scores_TK, needs.scores)
     if sending is not None and needs.scores:
@@ -606,20 +578,6 @@ def _gathered(
     return Experts(up, w2, gate, bias1, bias2, *kind)
 
 
-def _autocast(x_TD: Tensor, outlet: str) -> tuple[Tensor, torch.dtype | None]:
-    """x in autocast's dtype, and that dtype, or None where autocast is off."""
-    if not torch.is_autocast_enabled(x_TD.device.type):
-        return x_TD, None
-    dtype = torch.get_autocast_dtype(x_TD.device.type)
-    if outlet and x_TD.dtype != dtype:
-        if x_TD.requires_grad:
-            raise ValueError(
-                f"outlet: x must be {dtype}, autocast's, got {x_TD.dtype}: a cast's backward does not wait"
-            )
-        _wait(sending_by(outlet), x_TD)
-    return x_TD.to(dtype), dtype
-
-
 def momoe_mlp(
     x_TD: Tensor,
     w1_EDZ: Tensor | tuple[Tensor, Tensor],
@@ -683,7 +641,7 @@ def momoe_mlp(
             last backward that needs z frees it.
         outlet: the name of an outlet (see outlet.py) that takes rows of the result, and in the backward of the
             gradients of x and scores, to other GPUs, and brings theirs. All three are under way then, so that autocast
-            must not have to cast x. So may be x and, in the backward, the gradient of the result.
+            must not have to cast x.
 
     Returns:
         out_TD in the dtype of x (of autocast where it is on), and the tokens per
@@ -694,7 +652,14 @@ def momoe_mlp(
         RuntimeError: a forward-mode derivative, or a second one, is asked for.
     """
     save_percent = validate_save_percent(save_percent)
-    x_TD, dtype = _autocast(x_TD, outlet)
+    device_type, dtype = x_TD.device.type, None
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if outlet and x_TD.requires_grad and x_TD.dtype != dtype:
+            raise ValueError(
+                f"outlet: x must be {dtype}, autocast's, got {x_TD.dtype}: a cast's backward does not wait"
+            )
+        x_TD = x_TD.to(dtype)
     kind = activation, order, scores_on_input
     experts = _gathered(w1_EDZ, w2_EFD, bias1, bias2, dtype, *kind)
     _validate(x_TD, experts, ids_TK, scores_TK, num_rows)

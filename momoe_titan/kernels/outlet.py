@@ -1,7 +1,6 @@
-"""Rows of several GPUs: those of the others arrive, and leave, while the kernels work on this GPU's own.
+"""Results whose rows are for several GPUs: those of the others leave while the kernels go on.
 
-An op is told the name of an outlet. The rows that it gets may still be under way: it begins with those of this GPU's
-own tokens, and waits for the rest. It writes the results for other GPUs where the outlet wants them, has them sent, and
+An op is told the name of an outlet. It writes the rows for other GPUs where the outlet wants them, has them sent, and
 goes on with its own. The result is under way then: whoever reads it waits for it.
 """
 
@@ -24,19 +23,7 @@ class Blocks(NamedTuple):
 
 
 class Sending(Protocol):
-    """What an op takes in, and results that leave together. All of these are staged, then `start` is called once."""
-
-    def own_tokens(self, num_tokens: int) -> tuple[int, int]:
-        """(first, last) of this GPU's own among the tokens of all; last is the first that is none."""
-        ...
-
-    def wait_for_own(self, rows_MC: Tensor) -> None:
-        """Have the current stream wait until rows of this GPU's own tokens are there. The others may come later."""
-        ...
-
-    def wait(self, rows_MC: Tensor) -> None:
-        """The same for all rows."""
-        ...
+    """Results that leave together. All of them are staged, then `start` is called once."""
 
     def stage(self, rows_MC: Tensor) -> Blocks:
         """Where the rows of a result are to be written. What comes from others arrives in rows_MC, in their place."""

@@ -8,7 +8,7 @@ never waits for the GPU.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -400,61 +400,6 @@ def _sort(ids_TK, scores_TK, r: RoutingMetadata, counts_E, few: bool) -> None:
         COUNTED=_COUNTED,
         **_sort_options(num_experts),
     )
-
-
-@triton.jit(do_not_specialize=["first", "last"])
-def _split_tiles_kernel(
-    tiles_ptr,
-    num_tiles_ptr,
-    offsets_ptr,
-    token_ptr,
-    inner_ptr,
-    outer_ptr,
-    num_inner_ptr,
-    num_outer_ptr,
-    first,
-    last,
-    TILE_ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Grid (1,). Row tiles of which all tokens are in [first, last) go to inner, the others to outer, in their order.
-
-    The rows of an expert are in the order of their tokens: the first and the last row of a tile say it.
-    """
-    num_tiles = tl.load(num_tiles_ptr)
-    num_inner = tl.zeros((), tl.int32)
-    for start in range(0, num_tiles, TILES):
-        index = start + tl.arange(0, TILES)
-        live = index < num_tiles
-        packed = tl.load(tiles_ptr + index, mask=live, other=0)
-        expert = packed & 0xFFFF
-        row = tl.load(offsets_ptr + expert) + (packed >> 16 & 0xFFFF) * TILE_ROWS
-        end = tl.minimum(row + TILE_ROWS, tl.load(offsets_ptr + expert + 1))
-        is_inner = tl.load(token_ptr + row, mask=live, other=0) >= first
-        is_inner = live & is_inner & (tl.load(token_ptr + end - 1, mask=live, other=0) < last)
-        place = num_inner + tl.cumsum(is_inner.to(tl.int32), 0)  # of the next one
-        tl.store(inner_ptr + place - 1, packed, mask=is_inner)
-        tl.store(outer_ptr + index - place, packed, mask=live & (is_inner == 0))
-        num_inner += tl.sum(is_inner.to(tl.int32))
-    tl.store(num_inner_ptr, num_inner)
-    tl.store(num_outer_ptr, num_tiles - num_inner)
-
-
-def split_tiles(routing: RoutingMetadata, first: int, last: int) -> tuple[RoutingMetadata, RoutingMetadata]:
-    """The same routing with the row tiles alone of which all tokens are in [first, last), and with the others alone.
-
-    For kernels that walk over row tiles. Those of both together do what one does with the routing as a whole.
-    """
-    sizes = [routing.max_tiles, routing.max_tiles, 1, 1]
-    aligned = [_align(n) for n in sizes]
-    views = routing.tiles.new_empty(sum(aligned)).split_with_sizes(aligned)
-    inner, outer, num_inner, num_outer = (view[:n] for view, n in zip(views, sizes, strict=True))
-    launch(
-        _split_tiles_kernel, (1,),
-        routing.tiles, routing.num_tiles, routing.offsets_E1, routing.token_R, inner, outer, num_inner, num_outer,
-        first, last, TILE_ROWS=routing.tile_rows, TILES=2048, num_warps=16,
-    )  # fmt: skip
-    return replace(routing, tiles=inner, num_tiles=num_inner), replace(routing, tiles=outer, num_tiles=num_outer)
 
 
 def build_routing_ref(

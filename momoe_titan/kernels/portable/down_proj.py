@@ -217,7 +217,6 @@ def down_proj_backward(
     z_SZ: torch.Tensor,
     dz_RZ: torch.Tensor,
     act_RF: torch.Tensor | None,
-    dscore: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Propagates dout back through w2 and the activation.
 
@@ -225,7 +224,6 @@ def down_proj_backward(
         z_SZ: the saved rows of z.
         dz_RZ: rows S and above hold z on entry; every row holds dz on return.
         act_RF: receives score * act, or act where scores are on the input; None where w2 needs no gradient.
-        dscore: what an earlier call for other row tiles has returned, to be completed.
 
     Returns:
         dscore (R, N) float32: partial sums of the gradient of each row's score. With bias1 also (tiles, Z) float32: for
@@ -233,8 +231,7 @@ def down_proj_backward(
     """
     ffn, w2 = experts.ffn, experts.w2
     num_n = cdiv(ffn, config.block_n)
-    if dscore is None:
-        dscore = dz_RZ.new_empty(dz_RZ.shape[0], num_n, dtype=torch.float32)
+    dscore = dz_RZ.new_empty(dz_RZ.shape[0], num_n, dtype=torch.float32)
     sums = None
     if experts.bias1 is not None:
         sums = dz_RZ.new_empty(routing.max_tiles, experts.width, dtype=torch.float32)

@@ -165,35 +165,33 @@ torch.library.register_autograd("momoe_titan::sum_tokens", _sum_backward, setup_
 
 
 class _Arrived(torch.autograd.Function):
-    """Rows that were gathered, once they are there, unless the op that they are for waits for them. The backward starts
-    to send their gradients home, unless the op that has computed these has done so."""
+    """Rows that were gathered, once they are there. The backward starts to send their gradients home, unless the op
+    that has computed these has done so."""
 
     @staticmethod
-    def forward(ctx, rows, ranks, group_name, sent, awaited):
+    def forward(ctx, rows, ranks, group_name, sent):
         ctx.ranks, ctx.sent = (ranks, group_name), sent
-        return rows.view_as(rows) if awaited else _collectives.wait_tensor(rows)
+        return _collectives.wait_tensor(rows)
 
     @staticmethod
     def backward(ctx, drows):
         if not ctx.sent:
             drows = torch.ops.momoe_titan.send_blocks(drows.contiguous(), *ctx.ranks)
-        return drows, None, None, None, None
+        return drows, None, None, None
 
 
 class _SentHome(torch.autograd.Function):
-    """Results on their way to the ranks of their tokens. The backward waits for their gradients, unless the op that
-    they are for does."""
+    """Results on their way to the ranks of their tokens. The backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx, rows_MC, ranks, group_name, sent):
-        ctx.sent = sent
         if sent:
             return rows_MC.view_as(rows_MC)
         return torch.ops.momoe_titan.send_blocks(rows_MC.contiguous(), ranks, group_name)
 
     @staticmethod
     def backward(ctx, drows_MC):
-        return drows_MC if ctx.sent else _collectives.wait_tensor(drows_MC), None, None, None
+        return _collectives.wait_tensor(drows_MC), None, None, None
 
 
 def gathers_tokens(dispatch: str, num_ranks: int, num_chosen: int, num_experts: int) -> bool:
@@ -284,13 +282,12 @@ class TokenGatherer:
     def receive(
         self, x_MD: torch.Tensor, scores_MK: torch.Tensor, ids_MK: torch.Tensor
     ) -> tuple[torch.Tensor, ReceivedChoice]:
-        """What is under way, once it is there: x_MD, and which of this rank's experts its rows chose. With an outlet
-        x_MD may still be under way, for the op of the experts."""
+        """What is under way, once it is there: x_MD, and which of this rank's experts its rows chose."""
         how = self.ranks, self.group_name, bool(self.outlet)
         # In this order, so that the backward sends the gradient of the scores first: the router's waits for it, and
         # runs while that of x is under way.
-        x_MD = _Arrived.apply(x_MD, *how, bool(self.outlet))
-        scores_MK = _Arrived.apply(scores_MK, *how, False)
+        x_MD = _Arrived.apply(x_MD, *how)
+        scores_MK = _Arrived.apply(scores_MK, *how)
         ids_MK = _collectives.wait_tensor(ids_MK)
         num_tokens, num_chosen = x_MD.shape[0], ids_MK.shape[-1]
         choice = ReceivedChoice(

@@ -50,22 +50,16 @@ _tried: set[str] = set()
 
 
 class _Transfer(Work):
-    """What `wait_tensor` waits for: the events of the side streams. Holds the tensors that are copied until then.
+    """What `wait_tensor` waits for: the event of the side stream. Holds the tensors that are copied until then."""
 
-    Args:
-        own: what this rank's own rows wait for, or None where none are copied.
-    """
-
-    def __init__(self, copies: "PeerCopies", own: Work | None, *tensors: torch.Tensor):
+    def __init__(self, copies: "PeerCopies", *tensors: torch.Tensor):
         super().__init__()
-        self.copies, self.own, self.tensors = copies, own, tensors
+        self.copies, self.tensors = copies, tensors
         self.waited_after: int | None = None  # barriers that were passed by then
 
     def wait(self, *args: Any) -> bool:
         self.waited_after = self.copies.barriers
         self.tensors = ()
-        if self.own is not None:
-            self.own.wait()
         return super().wait(*args)
 
 
@@ -164,25 +158,23 @@ class PeerCopies:
         return _Staged(outs, ring, ring.next(self.barriers))
 
     def _start(self, staged: list[_Staged]) -> None:
-        """Behind one barrier, read for each of these what the others have staged; beside it, what this rank has."""
-        own = [_copy_own(s) for s in staged]
+        """Behind one barrier, read for each of these what the others have staged."""
         self._meet()
-        for s, of_own in zip(staged, own, strict=True):
-            stream, _ = s.ring.streams
+        for s in staged:
+            stream, beside = s.ring.streams
             stream.wait_stream(torch.cuda.current_stream())
+            if s.kept:
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    _copy_all(s.kept)
             with torch.cuda.stream(stream):
                 _copy_all(s.arriving)
-                transfer = _Transfer(self, of_own, *s.outs)
+                if s.kept:
+                    stream.wait_stream(beside)
+                transfer = _Transfer(self, *s.outs)
             s.ring.users[s.turn] = transfer
             for out in s.outs:
                 _register_work(out, transfer)
-
-    def wait_for_own(self, rows: torch.Tensor) -> None:
-        """Have the current stream wait for this rank's own part of rows, if they are under way."""
-        users = [user for ring in self._rings.values() for user in ring.users if user is not None]
-        for user in users:
-            if user.own is not None and any(t.data_ptr() == rows.data_ptr() for t in user.tensors):
-                user.own.wait()
 
     def _meet(self) -> None:
         """Have the current streams of all ranks come here before any goes on."""
@@ -207,21 +199,11 @@ class PeerCopies:
 class BlocksToPeers:
     """Results in P blocks of equally many rows, of which block p is for rank p: an `outlet.Sending`.
 
-    What comes from rank p arrives in block p, in place of what was for it. So it is with what the op takes in.
+    What comes from rank p arrives in block p, in place of what was for it.
     """
 
     def __init__(self, copies: PeerCopies):
         self._copies, self._staged = copies, []
-
-    def own_tokens(self, num_tokens: int) -> tuple[int, int]:
-        of_a_rank = num_tokens // self._copies.ranks
-        return self._copies.rank * of_a_rank, (self._copies.rank + 1) * of_a_rank
-
-    def wait_for_own(self, rows_MC: torch.Tensor) -> None:
-        self._copies.wait_for_own(rows_MC)
-
-    def wait(self, rows_MC: torch.Tensor) -> None:
-        torch.ops._c10d_functional.wait_tensor(rows_MC)
 
     def stage(self, rows_MC: torch.Tensor) -> Blocks:
         copies = self._copies
@@ -264,17 +246,6 @@ def one_sequence() -> Iterator[None]:
         _begun = before
         for ring, turn in turns:
             ring.turn = turn
-
-
-def _copy_own(staged: _Staged) -> Work | None:
-    """Start to copy the rows that this rank has staged itself, on a stream of their own; what waits for them."""
-    if not staged.kept:
-        return None
-    _, beside = staged.ring.streams
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        _copy_all(staged.kept)
-        return Work()
 
 
 def _copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
