@@ -402,9 +402,14 @@ def long_runs() -> str:
     """How long jobs end, by the means of their seeds."""
     ends = {arm: [float(str(row["last"])) for row in rows_of("long_runs") if row["arm"] == arm] for arm in LONG_ARMS}
     means = {arm: sum(losses) / len(losses) for arm, losses in ends.items()}
-    header = ["layer", "validation loss, mean", "apart, %", *(f"seed {row['seed']}" for row in _long_of("stock"))]
+    header, several = ["layer", "validation loss, mean of the seeds", "apart, %"], len(ends["stock"]) > 1
+    if several:
+        header += [f"seed {row['seed']}" for row in _long_of("stock")]
+    else:
+        header[1] = "validation loss, one seed"
     body = [
-        [name, f"{means[arm]:.4f}", f"{100 * (means[arm] / means['stock'] - 1):+.2f}", *(f"{x:.4f}" for x in ends[arm])]
+        [name, f"{means[arm]:.4f}", f"{100 * (means[arm] / means['stock'] - 1):+.2f}"]
+        + [f"{loss:.4f}" for loss in ends[arm] if several]
         for arm, name in LONG_ARMS.items()
     ]
     return with_source(table(header, body), "long_runs")
@@ -433,7 +438,9 @@ def goals_parallel() -> str:
 
 def exchange() -> str:
     header = {"model": "model, sequences", "ms": "step, ms", "copies": "copies, ms"}
-    return _plain("exchange_2xh200", **header, barriers="barriers, ms", exposed="exposed, ms", share="of the step, %")
+    return _plain(
+        "exchange_2xh200", **header, barriers="barriers, ms", exposed="exposed, ms", share="of the profiled step, %"
+    )
 
 
 def fsdp() -> str:
@@ -852,8 +859,6 @@ def draw_balance(figure) -> None:
     axes, colors = figure.subplots(), ("#1b6ca8", "#3a9d6e", "#9b59b6", "#e08a3c", "#8c8c8c")
     drawn = {str(row["arm"]): row["maxvio"] for row in rows_of("balance_500m_1200") if row["seed"] == 0}
     drawn["none"] = next(row["maxvio"] for row in rows_of("balance_500m_400") if row["arm"] == "none")
-    if "quantile" in drawn:
-        drawn.pop("quantile_0.5")
     for arm, color in zip((arm for arm in BALANCE_ARMS if arm in drawn), colors, strict=True):
         axes.plot(range(10, 10 * len(drawn[arm]) + 1, 10), drawn[arm], color=color, label=BALANCE_ARMS[arm])
     axes.set_xscale("log")
@@ -874,7 +879,7 @@ def draw_long(figure) -> None:
         left.plot(range(10, 10 * len(losses) + 1, 10), losses, label=name, alpha=0.8, linewidth=1)
         right.plot([place] * len(rows), [row["last"] for row in rows], "o", alpha=0.6)
     left.set_xlabel("optimizer step")
-    left.set_ylabel("training loss, mean of the seeds")
+    left.set_ylabel("training loss")
     right.set_xticks(range(len(LONG_ARMS)), list(LONG_ARMS.values()), rotation=30, ha="right")
     right.set_ylabel("last validation loss, one dot a seed")
     left.legend(frameon=False, fontsize="small")

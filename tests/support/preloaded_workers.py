@@ -1,7 +1,7 @@
 """Test processes of `pytest -n` as forks of one that has imported what they need: to import it takes longer than most
 test files do, and without files of bytecode each process would also compile it.
 
-The first process asks for each of them by running this file as the `python` of xdist:
+xdist starts this file in place of python, once for each test process:
 
     python -I -S preloaded_workers.py ADDRESS -u -c PROGRAM
 
@@ -12,6 +12,7 @@ that commands are forks of (tests/support/commands.py), which all test processes
 
 import contextlib
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def start() -> str:
     )
     os.close(reads)  # the other end stays open as long as this process lives
     assert process.stdout.read(1), "it has ended before it listens"
-    return f"{sys.executable} -I -S {__file__} {address}"
+    return shlex.join([sys.executable, "-I", "-S", __file__, address])
 
 
 def in_fork(address: str, program: str) -> None:
