@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.checkpoint import load
+from torchtitan.models.llama3.model.model import precompute_freqs_cis
 
 from momoe_titan.model.model import MomoeBlock
 from momoe_titan.model.parallel import gathered
@@ -327,10 +328,17 @@ def test_a_compiled_block_sends_before_it_works_on(monkeypatch):
     block.compile_parts("inductor")
     assert block.compiled_parts is not None
     x_TD, y_MD = (torch.randn(8, 24, requires_grad=True) for _ in range(2))
+    freqs_cis = precompute_freqs_cis(8, 4)
+
+    def before_experts():
+        return block.compiled_parts[0](x_TD.view(2, 4, 24), freqs_cis, None, None)
 
     def after_experts():
         block.compiled_parts[1](x_TD.view(2, 4, 24), x_TD, y_MD).sum().backward()
 
+    _, (code,) = run_and_get_code(before_experts)
+    router = code[code.index("gather_tokens.default(") :]
+    assert "mm(" in router[: router.index("gather_choice.default(")]
     _, (forward, backward) = run_and_get_code(after_experts)
     assert forward.index("mm(") < forward.index("sum_tokens.default(")
     assert backward.index("gather_tokens.default(") < backward.index("mm(")
