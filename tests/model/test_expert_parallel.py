@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.checkpoint import load
-from torchtitan.models.llama3.model.model import precompute_freqs_cis
 
 from momoe_titan.model.model import MomoeBlock
 from momoe_titan.model.parallel import gathered
@@ -317,6 +316,11 @@ def test_stock_layer_is_refused_on_a_cpu():
         tiny_args(moe={"num_experts": 4}, backend="torchtitan").update_from_config(config)
 
 
+class Unchanged(torch.nn.Module):
+    def forward(self, x_BLD, *_):
+        return x_BLD
+
+
 def test_a_compiled_block_sends_before_it_works_on(monkeypatch):
     """Inductor would start transfers behind all work that they are to be hidden behind, to save memory."""
     peers = SimpleNamespace(gather=lambda rows, first: [t.clone() for t in rows])
@@ -325,13 +329,13 @@ def test_a_compiled_block_sends_before_it_works_on(monkeypatch):
     block = MomoeBlock(1, tiny_args(moe={"num_shared_experts": 1}))
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1, group_name="of a test")
     block.moe.gatherer = gathered.TokenGatherer(group, block.moe.num_experts, "torch")
+    block.attention = Unchanged()
     block.compile_parts("inductor")
     assert block.compiled_parts is not None
     x_TD, y_MD = (torch.randn(8, 24, requires_grad=True) for _ in range(2))
-    freqs_cis = precompute_freqs_cis(8, 4)
 
     def before_experts():
-        return block.compiled_parts[0](x_TD.view(2, 4, 24), freqs_cis, None, None)
+        return block.compiled_parts[0](x_TD.view(2, 4, 24), None, None, None)
 
     def after_experts():
         block.compiled_parts[1](x_TD.view(2, 4, 24), x_TD, y_MD).sum().backward()
