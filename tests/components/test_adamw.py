@@ -128,49 +128,45 @@ class NoDTensors(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("on_kernel", [True, False])
-def test_each_rank_steps_on_its_shards(on_kernel, request):
+@pytest.fixture(params=[True, False], ids=["kernel", "torch"])
+def two_ranks(request):
+    """Whether the kernel steps, and a mesh of two ranks, of which this process is the first."""
+    if request.param:
+        request.getfixturevalue("kernel_runs")
+    dist.init_process_group("fake", rank=0, world_size=2)
+    yield request.param, init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_each_rank_steps_on_its_shards(two_ranks):
     """As without ranks on the same numbers, state and all."""
-    if on_kernel:
-        request.getfixturevalue("kernel_runs")
-    dist.init_process_group("fake", rank=0, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        shard, gradients = torch.randn(3, 5), torch.randn(2, 3, 5)
-        alone = nn.Parameter(shard.clone())
-        shared = nn.Parameter(DTensor.from_local(shard.clone(), mesh, [Shard(0)]))
-        optimizers = AdamW([alone], lr=0.1), AdamW([shared], lr=0.1)
-        for step, gradient in enumerate(gradients):
-            alone.grad = gradient.clone()
-            shared.grad = DTensor.from_local(gradient.clone(), mesh, [Shard(0)])
-            optimizers[0].step()
-            with NoDTensors() if step else contextlib.nullcontext():  # the first step makes the state
-                optimizers[1].step()
-        mine, its = (optimizer.state[p] for optimizer, p in zip(optimizers, (alone, shared), strict=True))
-        assert torch.equal(component.local(shared), alone) and its["exp_avg"].placements == shared.placements
-        assert all(torch.equal(component.local(its[name]), mine[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
-    finally:
-        dist.destroy_process_group()
+    _, mesh = two_ranks
+    shard, gradients = torch.randn(3, 5), torch.randn(2, 3, 5)
+    alone = nn.Parameter(shard.clone())
+    shared = nn.Parameter(DTensor.from_local(shard.clone(), mesh, [Shard(0)]))
+    optimizers = AdamW([alone], lr=0.1), AdamW([shared], lr=0.1)
+    for step, gradient in enumerate(gradients):
+        alone.grad = gradient.clone()
+        shared.grad = DTensor.from_local(gradient.clone(), mesh, [Shard(0)])
+        optimizers[0].step()
+        with NoDTensors() if step else contextlib.nullcontext():  # the first step makes the state
+            optimizers[1].step()
+    mine, its = (optimizer.state[p] for optimizer, p in zip(optimizers, (alone, shared), strict=True))
+    assert torch.equal(component.local(shared), alone) and its["exp_avg"].placements == shared.placements
+    assert all(torch.equal(component.local(its[name]), mine[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.parametrize("on_kernel", [True, False])
-def test_parts_of_a_sum_are_added_up_over_ranks(on_kernel, request):
+def test_parts_of_a_sum_are_added_up_over_ranks(two_ranks):
     """Under tensor parallelism without FSDP autograd leaves the gradients of norms so."""
-    if on_kernel:
-        request.getfixturevalue("kernel_runs")
-    dist.init_process_group("fake", rank=0, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        norm = parallelize_module(nn.RMSNorm(8), mesh, SequenceParallel())
-        optimizer = AdamW(norm.parameters(), lr=0.1)
-        norm(DTensor.from_local(torch.randn(1, 4, 8), mesh, [Shard(1)])).to_local().sum().backward()
-        assert any(placement.is_partial() for placement in norm.weight.grad.placements)
-        with CommDebugMode() as counted:
-            optimizer.step()
-        assert optimizer.wrote_copies == on_kernel
-        assert counted.get_total_counts() == 1
-    finally:
-        dist.destroy_process_group()
+    on_kernel, mesh = two_ranks
+    norm = parallelize_module(nn.RMSNorm(8), mesh, SequenceParallel())
+    optimizer = AdamW(norm.parameters(), lr=0.1)
+    norm(DTensor.from_local(torch.randn(1, 4, 8), mesh, [Shard(1)])).to_local().sum().backward()
+    assert any(placement.is_partial() for placement in norm.weight.grad.placements)
+    with CommDebugMode() as counted:
+        optimizer.step()
+    assert optimizer.wrote_copies == on_kernel
+    assert counted.get_total_counts() == 1
 
 
 def test_where_the_kernel_cannot_run_narrow_gradients_are_widened():
