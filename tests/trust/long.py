@@ -7,8 +7,7 @@
 
 Ours with nothing and with all kept for the backward, TorchTitan's layer, and ours in float32, from the same seeds. Each
 sitting resumes from the checkpoint of the one before. Exit status 1 if a last validation loss, the mean of all seeds,
-is more than 0.5% from that of TorchTitan's layer. One seed of the debug
-model may be 1.2% from another: give several.
+is more than 0.5% from that of TorchTitan's layer. One seed of the debug model may be 1.2% from another: give several.
 """
 
 import argparse
