@@ -856,7 +856,8 @@ def _draw_memory(name: str) -> Callable[[object], None]:
 
 def draw_balance(figure) -> None:
     """MaxVio over steps, one line for each rule of the long runs, first seed."""
-    axes, colors = figure.subplots(), ("#1b6ca8", "#3a9d6e", "#9b59b6", "#e08a3c", "#8c8c8c")
+    axes = figure.subplots()
+    colors = "#1b6ca8", "#7fb3d5", "#3a9d6e", "#9b59b6", "#e08a3c", "#8c8c8c"
     drawn = {str(row["arm"]): row["maxvio"] for row in rows_of("balance_500m_1200") if row["seed"] == 0}
     drawn["none"] = next(row["maxvio"] for row in rows_of("balance_500m_400") if row["arm"] == "none")
     for arm, color in zip((arm for arm in BALANCE_ARMS if arm in drawn), colors, strict=True):

@@ -31,6 +31,7 @@ from momoe_titan.components.trainer import check_config
 from momoe_titan.config.section import Momoe
 from momoe_titan.model import MomoeLlama, MomoeLlamaArgs, MomoeStateDictAdapter, flavors
 from momoe_titan.model.args import args_from_hf_config, read_hf_args
+from momoe_titan.model.flavors import AUX_LOSS_WEIGHT
 from momoe_titan.model.hugging_face.config import (
     BIAS_FILE,
     hf_config,
@@ -578,7 +579,7 @@ def test_published_routing_is_kept_unless_the_job_says_otherwise(tmp_path, caplo
         assert case == default > 0 and "IS OFF" not in caplog.text
 
     # the flavor "hf" has the folder's format also where it begins with random weights
-    for options, aux_loss in (((), 0.01), (("--momoe.aux_loss_weight=0.3",), 0.3)):
+    for options, aux_loss in (((), AUX_LOSS_WEIGHT), (("--momoe.aux_loss_weight=0.3",), 0.3)):
         job = hf_job(tmp_path / "mixtral")
         job.model.name, job.model.flavor, job.momoe = "momoe_llama", "hf", Momoe()
         job.momoe.aux_loss_weight = 0.3 if options else 0.0
