@@ -14,7 +14,7 @@ from torch.distributed._symmetric_memory import get_signal_pad_size
 from momoe_titan.model.parallel import gathered, peer_memory
 from tests.support import commands
 from tests.support.tiny import job_config, tiny_args
-from tests.support.transfers import exchange
+from tests.support.transfers import exchange, replays
 
 
 def _compare() -> None:
@@ -29,16 +29,7 @@ def _compare() -> None:
     assert peer_memory.peers_of(group.group_name) is not None, "the GPUs do not reach each other"
     for _ in range(2):
         _assert_equal(transfers(rows), want[1])
-    graph, static = torch.cuda.CUDAGraph(), rows.clone()
-    with peer_memory.one_sequence(), torch.cuda.graph(graph):
-        got = transfers(static)
-    for factor in (1, 2, 3, 2, 1):
-        static.copy_(rows * factor)
-        torch.cuda._sleep(10**7 * (rank == factor % ranks))  # ranks come at different times
-        graph.replay()
-        if factor != 3:  # or a replay follows another
-            torch.cuda._sleep(10**7 * (rank != factor % ranks))
-            _assert_equal(transfers(rows * factor), want[factor])
+    for factor, got in replays(transfers, rows, rank, ranks, 10**7):
         _assert_equal(got, want[factor])
     dist.barrier()
     os._exit(0)

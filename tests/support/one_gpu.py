@@ -42,7 +42,7 @@ from momoe_titan.train import end_process, one_gloo_thread
 from tests.support.fake_peers import FakePeers
 from tests.support.forks import in_gloo_forks
 from tests.support.tiny import batch, build, job_config, loss_of, moes, optimizers_for, tiny_args
-from tests.support.transfers import exchange
+from tests.support.transfers import exchange, replays
 
 RANKS = 2
 SECONDS = 85  # of one part; kernels are compiled in it
@@ -205,19 +205,10 @@ def of_copies(peers: FakePeers | None) -> dict:
                 got.append((transfers(rows * factor), want[factor]))
         got.append((transfers(rows * 3), want[3]))
         if GPU:
-            graph, static = torch.cuda.CUDAGraph(), rows.clone()
-            with peer_memory.one_sequence(), torch.cuda.graph(graph):
-                by_graph = transfers(static)
-            for factor in (1, 2, 3, 2, 1):
-                static.copy_(rows * factor)
-                torch.cuda._sleep(10**6 * (rank == factor % RANKS))  # ranks come at different times
-                graph.replay()
-                if factor != 3:  # or a replay follows another
-                    got.append((transfers(rows * factor), want[factor]))
-                got.append(([t.clone() for t in by_graph], want[factor]))
+            got += [(replayed, want[factor]) for factor, replayed in replays(transfers, rows, rank, RANKS, 10**6)]
             if rank == 1:
                 with peer_memory.one_sequence(), torch.cuda.graph(torch.cuda.CUDAGraph()):
-                    transfers(static)  # what a rank captures alone changes nothing
+                    transfers(rows)  # what a rank captures alone changes nothing
             got.append((transfers(rows * 2), want[2]))
         return {"pairs": [[t.cpu() for t in side] for pair in got for side in pair]}
 

@@ -1,10 +1,12 @@
 """What an MoE layer exchanges under expert parallelism, without the layer."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.distributed as dist
 
 from momoe_titan.kernels.outlet import OUTLETS
-from momoe_titan.model.parallel import gathered
+from momoe_titan.model.parallel import gathered, peer_memory
 
 assert gathered  # which defines them
 ops = torch.ops.momoe_titan
@@ -40,3 +42,23 @@ def _send_together(ranks: int, name: str, *results: torch.Tensor) -> list[torch.
         first, last = block.kept
         out[first:last] = rows[first:last]
     return outs
+
+
+def replays(
+    transfers: Callable[[torch.Tensor], list[torch.Tensor]], rows: torch.Tensor, rank: int, ranks: int, cycles: int
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """(factor, what `transfers` gives for so many times `rows`) from one CUDA graph; at times, without it in between.
+
+    Ranks come at different times, by so many cycles of the GPU.
+    """
+    graph, static = torch.cuda.CUDAGraph(), rows.clone()
+    with peer_memory.one_sequence(), torch.cuda.graph(graph):
+        got = transfers(static)
+    for factor in (1, 2, 3, 2, 1):
+        static.copy_(rows * factor)
+        torch.cuda._sleep(cycles * (rank == factor % ranks))
+        graph.replay()
+        if factor != 3:  # or a replay follows another
+            torch.cuda._sleep(cycles * (rank != factor % ranks))
+            yield factor, transfers(rows * factor)
+        yield factor, [tensor.clone() for tensor in got]
