@@ -34,8 +34,17 @@ def test_batches_go_to_the_device_where_our_step_takes_them(model, device):
 
 @pytest.mark.parametrize("has_work, lost", [(True, 0.0), (False, 1.0)])
 def test_a_wait_counts_only_where_the_gpu_has_no_work(monkeypatch, has_work, lost):
+    class Event:
+        behind_work = False  # an event that is not recorded is over
+
+        def record(self):
+            self.behind_work = has_work
+
+        def query(self):
+            return not self.behind_work
+
     trainer = Trainer("momoe_llama")
     trainer.device = SimpleNamespace(type="cuda")
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, query=lambda: not has_work))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     next(trainer.batch_generator([({}, SimpleNamespace(to=lambda device, non_blocking: None))]))
     assert trainer.metrics_processor.data_loading_times == [lost]

@@ -10,7 +10,13 @@ from torchtitan.components import checkpoint as titan
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.config import ConfigManager, JobConfig
 
-from momoe_titan.components.checkpoint import CheckpointError, CheckpointManager, resumed_checkpoint, saved_steps
+from momoe_titan.components.checkpoint import (
+    CheckpointError,
+    CheckpointManager,
+    _what_failed,
+    resumed_checkpoint,
+    saved_steps,
+)
 from momoe_titan.components.resumed_settings import keep_balance_rule, save_job
 from momoe_titan.config.command_line import SECTION_OPTION
 from momoe_titan.register import prepare_and_parallelize
@@ -248,6 +254,18 @@ def test_what_comes_before_a_save_comes_before_each_that_is_due(tmp_path):
     for step in (2, 3, 4):
         checkpointer.save(step)
     assert [sorted(steps) for steps in seen] == [[], [2]]
+
+
+def test_a_save_that_failed_names_what_the_system_said(tmp_path):
+    """Of one rank, in what torch collects, or of this process, and not what that led to."""
+    full = OSError(28, "No space left on device")
+    of_rank = CheckpointException("write", {1: (full, SimpleNamespace())})
+    for cause in (full, of_rank):
+        error = RuntimeError("the save did not end")
+        error.__cause__ = cause
+        said = _what_failed(str(tmp_path), error)
+        assert f"written to '{tmp_path}': OSError: [Errno 28] No space left on device (" in said
+        assert said.endswith("On the disk: there is no whole checkpoint")
 
 
 def test_without_a_complete_checkpoint_the_run_is_new(tmp_path, caplog):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import momoe_titan.register  # noqa: F401 - the model of the jobs below
-from momoe_titan.components.compile_ahead import layer_kernels, step_kernels
+from momoe_titan.components.compile_ahead import compile_kernels_ahead, layer_kernels, step_kernels
 from momoe_titan.config.reading import read_job
 from momoe_titan.kernels import compile_ahead, gpu, launch, versions
 from tests.support import commands
@@ -71,6 +71,31 @@ def test_knows_what_a_job_launches(options, expected):
     sizes = layer.num_tokens, layer.d_model, layer.ffn, layer.num_experts, layer.top_k
     assert sizes == (8 * 2048, 768, 512, 32, 4)
     assert {name: getattr(layer, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "options, gpu_there, local_rank, starts",
+    [
+        ([], True, "0", True),
+        ([], True, None, True),
+        ([], True, "1", False),
+        ([], False, "0", False),
+        (["--momoe.backend", "torchtitan"], True, "0", False),
+    ],
+)
+def test_the_first_rank_of_a_machine_with_gpus_begins(monkeypatch, options, gpu_there, local_rank, starts):
+    job, started = read_job(["--job.config_file", str(ROOT / "train_configs/500m.toml"), *options]), []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = SimpleNamespace(major=9, minor=0, multi_processor_count=66)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_there)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(compile_ahead, "start", lambda *args: started.append(args))
+    compile_kernels_ahead(job)
+    layer = layer_kernels(job)
+    assert started == ([(layer, step_kernels(job, layer, 2), gpu.PlannedGpu((9, 0), 66))] if starts else [])
 
 
 def test_a_planned_gpu_compiles_only_where_it_is_asked_to():

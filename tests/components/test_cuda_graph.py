@@ -19,6 +19,7 @@ from momoe_titan.components.cuda_graph import (
     would_capture,
 )
 from momoe_titan.config.reading import read_job
+from momoe_titan.config.section import Momoe
 from tests.support.tiny import SEQ, VOCAB, build, tiny_args
 
 
@@ -321,6 +322,55 @@ def test_graphs_end_before_the_job_does():
 
     Trainer().close()
     assert order == ["released", "closed"]
+
+
+@pytest.mark.parametrize(
+    "gpu, reason, stages", [(True, None, ["a stage"]), (True, None, []), (True, "", []), (False, None, [])]
+)
+def test_what_is_captured_is_told_of_all_that_it_has_to_know(monkeypatch, gpu, reason, stages):
+    """Copies of weights, which get their gradients first, stages, and choices of memory that are not final yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(cuda_graph, "reason_against", lambda *args: reason)
+    monkeypatch.setattr(cuda_graph, "stages_of", lambda schedule: schedule)
+
+    class Trainer(StepFromGraph):
+        job_config, pp_schedule = JobConfig(), stages
+        parallel_dims = SimpleNamespace(pp_enabled=bool(stages))
+        model_parts = [nn.Linear(3, 2), nn.Linear(3, 2)]
+        weights = SimpleNamespace(copies={"a": torch.ones(1), "b": torch.ones(1)})
+        validator = SimpleNamespace(before_validation=None)
+
+    trainer = Trainer()
+    trainer.job_config.model.name, trainer.job_config.momoe = "momoe_llama", Momoe(cuda_graphs=True)
+    trainer.model_parts[1].auto_save_percent = choice = SimpleNamespace(steps_left=2)
+    trainer.set_up_cuda_graphs()
+    if not gpu or reason is not None:
+        assert trainer.captured is None and trainer.validator.before_validation is None
+        return
+    captured = trainer.captured
+    assert trainer.validator.before_validation == captured.make_room and captured.stages == stages
+    known = {id(tensor) for tensor in captured.parameters}
+    assert known == {id(t) for part in trainer.model_parts for t in part.parameters()} | {
+        id(t) for t in trainer.weights.copies.values()
+    }
+    assert not captured.ready()
+    choice.steps_left = 0
+    assert captured.ready()
+
+
+def test_a_step_runs_from_its_graph_only_where_there_is_one():
+    class Behind:
+        def forward_backward_step(self, *, input_dict, labels, global_valid_tokens):
+            return "plain", input_dict, labels, global_valid_tokens
+
+    class Trainer(StepFromGraph, Behind):
+        captured = None
+
+    trainer, arguments = Trainer(), ({}, torch.ones(1), torch.ones(()))
+    given = dict(zip(("input_dict", "labels", "global_valid_tokens"), arguments, strict=True))
+    assert trainer.forward_backward_step(**given) == ("plain", *arguments)
+    trainer.captured = lambda *args: ("from the graph", *args)
+    assert trainer.forward_backward_step(**given) == ("from the graph", *arguments)
 
 
 def job_with_graphs():

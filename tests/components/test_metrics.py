@@ -69,7 +69,8 @@ def log_step(processor, step=1):
     return processor.logger.steps[step]
 
 
-def test_cpu_step_names_process_memory_and_no_gpu(processor):
+def test_cpu_step_names_process_memory_and_no_gpu(processor, caplog):
+    caplog.set_level("INFO")
     values = log_step(processor)
     assert values["loss_metrics/global_avg_loss"] == 2.0 and values["lr"] == 0.1
     assert values["throughput(tps)"] > 0 and values["tflops"] > 0
@@ -85,6 +86,7 @@ def test_cpu_step_names_process_memory_and_no_gpu(processor):
         "memory/capacity(GiB)",
     }
     assert not any("mfu" in name for name in values)
+    assert processor.totals.memory_name == "process memory" and "process memory: " in caplog.text
     assert processor.ntokens_since_last_log == 0 and processor.data_loading_times == []
     # a step without a data loading time, as after a resume, is not a division by zero
     processor.log(2, 2.0, 3.0, 0.5)
@@ -308,7 +310,8 @@ def test_gpu_step_keeps_titans_scalars(monkeypatch, caplog):
     assert not any("rss" in name for name in values)
     lines = [r.getMessage() for r in caplog.records]
     assert sum("step:" in line for line in lines) == 1 and "done: 1/10000" in lines[-1]
-    assert "mfu: " in lines[-1] and "memory:  3.00GiB(3.8%)" in lines[-1]
+    assert "mfu: " in lines[-1] and "memory:  3.00GiB(3.8%)" in lines[-1] and "process" not in lines[-1]
+    assert built.totals.memory_name == "memory"
     assert sum("retries" in line for line in lines) == 1
 
 
@@ -466,10 +469,12 @@ def test_a_validation_has_the_balance_of_all_its_tokens(processor, backend):
     with processor.counting_validation(), torch.no_grad():
         for seed in (1, 2):
             loss_of(model.eval(), *batch(seed))
+        with processor.not_counting():  # where other ranks have batches left and this one has none
+            loss_of(model, *batch(3))
         processor.log_validation(1.5, 7)
     for hook in hooks:
         hook.remove()
-    per_layer = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(ids[:2], ids[2:], strict=True)]
+    per_layer = [torch.cat([a.flatten(), b.flatten()]) for a, b in zip(ids[:2], ids[2:4], strict=True)]
     counts = torch.stack([torch.bincount(layer, minlength=5) for layer in per_layer]).double()
     expected = counts.amax(1) / counts.mean(1) - 1
     values = processor.logger.steps[7]
@@ -480,7 +485,7 @@ def test_a_validation_has_the_balance_of_all_its_tokens(processor, backend):
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
     # and none of it is counted once the validation is over
-    with torch.no_grad():
+    with torch.no_grad(), processor.not_counting():
         loss_of(model, *batch(3))
     processor.log_validation(1.5, 8)
     assert "validation_metrics/maxvio_global_mean" not in processor.logger.steps[8]

@@ -144,6 +144,20 @@ def test_interrupted_work_is_not_taken_and_goes_on(tmp_path, texts, tokenizer, m
     assert run(texts, tmp_path / "cut") == 0 and "is complete already" in capsys.readouterr().out
 
 
+def test_only_a_few_batches_are_read_ahead_of_the_processes(tokenizer):
+    """All that is read waits in memory."""
+    read = []
+
+    def batches():
+        for text in TEXTS[:20]:
+            read.append(text)
+            yield tokenize.Batch([text], np.array([len(text)]), 0.0)
+
+    for done, batch in enumerate(tokenize._encoded(batches(), tokenizer, 2)):
+        assert len(read) == min(20, 2 * tokenize.BATCHES_AHEAD + done)
+        assert batch.ids.tolist() == tokenizer.encode_documents([TEXTS[done]])[0]
+
+
 def test_another_tokenizer_or_text_is_refused(tmp_path, texts, tokenizer, capsys):
     assert run(texts, tmp_path / "tokens") == 0
     other = tmp_path / "other"

@@ -22,6 +22,7 @@ from momoe_titan.memory.auto_save_percent import (
     MEASURED_STEPS,
     PLAN_ERROR,
     AutoSavePercent,
+    describe,
 )
 from momoe_titan.memory.plan import CUBLAS_BYTES, GIB, MemoryPlan, Moment, context_bytes
 from momoe_titan.model import MomoeLlamaArgs
@@ -194,6 +195,41 @@ def test_a_choice_for_other_memory_is_not_taken(tmp_path, caplog, field, value):
 def test_a_choice_is_taken_where_memory_is_the_same():
     same = {"load_balance_rate": 0.5, "data_shuffle": False}
     assert job_fields(job_config(save_percent="auto")) == job_fields(job_config(save_percent="auto", **same))
+
+
+@pytest.mark.parametrize(
+    "section, field, value, matters",
+    [
+        ("model", "flavor", "1b", True),
+        ("training", "seq_len", 77, True),
+        ("training", "steps", 77, False),
+        ("parallelism", "expert_parallel_degree", 2, True),
+        ("activation_checkpoint", "mode", "full", True),
+        ("compile", "enable", True, True),
+        ("optimizer", "implementation", "for-loop", True),
+        ("optimizer", "lr", 0.5, False),
+    ],
+)
+def test_a_choice_goes_by_the_sections_on_which_memory_depends(section, field, value, matters):
+    config, other = job_config(save_percent="auto"), job_config(save_percent="auto")
+    assert getattr(getattr(config, section), field) != value
+    setattr(getattr(other, section), field, value)
+    fields, others = job_fields(config), job_fields(other)
+    assert fields.keys() == others.keys()
+    assert [name for name in fields if fields[name] != others[name]] == [f"{section}.{field}"] * matters
+
+
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        ([], "no MoE layer"),
+        ([37.5], "37.5"),
+        ([50, 50], "50"),
+        ([0, 37.5, 75], "38 on average, by layer 0 37.5 75"),
+    ],
+)
+def test_a_choice_in_words(choice, words):
+    assert describe(choice) == words
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"save_percent": [1, 1]}', None])

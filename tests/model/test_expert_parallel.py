@@ -10,8 +10,8 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.checkpoint import load
 
-from momoe_titan.model.model import MomoeBlock
-from momoe_titan.model.parallel import gathered
+from momoe_titan.model.model import MomoeBlock, blocks_of
+from momoe_titan.model.parallel import gathered, parallelize
 from momoe_titan.model.parallel.gathered import transfer_sizes
 from tests.support import ep_worker
 from tests.support.shared import made_once
@@ -319,6 +319,21 @@ def test_stock_layer_is_refused_on_a_cpu():
 class Unchanged(torch.nn.Module):
     def forward(self, x_BLD, *_):
         return x_BLD
+
+
+@pytest.mark.parametrize("in_two_parts", [True, False])
+def test_every_block_is_compiled(in_two_parts, monkeypatch):
+    """Those that gather tokens in two parts, where that is allowed; of all others what surrounds the experts."""
+    model, cut = build(tiny_args()), []
+    monkeypatch.setattr(MomoeBlock, "compile_parts", lambda block, backend: cut.append(block))
+    blocks = blocks_of(model)
+    assert [block.moe_enabled for block in blocks] == [False, True, True]
+    for block in blocks[1:]:
+        block.moe.gatherer = SimpleNamespace()
+    parallelize._compile_around_experts(model, job_config(), in_two_parts)
+    assert cut == (blocks[1:] if in_two_parts else [])
+    compiled = [block.attention._compiled_call_impl is not None for block in blocks]
+    assert compiled == [True, *[not in_two_parts] * 2]
 
 
 def test_a_compiled_block_sends_before_it_works_on(monkeypatch):

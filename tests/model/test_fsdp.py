@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from momoe_titan.config.reading import read_job
 from momoe_titan.config.section import Momoe
 from momoe_titan.model.flavors import flavors
 from momoe_titan.model.model import MomoeLlama, blocks_of
-from momoe_titan.model.parallel import fsdp
+from momoe_titan.model.parallel import fsdp, parallelize
 from momoe_titan.model.parallel.fsdp import _experts_placement, _set_collectives, apply_fsdp, leaves_experts
 from momoe_titan.moe.balancing import bias_delta
 from tests.support import commands
 from tests.support.shared import made_once
-from tests.support.tiny import assert_same_run, build, job_config, tiny_args, train
+from tests.support.tiny import ONE_PROCESS, assert_same_run, build, job_config, tiny_args, train
 
 
 def launch(folder, processes, runs):
@@ -144,6 +145,19 @@ def test_each_block_is_a_group_and_only_always_frees_the_last(reshard, monkeypat
     frees = reshard != "never"
     ends = [([model.tok_embeddings], frees), ([model.norm, model.output], reshard == "always")]
     assert groups == [*ends, *((block, frees) for block in model.layers.values()), (model, frees)]
+
+
+def test_a_shared_weight_that_tensor_parallelism_makes_two_of_is_one_for_fsdp(monkeypatch):
+    """Which would gather both, and hold both whole."""
+
+    def apply_tp(model, *_):
+        model.output.weight = nn.Parameter(model.output.weight.detach().clone())
+
+    monkeypatch.setattr(parallelize, "apply_tp", apply_tp)
+    dims: Any = SimpleNamespace(**{**vars(ONE_PROCESS), "tp_enabled": True}, get_mesh=lambda name: None)
+    model = MomoeLlama(tiny_args(tie_word_embeddings=True))
+    parallelize.parallelize_momoe_llama(model, dims, job_config())
+    assert model.output.weight is model.tok_embeddings.weight
 
 
 def test_experts_are_left_out_of_fsdp_only_where_no_other_rank_has_them():

@@ -79,19 +79,22 @@ def test_a_rank_that_captures_alone_keeps_its_turn(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_where_copies_fail_nccl_is_used_and_a_warning_says_so(fails, monkeypatch, caplog):
-    class Copies:
-        device = torch.device("cpu")
+    class Memory:
+        @staticmethod
+        def empty_strided_p2p(shape, stride, dtype, device, group_name):
+            return torch.empty(shape, dtype=dtype)
 
-        def __init__(self, group):
-            pass
-
-        def try_out(self):
+        @staticmethod
+        def rendezvous(mine):
             if fails:
                 raise RuntimeError("not permitted\nsomewhere")
+            return SimpleNamespace(get_buffer=lambda rank, shape, dtype: mine)
 
-    group = SimpleNamespace(group_name="tried in a test")
+    group = SimpleNamespace(group_name="tried in a test", rank=lambda: 0, size=lambda: 2)
     monkeypatch.setattr(peer_memory, "_on_one_host", lambda group: True)
-    monkeypatch.setattr(peer_memory, "PeerCopies", Copies)
+    monkeypatch.setattr(peer_memory, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(peer_memory, "_SymmetricMemory", Memory)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: None)
     for _ in range(2):  # of each layer
         peer_memory.connect(group)
@@ -101,6 +104,7 @@ def test_where_copies_fail_nccl_is_used_and_a_warning_says_so(fails, monkeypatch
         "read each other's memory: not permitted"
     ] * fails
     peer_memory._peers.pop(group.group_name, None)
+    peer_memory.OUTLETS.pop(group.group_name, None)
     peer_memory._tried.discard(group.group_name)
 
 
