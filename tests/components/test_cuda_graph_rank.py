@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor
 from torchtitan.distributed.pipeline_parallel import pipeline_module_split
 
 from momoe_titan.components.compute_weights import ComputeWeights
@@ -127,6 +128,16 @@ def trains_on_a_cpu() -> None:
 
 def test_the_jobs_below_train_on_a_cpu(tmp_path):
     assert in_gloo_forks(1, tmp_path / "store", trains_on_a_cpu)
+
+
+def divides_every_weight() -> None:
+    for part in Tensors(torch.device("cpu")).parts:
+        assert {name for name, p in part.named_parameters() if not isinstance(p, DTensor)} == set()
+
+
+def test_tensor_parallelism_leaves_no_weight_to_each_rank_alone(tmp_path):
+    """Each would make a gradient of its part of the sequence alone of it."""
+    assert in_gloo_forks(1, tmp_path / "store", divides_every_weight)
 
 
 @pytest.mark.gpu
