@@ -34,6 +34,10 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 
 if [[ ! -e $stamp || pyproject.toml -nt $stamp ]]; then
+  other=$("$venv/bin/python" -Pc 'import importlib.util as u; s = u.find_spec("momoe_titan"); print(s.origin if s else "")')
+  if [[ -n $other && ! $other -ef momoe_titan/__init__.py ]]; then
+    echo "install.sh: this clone takes the place of $other in $venv"
+  fi
   echo "Installing momoe_titan${extra:+[$extra]} into $venv (PyTorch is a large download)"
   "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
     --editable ".${extra:+[$extra]}"

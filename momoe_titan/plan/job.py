@@ -277,7 +277,10 @@ def trace_job(
     fuses_loss = config.compile.enable and "loss" in config.compile.components
     if config.compile.enable:
         config.compile.enable = False
-        notes.append("compile.enable: planned as without torch.compile, but for the loss, and with dz beside z")
+        notes.append(
+            "compile.enable: planned as without torch.compile, but for two things: the loss is planned compiled, and "
+            "the gradient of the pre-activations has memory of its own"
+        )
     config.checkpoint.enable = config.validation.enable = False
     evicts = ep > 1 and momoe is not None and momoe.save_percent == AUTO and not job_gathers_tokens(config)
     if momoe is not None:

@@ -1,5 +1,6 @@
 """What a user hears about a configuration file that cannot be used."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,19 @@ def test_options_that_the_data_does_not_have_are_refused(options, message):
     import_custom_module(config)
     with pytest.raises(ValueError, match=message):
         check_datasets(config)
+
+
+def test_a_job_that_names_no_data_is_refused(tmp_path, monkeypatch):
+    """TorchTitan's default is a folder of its clone."""
+    monkeypatch.chdir(tmp_path)
+    text = DEBUG_MODEL.read_text()
+    (tmp_path / "job.toml").write_text(re.sub('^dataset = "python_stdlib".*$', "", text, flags=re.MULTILINE))
+    config = read_job([f"--job.config_file={tmp_path}/job.toml", "--momoe.data_packing=concatenate"])
+    import_custom_module(config)
+    with pytest.raises(ValueError, match="training.dataset is 'c4_test', TorchTitan's default, whose text 'tests/"):
+        check_datasets(config)
+    (tmp_path / "tests/assets/c4_test").mkdir(parents=True)
+    check_datasets(config)
 
 
 def test_sources_beside_another_dataset_are_refused(tmp_path):

@@ -9,6 +9,8 @@ from torchtitan.hf_datasets.text_datasets import DATASETS
 from momoe_titan.config.section import OWN_DATASETS
 from momoe_titan.config.suggestions import did_you_mean
 
+TITAN_DEFAULT = "c4_test"  # the dataset of a job that names none
+
 
 def check_folders(job_config: JobConfig) -> None:
     """Refuse a job that could not write its logs or checkpoints. Makes `job.dump_folder` where it is missing.
@@ -68,6 +70,12 @@ def check_datasets(job_config: JobConfig) -> None:
         if name.lower() not in DATASETS:
             names = ", ".join(map(repr, DATASETS))
             raise ValueError(f"{field} {name!r} is none of {names}{did_you_mean(name.lower(), DATASETS)}")
+        path = config.dataset_path or DATASETS[name.lower()].path
+        if name.lower() == TITAN_DEFAULT and not os.path.exists(path):
+            raise ValueError(
+                f"{field} is {name!r}, TorchTitan's default, whose text {path!r} comes with TorchTitan's clone alone; "
+                "name your data, or 'python_stdlib'"
+            )
         if name.lower() not in OWN_DATASETS and momoe.data_packing != "concatenate":
             raise ValueError(
                 f"momoe.data_packing is {momoe.data_packing!r}, must be 'concatenate' with {field} {name!r}, which "
