@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from momoe_titan.kernels.gpu import interpreting
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -14,6 +12,8 @@ def poisoned_memory():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    from momoe_titan.kernels.gpu import interpreting  # not before tests.support.every_test
+
     if request.param == "cpu" and not interpreting():
         pytest.skip("Triton runs on the GPU here, not in its interpreter")
     return request.param

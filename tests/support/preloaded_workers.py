@@ -1,5 +1,5 @@
-"""Test processes of `pytest -n` as forks of one that has imported what they need: to import it takes longer than most
-test files do, and without files of bytecode each process would also compile it.
+"""Test processes of `pytest -n` as forks of one that has imported the tests and all that they need: to import it takes
+longer than most test files do, and without files of bytecode each process would also compile it.
 
 xdist starts this file in place of python, once for each test process:
 
@@ -21,15 +21,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start() -> str:
-    """Start the process with the imports; returns what the `python` of its forks is."""
+def start(tests: list[str], folder: Path) -> str:
+    """Start the process with the imports; returns what the `python` of its forks is.
+
+    Args:
+        tests: what pytest is to find tests in, as in its command line.
+        folder: where that command line was given.
+    """
     address = f"momoe-titan-tests-{os.getpid()}"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     reads, writes = os.pipe()
     os.set_inheritable(reads, True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.preloaded_workers", address],
-        **{"cwd": ROOT, "env": env, "stdin": reads, "stdout": subprocess.PIPE},
+        [sys.executable, "-m", "tests.support.preloaded_workers", address, *tests],
+        **{"cwd": folder, "env": env, "stdin": reads, "stdout": subprocess.PIPE},
     )
     os.close(reads)  # the other end stays open as long as this process lives
     assert process.stdout.read(1), "it has ended before it listens"
@@ -49,38 +54,39 @@ def in_fork(address: str, program: str) -> None:
         server.recv(1)
 
 
-def imports_of_tests() -> list[str]:
-    """The modules of other packages that test files import before their first test."""
-    import ast
-
-    found = set()
-    for file in (ROOT / "tests").rglob("*.py"):
-        for line in ast.parse(file.read_text()).body:
-            if isinstance(line, ast.ImportFrom):
-                found.add(line.module)
-            elif isinstance(line, ast.Import):
-                found.update(name.name for name in line.names)
-    return sorted(name for name in found if name.partition(".")[0] not in ("tests", "compiled", "pytest", "xdist"))
-
-
-def import_all() -> None:
+def import_all(tests: list[str]) -> None:
     import gc
-    import importlib
 
     from tests.support import commands
-    from tests.support.interpreter import without_repeated_work
 
-    without_repeated_work()
-    import tests.support.preloaded  # noqa: F401 - as on a machine without a GPU
+    commands.start_server()  # it imports the same at the same time
+    gc.disable()
+    from tests.support import preloaded  # noqa: F401 - as on a machine without a GPU
 
-    for name in imports_of_tests():
-        with contextlib.suppress(ImportError):  # of another version, or of the folder of a script
-            importlib.import_module(name)
-    commands.start_server()
+    import_tests(tests)
+    gc.enable()
     gc.freeze()
 
 
-def serve(address: str) -> str:
+def import_tests(tests: list[str]) -> None:
+    """By pytest, which finds them in sys.modules when it looks for tests in a fork."""
+    import io
+
+    import pytest
+
+    class Reports:
+        def pytest_collectreport(self, report):
+            if not report.passed:  # a file has been imported in part; each fork finds out and says why
+                file = str(ROOT / report.nodeid)
+                for name in [n for n, module in sys.modules.items() if getattr(module, "__file__", None) == file]:
+                    del sys.modules[name]
+
+    options = ["--collect-only", "--quiet", "--numprocesses=0", "-p", "no:cacheprovider"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main([*options, *tests], plugins=[Reports()])
+
+
+def serve(address: str, tests: list[str]) -> str:
     """Fork for each request. Returns in a fork, with the program that it is to run."""
     import select
     import signal
@@ -90,7 +96,7 @@ def serve(address: str) -> str:
         listener.listen()
         os.write(1, b"1")
         os.dup2(2, 1)  # nobody reads on: what a library says when it is imported goes to the messages
-        import_all()
+        import_all(tests)
         at_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # this ends when the first process does
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             request, _ = listener.accept()
@@ -108,11 +114,11 @@ def serve(address: str) -> str:
     sys.exit()
 
 
-def main(address: str, *options: str) -> None:
-    if options:
-        in_fork(address, options[-1])
+def main(address: str, *rest: str) -> None:
+    if not __package__:  # as xdist starts it
+        in_fork(address, rest[-1])
         return
-    program = serve(address)
+    program = serve(address, list(rest))
     from multiprocessing import resource_tracker
 
     from tests.support import commands
