@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import re
+import statistics
 import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -399,24 +400,45 @@ LONG_ARMS = {
 
 
 def long_runs() -> str:
-    """How long jobs end, by the means of their seeds."""
-    ends = {arm: [float(str(row["last"])) for row in rows_of("long_runs") if row["arm"] == arm] for arm in LONG_ARMS}
-    means = {arm: sum(losses) / len(losses) for arm, losses in ends.items()}
-    header, several = ["layer", "validation loss, mean of the seeds", "apart, %"], len(ends["stock"]) > 1
-    if several:
-        header += [f"seed {row['seed']}" for row in _long_of("stock")]
-    else:
-        header[1] = "validation loss, one seed"
-    body = [
-        [name, f"{means[arm]:.4f}", f"{100 * (means[arm] / means['stock'] - 1):+.2f}"]
-        + [f"{loss:.4f}" for loss in ends[arm] if several]
-        for arm, name in LONG_ARMS.items()
+    """How far from TorchTitan's layer long jobs are, by the means of their seeds."""
+    header = [
+        "job",
+        "layer",
+        "seeds",
+        "validation loss, step 400",
+        "apart, %",
+        "steps",
+        "their training loss",
+        "apart,  %",
     ]
+    header += ["validation loss, step 800", "apart,   %"]
+    body = []
+    for job in dict.fromkeys(str(row["job"]) for row in rows_of("long_runs")):
+        arms = {arm: rows for arm in LONG_ARMS if (rows := _long_of(job, arm))}
+        trained = min(len(row["training"]) for rows in arms.values() for row in rows)
+        begin = trained - trained // 4  # the last quarter of the steps that all jobs have
+        values: list[Callable[[Row], float | None]] = [
+            lambda row: row["half"],
+            lambda row, steps=slice(begin, trained): statistics.fmean(row["training"][steps]),
+            lambda row: row["last"],
+        ]
+        for arm, rows in arms.items():
+            cells = []
+            for value in values:
+                ours, stock = ([value(row) for row in some] for some in (rows, arms["stock"]))
+                known = None not in ours and None not in stock
+                mean = statistics.fmean(ours) if None not in ours else None
+                cells += [
+                    "" if mean is None else f"{mean:.4f}",
+                    f"{100 * (mean / statistics.fmean(stock) - 1):+.2f}" if known else "",
+                ]
+            cells.insert(2, f"{begin * 10 + 10} to {trained * 10}")
+            body.append([job, LONG_ARMS[arm], len(rows), *cells])
     return with_source(table(header, body), "long_runs")
 
 
-def _long_of(arm: str) -> list[Row]:
-    return [row for row in rows_of("long_runs") if row["arm"] == arm]
+def _long_of(job: str, arm: str) -> list[Row]:
+    return [row for row in rows_of("long_runs") if row["arm"] == arm and row["job"] == job]
 
 
 def precision_losses() -> str:
@@ -872,17 +894,19 @@ def draw_balance(figure) -> None:
 
 
 def draw_long(figure) -> None:
-    """The training losses over steps to the left, the mean of all seeds; the last validation losses to the right."""
+    """The training losses over steps to the left, the mean of all seeds; validation losses half way to the right."""
+    job = "debug model, learning rate 1e-3"
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for place, (arm, name) in enumerate(LONG_ARMS.items()):
-        rows = _long_of(arm)
-        losses = [sum(of_step) / len(of_step) for of_step in zip(*(row["training"] for row in rows), strict=True)]
-        left.plot(range(10, 10 * len(losses) + 1, 10), losses, label=name, alpha=0.8, linewidth=1)
-        right.plot([place] * len(rows), [row["last"] for row in rows], "o", alpha=0.6)
+        rows = _long_of(job, arm)
+        steps = min(len(row["training"]) for row in rows)
+        losses = [statistics.fmean(of_step) for of_step in zip(*(row["training"][:steps] for row in rows), strict=True)]
+        left.plot(range(10, 10 * steps + 1, 10), losses, label=name, alpha=0.8, linewidth=1)
+        right.plot([place] * len(rows), [row["half"] for row in rows], "o", alpha=0.6)
     left.set_xlabel("optimizer step")
-    left.set_ylabel("training loss")
+    left.set_ylabel("training loss, mean of four seeds")
     right.set_xticks(range(len(LONG_ARMS)), list(LONG_ARMS.values()), rotation=30, ha="right")
-    right.set_ylabel("last validation loss, one dot a seed")
+    right.set_ylabel("validation loss at step 400, one dot a seed")
     left.legend(frameon=False, fontsize="small")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
