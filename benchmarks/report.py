@@ -199,6 +199,12 @@ def layer_parts() -> str:
     return _plain("layer_parts_h200", part="part", launches="launches", ms="ms", tflops="TFLOPS")
 
 
+def layer_sustained() -> str:
+    """OLMoE's experts and dense products, after a rest and without one."""
+    header = {"what": "what", "burst_ms": "after a rest, ms", "burst_tflops": "TFLOPS", "long_ms": "without rest, ms"}
+    return _plain("layer_sustained_h200", **header, long_tflops="TFLOPS ", mhz="MHz", watt="W")
+
+
 def host_time() -> str:
     """How long the host takes for a layer that is not compiled."""
     header = {"shape": "shape", "tokens": "tokens", "weights": "weights", "code": "code"}
@@ -762,7 +768,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (readme_layer, layer_shapes, layer_both, layer_forward, layer_backward, layer_inference, layer_saved)
     + (layer_peak, layer_other_host, layer_save_percent, layer_h200, layer_original_momoe, layer_errors, layer_skew)
-    + (layer_layouts, layer_kinds, transformers_step, torchtitan_step, layer_parts, host_time)
+    + (layer_layouts, layer_kinds, transformers_step, torchtitan_step, layer_parts, layer_sustained, host_time)
     + (layer_router_share, router, decode, decode_time, memory_500m_speed, memory_500m_peak, memory_500m_planned)
     + (memory_500m_moe, memory_1_4b_speed, memory_1_4b_peak, memory_1_4b_planned, memory_1_4b_moe, compile_500m)
     + (memory_batch, train_500m, models_h200, layers_30b, parallel_two, goals_parallel, parallel_four, step_time)
