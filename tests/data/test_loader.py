@@ -392,7 +392,7 @@ def test_an_iterator_that_is_left_ends_its_threads(tmp_path, tokenizer):
     iterator.close()
     for thread in started:
         thread.join(timeout=10)
-    assert not any(thread.is_alive() for thread in started)
+    assert not [thread for thread in started if thread.is_alive()]
 
 
 def test_threads_follow_the_cores_of_each_rank(monkeypatch):
