@@ -143,25 +143,20 @@ def interrupted(tmp_path_factory) -> Outcome:
 
 def interrupt(folder: Path) -> None:
     options = ["--training.steps=100000", "--training.local_batch_size=2", "--validation.freq=5"]
-    with subprocess.Popen(
-        [*TORCHRUN, *DEBUG_MODEL, "--job.dump_folder", str(folder), *SMALL, *options],
-        cwd=ROOT,
-        env=commands.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as job:
+    job, output = commands.follow(
+        *(*TORCHRUN[1:], *DEBUG_MODEL, "--job.dump_folder", folder, *SMALL, *options), before=[os.setsid]
+    )
+    with output:
         lines = []
-        for line in job.stdout:
+        for line in output:
             lines.append(line)
             if " step: 12 " in line:
                 os.killpg(job.pid, signal.SIGINT)
                 break
-        rest, _ = job.communicate(timeout=120)
-    (folder / "status").write_text(str(job.returncode))
-    (folder / "output").write_text("".join(lines) + rest)
+        lines += output
+    job.join(120)
+    (folder / "status").write_text(str(job.exitcode))
+    (folder / "output").write_text("".join(lines))
 
 
 @pytest.mark.slow

@@ -255,6 +255,7 @@ def worker(runs: list[tuple[int, dict]], folder: str) -> None:
             torch.save(result, f"{folder}/{index}.pt")
         torch._dynamo.reset()
         gc.collect()  # the trainer has switched off what Python does itself
+        gc.freeze()  # what caches hold is not looked through again when a run begins and ends
 
 
 def main(folder: str, runs: str) -> None:
