@@ -65,7 +65,8 @@ def set_save_percent(model: nn.Module, percent: float | None) -> int:
         How many layers of experts it has.
 
     Raises:
-        ValueError: not a number from 0 to 100, or no experts that transformers' interface runs.
+        ValueError: not a number from 0 to 100, no experts that transformers' interface runs, or some that the
+            kernels do not know.
     """
     value = None if percent is None else validate_save_percent(percent, "percent")
     experts: list[Any] = [module for module in model.modules() if _is_experts(module)]
@@ -73,6 +74,7 @@ def set_save_percent(model: nn.Module, percent: float | None) -> int:
         raise ValueError(f"model must hold experts of transformers' interface, got a {type(model).__name__} without")
     for module in experts:
         module.momoe_save_percent = value
+        _form(module)
     return len(experts)
 
 
@@ -136,26 +138,32 @@ def _is_experts(module: Any) -> bool:
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")
 
 
-@torch.compiler.assume_constant_result
 def _form(module: Any) -> tuple[str, str]:
-    """The names of the activation and of the order of gate and up; found once for each experts module."""
-    form = module.__dict__.get("_momoe_form")
+    """The names of the activation and of the order of gate and up; found once for each experts module.
+
+    Dynamo finds them anew for each graph, and in PyTorch 2.11 cannot: there `set_save_percent` or a forward that is not
+    compiled has to come first.
+    """
+    form = getattr(module, "_momoe_form", None)
     if form is None:
-        name = type(module).__name__
-        if getattr(module, "has_post_expert_norm", False):
-            raise ValueError(f"experts_implementation {NAME!r} has no norm after the experts, which {name} has")
-        try:
-            if getattr(module, "has_gate", True):
-                form = activation_of(module._apply_gate)
-            else:
-                form = activation_of(module.act_fn, has_gate=False)
-        except UnknownActivationError as e:
-            of = type(getattr(module, "act_fn", module)).__name__
-            raise ValueError(
-                f"experts_implementation {NAME!r} does not know the activation of {name} ({of}): {e}"
-            ) from e
-        module.__dict__["_momoe_form"] = form
+        form = _found_form(module)
+        if not torch.compiler.is_compiling():  # or the module would not be the one that the graph was made for
+            module.__dict__["_momoe_form"] = form
     return form
+
+
+@torch.compiler.assume_constant_result
+def _found_form(module: Any) -> tuple[str, str]:
+    name = type(module).__name__
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(f"experts_implementation {NAME!r} has no norm after the experts, which {name} has")
+    try:
+        if getattr(module, "has_gate", True):
+            return activation_of(module._apply_gate)
+        return activation_of(module.act_fn, has_gate=False)
+    except UnknownActivationError as e:
+        of = type(getattr(module, "act_fn", module)).__name__
+        raise ValueError(f"experts_implementation {NAME!r} does not know the activation of {name} ({of}): {e}") from e
 
 
 def _save_percent(module: Any) -> float:

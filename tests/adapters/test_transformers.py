@@ -327,13 +327,19 @@ def test_activations_that_are_almost_known_are_not_taken(name):
         activation_of(lambda z: function(z[:, : z.shape[1] // 2]) * z[:, z.shape[1] // 2 :])
 
 
-def test_compiled_model_gives_the_same(qwen):
+@pytest.mark.parametrize("known", [True, False])
+def test_compiled_model_gives_the_same(known, qwen):
     experts = copy.deepcopy(qwen.model.layers[0].mlp.experts)
     x, ids, weights = torch.randn(20, 32), torch.rand(20, 6).topk(3).indices, torch.rand(20, 3)
     compiled = torch.compile(adapter.momoe_experts_forward, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(experts, x, ids, weights), adapter.momoe_experts_forward(experts, x, ids, weights)
-    )
+    want = adapter.momoe_experts_forward(copy.deepcopy(experts), x, ids, weights)
+    if known:
+        adapter.set_save_percent(experts, None)
+    elif torch.__version__.startswith("2.11"):
+        pytest.skip("torch 2.11 cannot find the form of a module while it compiles")
+    torch.testing.assert_close(compiled(experts, x, ids, weights), want)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(compiled(experts, x, ids, weights), want)
 
 
 def test_trainer_trains_the_same(qwen, tmp_path):
