@@ -345,6 +345,11 @@ class TestQuantile:
         optimizers.load_balancer.follow_gates(optimizers)
         assert gained.abs().max() > 0.01
         torch.testing.assert_close(moe.expert_bias - solved, gained.mean() - gained)
+        again = build(self.args())
+        optimizers = optimizers_for(again, lr=0.05)
+        loss_of(again, *batch(0)).backward()
+        optimizers.step()  # which runs both
+        torch.testing.assert_close(moes(again)[0].expert_bias, moe.expert_bias)
 
     def test_resumes_to_the_same_bits(self):
         """Between steps all that the rule counts is 0: its buffers are not in the state dict."""

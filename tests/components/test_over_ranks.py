@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from momoe_titan.components.training_step import TrainingStep
+from momoe_titan.components.validation import TextValidator
 from tests.support.forks import in_gloo_forks
 
 
@@ -33,3 +35,16 @@ def _log() -> None:
     torch.testing.assert_close(numbers.loss.float(), (means * tokens).sum() / tokens.sum())
     torch.testing.assert_close(numbers.worst_loss, torch.tensor(7.0))
     assert numbers.tokens_seen == 600 and numbers.grad_norm == 0.5
+
+
+def test_the_loss_of_a_validation(tmp_path):
+    """A token counts as much on whichever rank it is."""
+    assert in_gloo_forks(2, tmp_path / "store", _mean)
+
+
+def _mean() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    dims = SimpleNamespace(dp_cp_enabled=True, get_optional_mesh=lambda name: {"loss": mesh}[name])
+    validator = SimpleNamespace(parallel_dims=dims, pp_schedule=None)
+    loss_and_tokens = [[6.0, 1.0], [9.0, 4.0]][dist.get_rank()]
+    assert TextValidator._mean(validator, torch.tensor(loss_and_tokens, dtype=torch.float64)) == 3.0

@@ -126,6 +126,10 @@ def test_refuses(monkeypatch, settings, fields, message):
         read(monkeypatch, settings, **fields)
 
 
+def test_a_batch_of_an_unknown_number_of_ranks_is_not_refused(monkeypatch):
+    read(monkeypatch, {"data_parallel_shard_degree": -1, "training.global_batch_size": 6})
+
+
 def test_degrees_have_to_make_up_the_number_of_processes(monkeypatch):
     read(monkeypatch, {"tensor_parallel_degree": 2}, world=6)
     with pytest.raises(ValueError, match="must be the number of processes, 5"):

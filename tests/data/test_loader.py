@@ -24,7 +24,7 @@ from momoe_titan.data.registration import DATASETS, register_datasets
 from momoe_titan.data.stdlib import load_stdlib
 from momoe_titan.data.streamed import StreamedDataloader
 from momoe_titan.data.tokenizer import build_tokenizer, resolve_assets_path
-from tests.support.text_data import TOKENIZER, batches, job, loaders, local, numbered, tokens_in, write
+from tests.support.text_data import TOKENIZER, batches, job, loaders, local, numbered, states_of, tokens_in, write
 
 IGNORED = -100
 
@@ -107,6 +107,7 @@ def test_a_position_in_other_data_is_not_used(tmp_path, tokenizer, change, ranks
     first = build(tokenizer, *local(tmp_path))
     batches(first, 3)
     do, message = CHANGES[change]
+    caplog.set_level("INFO")
     options = local(tmp_path, *do(tmp_path))
     resumed, fresh = (build(tokenizer, *options, ranks=ranks) for _ in range(2))
     if ranks == 1:
@@ -114,8 +115,15 @@ def test_a_position_in_other_data_is_not_used(tmp_path, tokenizer, change, ranks
     else:
         resumed.load_ranks([first.state_dict()["dp_rank_0"]])
     (warning,) = [r.getMessage() for r in caplog.records if "THE DATA STARTS AGAIN" in r.getMessage()]
-    assert message in warning
+    assert message in warning and "is shared out" not in caplog.text
     assert batches(resumed, 3) == batches(fresh, 3)
+
+
+def test_what_is_left_of_another_number_of_ranks_is_said(caplog):
+    order = loader_module.Order([numbered(1, [5] * 40)])
+    caplog.set_level("INFO")
+    loaders(order, 3, states_of(loaders(order, 2)))
+    assert caplog.text.count("The data of 2 data-parallel ranks is shared out to 3") == 3
 
 
 def test_a_position_of_the_former_loader_is_not_used_and_not_unpickled(tmp_path, tokenizer, caplog):

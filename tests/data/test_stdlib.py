@@ -9,6 +9,7 @@ from momoe_titan.data.errors import DataError
 from momoe_titan.data.registration import open_source
 from momoe_titan.data.stdlib import is_held_out, load_stdlib, stdlib_files
 
+MIXED = [5, 7, 3, 1, 4, 0, 6, 2, 8]  # m0.py to m8.py
 HELD_OUT = [32, 49, 73, 74, 75, 126, 128, 172, 191]  # of m0.py to m199.py
 
 
@@ -43,6 +44,12 @@ def test_split_is_the_same_in_every_process_and_version():
     """A hash that each process seeds anew would train on what another rank validates on."""
     held_out = [i for i in range(200) if is_held_out(f"m{i}.py")]
     assert held_out == HELD_OUT
+
+
+def test_files_are_mixed_in_the_same_way_everywhere(tmp_path):
+    for i in range(9):
+        (tmp_path / f"m{i}.py").write_text("x = 1\n")
+    assert load_stdlib(str(tmp_path))["path"] == [f"m{i}.py" for i in MIXED]
 
 
 def test_folder_without_sources_is_refused(tmp_path):

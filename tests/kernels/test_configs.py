@@ -195,6 +195,14 @@ def test_a_compiled_kernel_is_found_by_no_less_than_triton_compiles_for():
     assert len(kinds) > 20
 
 
+def test_partial_sums_of_the_hopper_path_have_a_row_for_each_slot(monkeypatch):
+    given = []
+    monkeypatch.setattr(hopper, "down_proj_backward", lambda *args: given.append(args[-1]))
+    z_RZ, experts = torch.empty(70, 128), SimpleNamespace(ffn=64, bias1=None)
+    sums, _ = gemms.HopperGemms().down_proj_backward(torch.empty(35, 16), experts, None, z_RZ, z_RZ, None)
+    assert sums is given[0] and sums.shape == (70, hopper.dscore_parts(64))
+
+
 def test_other_errors_of_a_launch_are_not_hidden():
     with pytest.raises(RuntimeError, match="out of memory"):
         tiling.launch(OnlyWithGoodCache(RuntimeError("out of memory")), (3,))

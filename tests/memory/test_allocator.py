@@ -70,3 +70,7 @@ def test_a_graph_has_memory_of_its_own():
     assert peak_with_graph(events, captured, capacity=64 * MIB) == 64 * MIB
     with pytest.raises(OutOfMemory):
         peak_with_graph(events, captured, capacity=64 * MIB - 1)
+
+
+def test_gradients_are_freed_before_a_capture():
+    assert peak_with_graph([(0, 40 * MIB)], range(1)) == 40 * MIB

@@ -26,5 +26,11 @@ def test_saved_rows_grow_with_save_percent_and_the_others_fall(save_percent, sav
     assert plan.slack == 60 * MIB  # the others, at 0; nothing at 100
 
 
+def test_what_cublas_takes_comes_on_top_of_a_graph_too():
+    moments = [Moment("loss", [], 40 * MIB, {})]
+    plan = MemoryPlan([], moments, {}, 1, events=[(0, 40 * MIB, None)], step=(0, 1), from_graph=True)
+    assert plan.reserved(0) == 40 * MIB + CUBLAS_BYTES
+
+
 def test_more_is_assumed_of_a_gpu_with_others_beside_it():
     assert [round(context_bytes(ranks) / GIB, 3) for ranks in (1, 2, 8)] == [0.6, 1.6, 1.6]

@@ -16,6 +16,7 @@ from torchtitan.models.llama4.infra import parallelize as llama4
 from momoe_titan.kernels import op as autograd
 from momoe_titan.kernels.routing import packed_size
 from momoe_titan.model import parallelize_momoe_llama
+from momoe_titan.model.parallel.activation_checkpoint import _Replay, _Save
 from momoe_titan.save_percent import num_saved_rows
 from tests.support.tiny import (
     ONE_PROCESS,
@@ -305,6 +306,16 @@ def count_expert_calls(monkeypatch) -> Counter:
 
         monkeypatch.setattr(autograd, name, counted)
     return calls
+
+
+@pytest.mark.parametrize("mode", [_Save, _Replay])
+def test_what_is_compiled_inside_stays_compiled(mode):
+    """Such as flex attention."""
+    graphs = []
+    compiled = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with mode([]):
+        assert compiled(torch.ones(2)).tolist() == [2, 2]
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ the stream has waited for the barrier behind which the others have written.
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -78,6 +80,13 @@ def _read(work, *_) -> bool:
     return True
 
 
+@dataclass(eq=False)
+class Memory:
+    """What a rank shares from a place on, as long as it holds this."""
+
+    begin: int
+
+
 class FakePeers:
     """The memory that some processes share; to be made before they fork."""
 
@@ -85,16 +94,22 @@ class FakePeers:
         self.memory = torch.zeros(ranks, BYTES, dtype=torch.uint8).share_memory_()
         self.used = 0
 
-    def empty_strided_p2p(self, shape, stride, dtype, device, group_name) -> SimpleNamespace:
+    def empty_strided_p2p(self, shape, stride, dtype, device, group_name) -> Memory:
         begin, self.used = self.used, self.used + (shape[0] + 63) // 64 * 64
         assert self.used <= BYTES
-        return SimpleNamespace(begin=begin)
+        return Memory(begin)
 
-    def rendezvous(self, mine: SimpleNamespace) -> SimpleNamespace:
+    def rendezvous(self, mine: Memory) -> SimpleNamespace:
+        begin, kept = mine.begin, weakref.ref(mine)
+
         def get_buffer(rank, shape, dtype):
-            return self.memory[rank, mine.begin : mine.begin + shape[0]]
+            return self.memory[rank, begin : begin + shape[0]]
 
-        return SimpleNamespace(get_buffer=get_buffer, barrier=CURRENT.barrier)
+        def barrier():
+            assert kept() is not None, "the memory is gone"
+            CURRENT.barrier()
+
+        return SimpleNamespace(get_buffer=get_buffer, barrier=barrier)
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
