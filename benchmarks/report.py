@@ -394,7 +394,8 @@ def mutation() -> str:
     """How many of the faults put into each part of the package the tests have seen."""
     header = {"part": "part", "faults": "faults", "once": "seen at first", "since": "seen since"}
     scores = {"first_score": "score at first, %", "score": "score now, %"}
-    return _plain("mutation", **header, harmless="harmless", unseen="not seen", **scores)
+    new = {"new_faults": "new sample, faults", "new_harmless": "new, harmless", "new_score": "new, seen at first, %"}
+    return _plain("mutation", **header, harmless="harmless", unseen="not seen", **scores, **new)
 
 
 LONG_ARMS = {
