@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +154,10 @@ def interrupt(folder: Path) -> None:
             if " step: 12 " in line:
                 os.killpg(job.pid, signal.SIGINT)
                 break
+        late = threading.Timer(120, os.killpg, (job.pid, signal.SIGKILL))
+        late.start()
         lines += output
+        late.cancel()
     job.join(120)
     (folder / "status").write_text(str(job.exitcode))
     (folder / "output").write_text("".join(lines))

@@ -7,8 +7,8 @@ from torchtitan.models.moe import MoEArgs
 
 from momoe_titan.model.args import MomoeLlamaArgs
 
-# For flavors whose Hugging Face format has no place for a bias. Of 0.01, 0.03 and 0.1 the most that did not cost loss
-# (docs/balancing.md).
+# For flavors whose Hugging Face format has no place for a bias. Of 0.01, 0.03 and 0.1 the largest whose loss was
+# within the scatter of two runs (docs/balancing.md).
 AUX_LOSS_WEIGHT = 0.03
 
 

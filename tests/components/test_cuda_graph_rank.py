@@ -4,6 +4,7 @@ What only two ranks have, sends between stages and collectives with another rank
 """
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def train(kind, captures: bool, device: torch.device) -> tuple[list[torch.Tensor
     seen = []
     parameters = [p for part in job.parts for p in part.parameters()]
     for number in range(STEPS):
-        tokens, labels = (t.to(device) for t in batch(number))
+        tokens, labels = (t.to(device) for t in batch(number % (STEPS - 1)))  # the last step has those of the first
         with weights:
             seen.append(step({"input": tokens}, labels, torch.tensor(float(labels.numel()), device=device)))
         with torch.no_grad():
@@ -119,17 +120,17 @@ def train(kind, captures: bool, device: torch.device) -> tuple[list[torch.Tensor
 KINDS = {"pipeline": Pipeline, "tensor parallel": Tensors}
 
 
-def trains_on_a_cpu() -> None:
+def trains_on_a_cpu(kind: str) -> None:
     warnings.filterwarnings("ignore", ".*_functional_collectives", FutureWarning)  # torch 2.13 gives names anew
-    for kind in KINDS.values():
-        if kind is Pipeline and torch.__version__.startswith("2.11"):
-            continue  # its gloo cannot send to the rank that sends
-        seen, _ = train(kind, captures=False, device=torch.device("cpu"))
-        assert all(t.isfinite().all() for t in seen) and min(map(float, seen[1:STEPS])) < float(seen[0])
+    seen, _ = train(KINDS[kind], captures=False, device=torch.device("cpu"))
+    assert all(t.isfinite().all() for t in seen) and float(seen[STEPS - 1]) < float(seen[0])
 
 
-def test_the_jobs_below_train_on_a_cpu(tmp_path):
-    assert in_gloo_forks(1, tmp_path / "store", trains_on_a_cpu)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_jobs_below_train_on_a_cpu(kind, tmp_path):
+    if kind == "pipeline" and torch.__version__.startswith("2.11"):
+        pytest.skip("gloo of torch 2.11 sends nothing to the rank that sends")
+    assert in_gloo_forks(1, tmp_path / "store", functools.partial(trains_on_a_cpu, kind))
 
 
 def divides_every_weight() -> None:

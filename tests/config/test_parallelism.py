@@ -127,7 +127,10 @@ def test_refuses(monkeypatch, settings, fields, message):
 
 
 def test_a_batch_of_an_unknown_number_of_ranks_is_not_refused(monkeypatch):
-    read(monkeypatch, {"data_parallel_shard_degree": -1, "training.global_batch_size": 6})
+    settings = {"data_parallel_shard_degree": -1, "training.global_batch_size": 6}
+    assert read(monkeypatch, settings).max_seq_len == job_config().training.seq_len
+    with pytest.raises(ValueError, match="global_batch_size is 6, must be .*multiple of 8"):
+        read(monkeypatch, settings, world=2)
 
 
 def test_degrees_have_to_make_up_the_number_of_processes(monkeypatch):
